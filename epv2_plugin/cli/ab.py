@@ -1,0 +1,68 @@
+"""`epv2 ab RECIPE`: train a recipe with several token dispatchers side by side and report who won."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+
+from epv2_plugin.training.launcher import run_ranks
+from epv2_plugin.training.recipe import check_arms, load_recipe
+
+DEFAULT_ARMS = "alltoall,epv2"
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
+    return share
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return number
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the `ab` command."""
+    parser = subparsers.add_parser(
+        "ab",
+        help="train a recipe with stock Megatron and with the plugin, and report who won",
+        description="Train the same model on the same data with each dispatcher in turn, step by step in one launch, "
+        "and write report.md, report.png and metrics.jsonl. Starts its own processes.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe YAML, for example recipes/deepseek_v3_tiny.yaml")
+    parser.add_argument(
+        "--arms",
+        default=DEFAULT_ARMS,
+        metavar="A,B,...",
+        help="dispatchers, the first is the baseline: alltoall and allgather are stock (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=_positive, help="steps of each arm (default: the recipe's)")
+    parser.add_argument(
+        "--skew", type=_share, metavar="SHARE", help="send this share of the tokens to one popular expert, in every arm"
+    )
+    parser.add_argument("--folder", type=Path, help="where to write (default: runs/NAME-ab)")
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the comparison; 0 = done, 130 = interrupted (with a report of what was done)."""
+    overrides = {} if args.steps is None else {"train": {"steps": args.steps}}
+    recipe = load_recipe(args.recipe, overrides)
+    arms = args.arms.split(",")
+    folder = args.folder or Path("runs") / f"{recipe.name}-ab"
+    words = ["ab", args.recipe, "--arms", args.arms, "--folder", str(folder)]
+    words += [] if args.steps is None else ["--steps", str(args.steps)]
+    words += [] if args.skew is None else ["--skew", str(args.skew)]
+    if "RANK" not in os.environ:
+        check_arms(recipe, arms)
+        folder.mkdir(parents=True, exist_ok=True)
+        return run_ranks("epv2_plugin.cli", words, recipe.train.processes)
+    from epv2_plugin.training.ab import run
+
+    return run(recipe, folder, arms, skew=args.skew, command=shlex.join(["epv2", *words]))

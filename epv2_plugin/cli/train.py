@@ -1,0 +1,59 @@
+"""`epv2 train RECIPE`: train a recipe through the plugin, with as many processes as it names."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from epv2_plugin.training.launcher import run_ranks
+from epv2_plugin.training.recipe import load_recipe
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `train` to the `epv2` command."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a recipe",
+        description="Train a recipe with the plugin's token dispatcher. Starts the recipe's processes on this machine; "
+        "under torchrun it runs as one of its ranks. Ctrl-C ends the run after the current step, with a checkpoint.",
+    )
+    parser.add_argument("recipe", help="the recipe's YAML file")
+    parser.add_argument("--folder", help="where metrics.jsonl and checkpoints/ go (default: runs/<recipe name>)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the folder")
+    parser.add_argument("--steps", type=int, metavar="N", help="stop after step N of the recipe's schedule")
+    parser.add_argument(
+        "--megatron-throughput", action="store_true", help="print each step as Megatron-LM's log does, with TFLOP/s"
+    )
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `epv2 train`; returns its exit code (130 = interrupted, with a checkpoint).
+
+    Raises:
+        ConfigError: the recipe can't be used.
+    """
+    recipe = load_recipe(args.recipe)
+    if args.steps is not None and args.steps < 1:
+        raise SystemExit(f"epv2 train: --steps {args.steps}: must be 1 or more")
+    if "RANK" in os.environ:
+        # Here, and not above: this imports Megatron, which takes seconds that only the ranks need to spend.
+        from epv2_plugin.training import trainer
+
+        trainer.setup(recipe)
+        code = trainer.train(
+            recipe,
+            Path(args.folder or f"runs/{recipe.name}"),
+            resume=args.resume,
+            steps=args.steps,
+            megatron_throughput=args.megatron_throughput,
+        )
+        trainer.leave()
+        return code
+    command = ["train", args.recipe]
+    command += ["--folder", args.folder] if args.folder else []
+    command += ["--steps", str(args.steps)] if args.steps is not None else []
+    command += ["--resume"] if args.resume else []
+    command += ["--megatron-throughput"] if args.megatron_throughput else []
+    return run_ranks("epv2_plugin.cli", command, recipe.train.processes)

@@ -1,0 +1,304 @@
+"""YAML -> `PluginConfig`: parallel degrees, SM budgets, and one section for each communication primitive.
+
+Every key has a default, so an empty file is a valid configuration. Mistakes raise `ConfigError`, one line that names
+the file, the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+# The bound belongs to the number alone: on the whole union it would be asked of "auto", too.
+Count = Annotated[int, Field(ge=1)] | Literal["auto"]
+Rate = Annotated[float, Field(gt=0)] | Literal["auto"]
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be used; the message is one line: file: key = value: what is allowed."""
+
+    def __init__(self, source: str, key: str, value: object, allowed: str):
+        self.source, self.key, self.value, self.allowed = source, key, value, allowed
+        super().__init__(f"{source}: {key} = {value!r}: {allowed}")
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys and loose types ("4" for 4, 1 for true) are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Parallel(Section):
+    """Parallel degrees. `auto` takes what the framework was started with; a number must agree with it."""
+
+    expert: Count = "auto"
+    pipeline: Count = "auto"
+    context: Count = "auto"
+    tensor: Count = "auto"
+    virtual_pipeline: Count = "auto"
+
+
+class SmBudget(Section):
+    """CTAs (thread blocks, one per SM) that each primitive may hold; `auto` asks the analytic model."""
+
+    expert: Count = "auto"
+    pipeline: int = Field(default=0, ge=0)
+    context: int = Field(default=0, ge=0)
+
+
+class Expert(Section):
+    """Token dispatch and combine."""
+
+    mode: Literal["auto", "direct", "hybrid"] = "auto"
+    layout: Literal["expanded", "compact"] = "expanded"
+    dispatch_dtype: Literal["bf16", "fp8"] = "bf16"
+    max_tokens_per_rank: Count = "auto"
+    host_sync: bool = True
+
+
+class Pipeline(Section):
+    """Activations between pipeline stages."""
+
+    transport: Literal["auto", "stock"] = "auto"
+    max_inflight: int = Field(default=4, ge=1)
+
+
+class Context(Section):
+    """Keys and values between context-parallel ranks."""
+
+    kv_exchange: Literal["all_gather", "stock"] = "all_gather"
+
+
+class Network(Section):
+    """Link rates in GB/s and queue pairs; `auto` detects them, and an undetected rate is an error, never zero."""
+
+    rdma_gbytes_per_s: Rate = "auto"
+    scale_up_gbytes_per_s: Rate = "auto"
+    qps: Count = "auto"
+
+
+class Timeouts(Section):
+    """Seconds until a wait gives up and every rank raises."""
+
+    gpu_seconds: int = Field(default=100, ge=1)
+    host_seconds: int = Field(default=300, ge=1)
+
+
+class PluginConfig(Section):
+    """The whole plugin configuration."""
+
+    parallel: Parallel = Parallel()
+    backend: Literal["auto", "cuda", "host"] = "auto"
+    sm_budget: SmBudget = SmBudget()
+    expert: Expert = Expert()
+    pipeline: Pipeline = Pipeline()
+    context: Context = Context()
+    network: Network = Network()
+    timeouts: Timeouts = Timeouts()
+    _source: str = PrivateAttr("<defaults>")
+
+    @property
+    def source(self) -> str:
+        """Where this configuration came from, for messages."""
+        return self._source
+
+    def fail(self, key: str, allowed: str) -> ConfigError:
+        """The error for `key` (dotted), with the value that this configuration holds there."""
+        value: Any = self
+        for part in key.split("."):
+            value = getattr(value, part)
+        return ConfigError(self.source, key, value, allowed)
+
+    def check(
+        self,
+        *,
+        num_experts: int | None = None,
+        world_size: int | None = None,
+        expert_tensor: int = 1,
+        device_sms: int | None = None,
+    ) -> None:
+        """Check what can only be judged with the model and the machine at hand.
+
+        Args:
+            num_experts: experts of the model, `None` = unknown.
+            world_size: ranks of the job, `None` = unknown.
+            expert_tensor: tensor-parallel degree inside an expert.
+            device_sms: SMs of the device, `None` = no CUDA device.
+
+        Raises:
+            ConfigError: a degree does not divide what it must, or a budget exceeds the device.
+        """
+        expert = self.parallel.expert
+        if expert != "auto":
+            if num_experts is not None and num_experts % expert:
+                raise self.fail("parallel.expert", f"must divide the {num_experts} experts of the model")
+            if world_size is not None:
+                pipeline = 1 if self.parallel.pipeline == "auto" else self.parallel.pipeline
+                if world_size % (expert * expert_tensor * pipeline):
+                    raise self.fail(
+                        "parallel.expert",
+                        f"times pipeline {pipeline} must divide the world size of {world_size} ranks",
+                    )
+        if world_size is not None:
+            product = 1
+            for name in ("tensor", "context", "pipeline"):
+                degree = getattr(self.parallel, name)
+                product *= 1 if degree == "auto" else degree
+                if world_size % product:
+                    raise self.fail(
+                        f"parallel.{name}",
+                        f"tensor x context x pipeline ({product}) must divide the world size of {world_size} ranks",
+                    )
+        if device_sms is not None:
+            for name in ("expert", "pipeline", "context"):
+                budget = getattr(self.sm_budget, name)
+                if budget != "auto" and budget > device_sms:
+                    raise self.fail(f"sm_budget.{name}", f"at most the device's {device_sms} SMs")
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(model: type[Model], data: object, source: str, *, key: str = "") -> Model:
+    """Validate `data` as `model`; on failure raise one `ConfigError` for the first mistake.
+
+    `key` is the dotted place of `data` inside `source`, for sections of a larger file.
+    """
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(source, key or "(top level)", data, "must be a mapping of keys to values")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        # A wrong type makes one error for each member of a union; the first of a location names it well enough.
+        first = details[0]
+        location = [str(part) for part in first["loc"]]
+        if first["type"] == "extra_forbidden":
+            allowed = _unknown_key(model, location)
+        else:
+            location = _strip_union_members(model, location)
+            same = [d for d in details if _strip_union_members(model, [str(p) for p in d["loc"]]) == location]
+            allowed = " or ".join(dict.fromkeys(_explain(d) for d in same))
+        dotted = ".".join(([key] if key else []) + location)
+        raise ConfigError(source, dotted, first.get("input"), allowed) from None
+
+
+def _owner(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
+    """The section class that holds the last part of `location`."""
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not inner:
+            break
+        model = inner[0]
+    return model
+
+
+def _strip_union_members(model: type[BaseModel], location: list[str]) -> list[str]:
+    """Drop what pydantic appends to a location for members of a union ("int", "literal['auto']")."""
+    kept: list[str] = []
+    current: type[BaseModel] | None = model
+    for part in location:
+        if current is None or part not in current.model_fields:
+            break
+        kept.append(part)
+        annotation = current.model_fields[part].annotation
+        inner = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)]
+        current = inner[0] if inner else None
+    return kept or location
+
+
+def _unknown_key(model: type[BaseModel], location: list[str]) -> str:
+    valid = [name for name, field in _owner(model, location).model_fields.items()]
+    close = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+    hint = f"unknown key, did you mean {close[0]!r}? " if close else "unknown key; "
+    return f"{hint}allowed: {', '.join(valid)}"
+
+
+def _explain(detail: Any) -> str:
+    message = str(detail["msg"])
+    return message.replace("Input should be", "must be", 1) if message.startswith("Input should be") else message
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(str(path), "(file)", str(path), f"can't be read: {reason}") from None
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark else "(file)"
+        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+        raise ConfigError(str(path), where, "", f"not valid YAML: {problem}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(str(path), "(top level)", data, "must be a mapping of keys to values")
+    return data
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys without a word; here that is an error. Reads 1e-3 as a number, too."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):  # such as a list
+                raise yaml.constructor.ConstructorError(None, None, "keys must be words", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeyLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_config(data: object, source: str, *, key: str = "") -> PluginConfig:
+    """A `PluginConfig` from parsed YAML; `source` and `key` say where it stood.
+
+    Raises:
+        ConfigError: see `parse`.
+    """
+    config = parse(PluginConfig, data, source, key=key)
+    config._source = f"{source}: {key}" if key else source
+    return config
+
+
+def load_config(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None) -> PluginConfig:
+    """A `PluginConfig` from a YAML file, a mapping, another `PluginConfig`, or nothing (the defaults).
+
+    Raises:
+        ConfigError: see `parse` and `read_yaml`.
+    """
+    if isinstance(config, PluginConfig):
+        return config
+    if config is None:
+        return PluginConfig()
+    if isinstance(config, dict):
+        return parse_config(config, "<dict>")
+    return parse_config(read_yaml(config), str(config))

@@ -1,0 +1,680 @@
+"""The host backend: dispatch and combine between CPU processes over gloo, on any machine with torch.
+
+Every rank packs each of its tokens once per destination rank into one byte row (`sizing.RowLayout`), sends one message
+per peer, and the receiver unpacks them in (source rank, source token) order. Sums run in fp32 in a fixed order.
+
+Legend: T tokens, H hidden, K top-k, P ranks, S rows sent, R rows received, N expanded rows, E local experts.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from epv2_plugin.elastic.errors import CommunicationError, CommunicationTimeout
+from epv2_plugin.elastic.event import HostEvent
+from epv2_plugin.elastic.sizing import RowLayout, align, max_expanded_rows, max_received_rows
+
+# A gloo tag: 16 bits of sequence number, 11 of what the operation is, 2 of its step. gloo ends the process when a
+# message has another size than its receiver expects; with unequal tags it does not match, and the wait times out.
+_SEQUENCE_BITS, _KIND_BITS, _STEP_BITS = 16, 11, 2
+_HEADER, _COUNTS, _ROWS = range(3)
+_HEADER_FIELDS = ("hidden size", "dtype", "top-k", "experts", "num_max_tokens_per_rank", "topk_weights", "scales")
+_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+_transports_made: dict[str, int] = {}
+
+Columns = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _words(rows: torch.Tensor) -> torch.Tensor:
+    """`rows` `[X, bytes]` viewed in the widest integers that fit: torch gathers those fastest, and knows them all."""
+    rows = rows.view(torch.uint8)
+    width = rows.shape[1] | rows.stride(0) | int(rows.storage_offset())
+    return rows.view(next(word for word in _WORDS if width % word.itemsize == 0))
+
+
+def _take_rows(source: torch.Tensor, index: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows `index` of `source` `[X, Y]` of any dtype, as bits."""
+    if source.shape[1] == 0:
+        return source.new_empty(index.numel(), 0)
+    words = _words(source)
+    if out is None:
+        return torch.index_select(words, 0, index).view(source.dtype)
+    target = out.view(torch.uint8).view(words.dtype)
+    return torch.index_select(words, 0, index, out=target)
+
+
+def _columns(index_XK: torch.Tensor) -> Columns:
+    """Split a sum over the valid (>= 0) entries of each row into steps: the first of every row, then the second, ...
+
+    Each step is (rows that have such an entry, ascending; the entry). Rows are unique within a step, so that adding
+    the steps one after the other fixes the order of every sum.
+    """
+    valid_XK = index_XK >= 0
+    nth_XK = valid_XK.cumsum(1).masked_fill_(~valid_XK, 0)
+    steps = int(nth_XK.max()) if nth_XK.numel() else 0
+    entries, columns = index_XK.flatten(), []
+    for step in range(1, steps + 1):
+        position = (nth_XK == step).flatten().nonzero().squeeze(1)
+        row = position.div(index_XK.shape[1], rounding_mode="floor")
+        columns.append((row, entries.index_select(0, position)))
+    return columns
+
+
+def _ordered_sum(
+    source: torch.Tensor, columns: Columns, num_rows: int, dtype: torch.dtype, initial: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum rows of `source` in fp32 in the order of `columns`, on top of `initial` `[num_rows, H]` fp32."""
+    dense = bool(columns) and columns[0][0].numel() == num_rows
+    if initial is None and dense:
+        first = source.index_select(0, columns[0][1])
+        if len(columns) == 1:
+            return first.to(dtype)
+        total, columns = first.float(), columns[1:]
+    else:
+        total = source.new_zeros(num_rows, source.shape[1], dtype=torch.float32) if initial is None else initial
+    for row, entry in columns:
+        total.index_add_(0, row, source.index_select(0, entry).float())
+    return total.to(dtype)
+
+
+class Transport:
+    """Messages between the ranks of a group over a private gloo group, each wait with a deadline."""
+
+    def __init__(self, group: dist.ProcessGroup, timeout_seconds: float):
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.timeout_seconds = timeout_seconds
+        self._sequence = 0
+        self._failure: CommunicationError | None = None
+        self._gloo: Any = None  # torch's stubs leave out send and recv of a ProcessGroupGloo
+        if self.size > 1:
+            self._gloo = self._connect(dist.get_process_group_ranks(group))
+
+    def _connect(self, ranks: list[int]) -> dist.ProcessGroupGloo:
+        """A connection of our own between all ranks: nobody else's messages share its tags, and its timeout is ours."""
+        key = ",".join(map(str, ranks))
+        # Every rank of a group makes the same transports in the same order: their number tells them apart.
+        number = _transports_made[key] = _transports_made.get(key, 0) + 1
+        store = dist.PrefixStore(f"epv2/{key}/{number}", dist.distributed_c10d._get_default_store())
+        try:
+            return dist.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=self.timeout_seconds))
+        except RuntimeError as error:
+            raise CommunicationTimeout(
+                self.rank,
+                -1,
+                "creation of the buffer",
+                f"all of ranks {ranks} within {self.timeout_seconds:g} s",
+                str(error).splitlines()[0],
+            ) from error
+
+    def begin(self, name: str, *kind: object) -> Operation:
+        """Start an operation; every rank starts the same operations, with equal `kind`, in the same order."""
+        if self._failure is not None:
+            raise self._failure
+        self._sequence += 1
+        bits = zlib.crc32(repr((name, *kind)).encode()) % (1 << _KIND_BITS)
+        tag = (self._sequence % (1 << _SEQUENCE_BITS) << _KIND_BITS | bits) << _STEP_BITS
+        return Operation(self, f"{name} #{self._sequence}", tag)
+
+    def _send(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
+        assert self._gloo is not None
+        try:
+            return self._gloo.send([payload], peer, tag)
+        except RuntimeError as error:
+            raise self._fail(peer, phase, f"rank {peer} to take {payload.numel()} bytes", error) from error
+
+    def _receive(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
+        assert self._gloo is not None
+        try:
+            return self._gloo.recv([payload], peer, tag)
+        except RuntimeError as error:
+            raise self._fail(peer, phase, f"{payload.numel()} bytes", error) from error
+
+    def _wait(self, work: dist.Work, peer: int, phase: str, expected: str, seconds: float) -> None:
+        try:
+            work.wait(timedelta(seconds=max(seconds, 0.001)))
+        except RuntimeError as error:
+            raise self._fail(peer, phase, expected, error) from error
+
+    def _fail(self, peer: int, phase: str, expected: str, error: RuntimeError) -> CommunicationError:
+        reason = str(error)
+        if "Timed out" in reason or "timed out" in reason:
+            kind: type[CommunicationError] = CommunicationTimeout
+            seen = f"nothing within {self.timeout_seconds:g} s"
+        else:
+            kind = CommunicationError
+            seen = "a closed connection (the process ended or gave up)"
+        self.abandon(kind(self.rank, peer, phase, expected, seen))
+        assert self._failure is not None
+        return self._failure
+
+    def abandon(self, failure: CommunicationError) -> None:
+        """Give the group up after an error: its peers see closed connections and raise instead of waiting."""
+        self._failure = failure
+        self.close()
+
+    def close(self) -> None:
+        """Drop the connections."""
+        self._gloo = None
+
+
+class Operation:
+    """One collective operation: numbered steps, each at most one message to and from every peer."""
+
+    def __init__(self, transport: Transport, name: str, tag: int):
+        self._transport, self._name, self._tag = transport, name, tag
+        self.rank, self.peers = transport.rank, [p for p in range(transport.size) if p != transport.rank]
+        self._sends: list[tuple[int, str, dist.Work, torch.Tensor]] = []
+
+    def send(self, step: int, payloads: Sequence[torch.Tensor], phase: str) -> None:
+        """Start sending `payloads[p]` (contiguous uint8) to each peer p; empty ones send nothing."""
+        for peer in self.peers:
+            if payloads[peer].numel():
+                where, payload = f"{self._name}, {phase}", payloads[peer]
+                work = self._transport._send(payload, peer, self._tag + step, where)
+                self._sends.append((peer, where, work, payload))
+
+    def wait_sent(self) -> None:
+        """Wait until every peer has taken what was sent: after this the process may end without hurting anybody."""
+        for peer, phase, work, payload in self._sends:
+            expected = f"rank {peer} to take {payload.numel()} bytes"
+            self._transport._wait(work, peer, phase, expected, self._transport.timeout_seconds)
+        self._sends.clear()
+
+    def receive(self, step: int, payloads: Sequence[torch.Tensor], phase: str) -> Callable[[], None]:
+        """Start receiving into `payloads[p]` from each peer p; returns the function that waits for all of them."""
+        transport, phase = self._transport, f"{self._name}, {phase}"
+        pending = [
+            (peer, payloads[peer].numel(), transport._receive(payloads[peer], peer, self._tag + step, phase))
+            for peer in self.peers
+            if payloads[peer].numel()
+        ]
+
+        def wait() -> None:
+            deadline = time.monotonic() + transport.timeout_seconds
+            for peer, num_bytes, work in pending:
+                transport._wait(work, peer, phase, f"{num_bytes} bytes", deadline - time.monotonic())
+
+        return wait
+
+    def mismatch(self, peer: int, phase: str, expected: str, seen: str) -> CommunicationError:
+        """The error for a peer that came with something else; the group is given up."""
+        failure = CommunicationError(self.rank, peer, f"{self._name}, {phase}", expected, seen)
+        self._transport.abandon(failure)
+        return failure
+
+
+class HostRoute:
+    """Who gets which token. Built by a dispatch, completed when its rows have arrived, read by everything after."""
+
+    def __init__(self, topk_idx_TK: torch.Tensor, rank: int, num_ranks: int, num_experts: int):
+        self.rank, self.num_ranks = rank, num_ranks
+        self.num_local_experts = num_experts // num_ranks
+        self.topk_idx_TK = topk_idx_TK
+        num_tokens, self.num_topk = topk_idx_TK.shape
+        self.rank_TK = topk_idx_TK.div(self.num_local_experts, rounding_mode="floor")  # -1 stays -1
+        goes_TP = torch.zeros(num_tokens, num_ranks + 1, dtype=torch.bool)
+        goes_TP.scatter_(1, self.rank_TK.masked_fill(self.rank_TK < 0, num_ranks), True)
+        self.goes_PT = goes_TP[:, :num_ranks].t().contiguous()
+        self.sent_splits: list[int] = self.goes_PT.sum(1).tolist()
+        self.sent_token_S = self.goes_PT.nonzero()[:, 1]
+        self.pairs_per_rank: list[int] = []
+        self.rows_per_source: list[int] = []
+        self.rows_per_expert: list[int] = []
+        self.num_max_tokens_per_rank = 0
+        self.expert_alignment = 1
+        self.expanded = False
+        self.pending = HostEvent()
+        self._received: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def expert_counts(self) -> torch.Tensor:
+        """int64 `[P, E]`: (token, expert) pairs of this rank for every expert."""
+        counts = torch.bincount(self.topk_idx_TK.flatten() + 1, minlength=self.num_ranks * self.num_local_experts + 1)
+        counts_PE = counts[1:].view(self.num_ranks, self.num_local_experts)
+        self.pairs_per_rank = counts_PE.sum(1).tolist()
+        return counts_PE
+
+    def local_to(self, values_TK: torch.Tensor, fill: float) -> torch.Tensor:
+        """`values_TK` for every row sent `[S, K]`, with `fill` at the positions that lead to another rank."""
+        destination_S = torch.repeat_interleave(torch.tensor(self.sent_splits))
+        elsewhere_SK = self.rank_TK.index_select(0, self.sent_token_S) != destination_S.unsqueeze(1)
+        return values_TK.index_select(0, self.sent_token_S).masked_fill_(elsewhere_SK, fill)
+
+    def complete(self, recv_idx_RK: torch.Tensor, source_token_R: torch.Tensor) -> None:
+        """Fill in what came with the rows: local experts `[R, K]` (-1 = elsewhere) and source tokens `[R]`."""
+        self._received = (recv_idx_RK, source_token_R)
+
+    def _arrived(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.pending.current_stream_wait()
+        assert self._received is not None
+        return self._received
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.rows_per_source)
+
+    @property
+    def recv_topk_idx(self) -> torch.Tensor:
+        return self._arrived()[0]
+
+    @cached_property
+    def _expert_order(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(position in the flat `[R, K]` of every expanded row, its place in the expanded tensor), by expert."""
+        local_RK = self.recv_topk_idx
+        flat = local_RK.flatten()
+        order = flat.masked_fill(flat < 0, self.num_local_experts).argsort(stable=True)[: sum(self.rows_per_expert)]
+        place = torch.arange(order.numel())
+        if self.expert_alignment > 1:
+            counts = torch.tensor(self.rows_per_expert)
+            gaps = torch.tensor([align(n, self.expert_alignment) - n for n in self.rows_per_expert])
+            place += (gaps.cumsum(0) - gaps).repeat_interleave(counts)
+        return order, place
+
+    @cached_property
+    def expanded_source_N(self) -> torch.Tensor:
+        """Received row of every expanded row (gaps left out)."""
+        return self._expert_order[0].div(self.num_topk, rounding_mode="floor")
+
+    @property
+    def expanded_flat_N(self) -> torch.Tensor:
+        """Position in the flat `[R, K]` of every expanded row (gaps left out)."""
+        return self._expert_order[0]
+
+    @property
+    def expanded_place_N(self) -> torch.Tensor:
+        """Place in the expanded tensor of every expanded row (gaps left out)."""
+        return self._expert_order[1]
+
+    @cached_property
+    def expanded_row_RK(self) -> torch.Tensor:
+        """Expanded row of every received (row, top-k position), -1 = none."""
+        order, place = self._expert_order
+        rows = torch.full((self.num_rows * self.num_topk,), -1, dtype=torch.int64)
+        return rows.index_copy_(0, order, place).view(self.num_rows, self.num_topk)
+
+    @cached_property
+    def local_columns(self) -> Columns:
+        """Steps that sum the expanded rows of each received row, in top-k order."""
+        return _columns(self.expanded_row_RK)
+
+    @cached_property
+    def pair_splits(self) -> list[int]:
+        """Expanded rows (gaps left out) by source rank."""
+        valid_R = (self.expanded_row_RK >= 0).sum(1)
+        return [int(part.sum()) for part in valid_R.split(self.rows_per_source)]
+
+    @cached_property
+    def sent_row_TK(self) -> torch.Tensor:
+        """Which sent row serves a token's top-k position, -1 = none."""
+        row_PT = self.goes_PT.flatten().cumsum(0).view(self.num_ranks, -1) - 1
+        row_TK = row_PT.t().gather(1, self.rank_TK.clamp(min=0))
+        return row_TK.masked_fill_(self.rank_TK < 0, -1)
+
+    @cached_property
+    def return_columns(self) -> Columns:
+        """Steps that sum what comes back for each token: one row per rank, at the last top-k position of that rank."""
+        last = torch.ones_like(self.rank_TK, dtype=torch.bool)
+        for position in range(self.num_topk - 1):
+            later = self.rank_TK[:, position + 1 :] == self.rank_TK[:, position : position + 1]
+            last[:, position] = ~later.any(1)
+        return _columns(self.sent_row_TK.masked_fill(~last, -1))
+
+    @cached_property
+    def sent_pair_TK(self) -> torch.Tensor:
+        """As `sent_row_TK` where every (token, expert) pair comes back as a row of its own."""
+        flat = self.rank_TK.flatten()
+        order = flat.masked_fill(flat < 0, self.num_ranks).argsort(stable=True)[: sum(self.pairs_per_rank)]
+        rows = torch.full((flat.numel(),), -1, dtype=torch.int64)
+        return rows.index_copy_(0, order, torch.arange(order.numel())).view_as(self.rank_TK)
+
+    @property
+    def dst_buffer_slot_idx(self) -> torch.Tensor:
+        first_P = torch.tensor([0, *self.sent_splits]).cumsum(0)
+        slot_TK = self.sent_row_TK - first_P[self.rank_TK.clamp(min=0)]
+        return slot_TK.masked_fill_(self.rank_TK < 0, -1).to(torch.int32)
+
+    @property
+    def recv_src_metadata(self) -> torch.Tensor:
+        local_RK, token_R = self._arrived()
+        source_R = torch.repeat_interleave(torch.tensor(self.rows_per_source))
+        first_R = (local_RK >= 0).to(torch.uint8).argmax(1) if local_RK.numel() else source_R
+        rows_RK = self.expanded_row_RK if self.expanded else torch.full_like(local_RK, -1)
+        head = torch.stack([source_R * self.num_max_tokens_per_rank + token_R, source_R * self.num_topk + first_R], 1)
+        return torch.cat([head, rows_RK], 1).to(torch.int32)
+
+
+@dataclass
+class Traffic:
+    """Bytes that one rank sent to other ranks.
+
+    Attributes:
+        sent_bytes: everything sent, headers included.
+        undeduplicated_bytes: what the same rows would have been with one copy per (token, expert) pair.
+    """
+
+    sent_bytes: int = 0
+    undeduplicated_bytes: int = 0
+
+
+@dataclass
+class Received:
+    """Outputs of a dispatch; they hold no data before `event` was waited for."""
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    route: HostRoute
+    num_recv_rows: int
+    num_expanded_rows: int
+    event: HostEvent
+
+
+class HostBackend:
+    """Dispatch and combine for one group of CPU processes. Arguments come checked from `ElasticBuffer`."""
+
+    name = "host"
+
+    def __init__(self, group: dist.ProcessGroup, timeout_seconds: float, allow_multiple_reduction: bool):
+        self.transport = Transport(group, timeout_seconds)
+        self.traffic = Traffic()
+        self._allow_multiple_reduction = allow_multiple_reduction
+
+    def close(self) -> None:
+        self.transport.close()
+
+    def all_gather(self, name: str, value: int) -> list[int]:
+        """Every rank's `value` (64 bits, signed), by rank."""
+        operation, size = self.transport.begin(name), self.transport.size
+        values = torch.full((size, 1), value, dtype=torch.int64)
+        own = values.view(torch.uint8).clone()
+        operation.send(_ROWS, list(own), "value")
+        operation.receive(_ROWS, list(values.view(torch.uint8)), "value")()
+        operation.wait_sent()
+        return values.flatten().tolist()
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+        self.all_gather("barrier", 0)
+
+    def dispatch(
+        self,
+        x_TH: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx_TK: torch.Tensor,
+        topk_weights_TK: torch.Tensor | None,
+        *,
+        num_experts: int,
+        num_max_tokens_per_rank: int,
+        alignment: int,
+        exact: bool,
+        expand: bool,
+        zero_padding: bool,
+        statistics: torch.Tensor | None,
+        route: HostRoute | None,
+    ) -> Received:
+        """See `ElasticBuffer.dispatch`. `route` repeats a routing; `num_max_tokens_per_rank` 0 = the ranks agree."""
+        rank, size = self.transport.rank, self.transport.size
+        cached = route is not None
+        shape = () if scales is None else (scales.shape[1], scales.dtype)
+        kind = (x_TH.shape[1], x_TH.dtype, topk_weights_TK is not None, *shape) if cached else ()
+        operation = self.transport.begin("cached dispatch" if cached else "dispatch", *kind)
+        if route is None:
+            route = HostRoute(topk_idx_TK, rank, size, num_experts)
+            route.expert_alignment, route.expanded = alignment, expand
+            wait_header = self._exchange_header(
+                operation, route, x_TH, scales, topk_weights_TK, num_experts, num_max_tokens_per_rank
+            )
+        layout = RowLayout(
+            x_TH.shape[1] * x_TH.itemsize,
+            0 if scales is None else scales.shape[1] * 4,
+            0 if cached else route.num_topk,
+            0 if topk_weights_TK is None else route.num_topk,
+        )
+        sent = self._pack(layout, route, x_TH, scales, topk_weights_TK, with_idx=not cached)
+        operation.send(_ROWS, sent.split(route.sent_splits), "rows")
+        self._count(
+            route, sent, pairs_bytes=layout.data_bytes + layout.scale_bytes + (4 if layout.num_topk_weights else 0)
+        )
+        if not cached:
+            wait_header()
+            if statistics is not None:
+                statistics += torch.tensor(route.rows_per_expert, dtype=statistics.dtype)
+        received = torch.empty(route.num_rows, layout.stride, dtype=torch.uint8)
+        incoming = received.split(route.rows_per_source)
+        wait_rows = operation.receive(_ROWS, incoming, "rows")
+        incoming[rank].copy_(sent.split(route.sent_splits)[rank])
+
+        num_recv, num_expanded = route.num_rows, sum(align(n, alignment) for n in route.rows_per_expert)
+        if not exact:
+            limit = route.num_max_tokens_per_rank
+            num_recv = max_received_rows(size, limit)
+            num_expanded = max_expanded_rows(size, limit, route.num_topk, route.num_local_experts, alignment)
+        num_out = num_expanded if expand else num_recv
+        # Rows that a worst-case size leaves over are zero: harmless to whatever computes on all rows.
+        gaps = num_out != (sum(route.rows_per_expert) if expand else route.num_rows)
+        make = torch.zeros if gaps and (zero_padding or not exact) else torch.empty
+        out_x = make(num_out, x_TH.shape[1], dtype=x_TH.dtype)
+        out_scales = None if scales is None else make(num_out, scales.shape[1], dtype=scales.dtype)
+        out_weights = None
+        if topk_weights_TK is not None:
+            out_weights = make((num_out,) if expand else (num_out, route.num_topk), dtype=torch.float32)
+
+        def finish() -> None:
+            wait_rows()
+            operation.wait_sent()
+            if not cached:
+                route.complete(*_read_idx(received, layout))
+            place = route.expanded_place_N if expand and gaps else None
+            source = route.expanded_source_N if expand else None
+            _unpack(received[:, : layout.data_bytes], source, place, out_x)
+            if out_scales is not None:
+                _unpack(received[:, layout.scale_offset :][:, : layout.scale_bytes], source, place, out_scales)
+            if out_weights is not None:
+                weights_RK = received[:, layout.weights_offset :][:, : 4 * route.num_topk].view(torch.float32)
+                if not expand:
+                    out_weights[: route.num_rows] = weights_RK
+                else:
+                    values = weights_RK.reshape(-1).index_select(0, route.expanded_flat_N)
+                    if place is None:
+                        out_weights.copy_(values)
+                    else:
+                        out_weights.index_copy_(0, place, values)
+
+        event = HostEvent(finish)
+        if not cached:
+            route.pending = event
+        return Received(out_x, out_scales, out_weights, route, num_recv, num_expanded, event)
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        bias_TH: Sequence[torch.Tensor],
+        route: HostRoute,
+        *,
+        expanded: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, HostEvent]:
+        """See `ElasticBuffer.combine`."""
+        rank, num_tokens, num_topk = self.transport.rank, route.topk_idx_TK.shape[0], route.num_topk
+        operation = self.transport.begin("combine", x.shape[1], x.dtype, topk_weights is not None)
+        by_pair = expanded and not self._allow_multiple_reduction
+        rows, weights = self._rows_to_return(x, topk_weights, route, expanded, by_pair)
+        out_splits = route.pair_splits if by_pair else route.rows_per_source
+        in_splits = route.pairs_per_rank if by_pair else route.sent_splits
+        layout = RowLayout(x.shape[1] * x.itemsize, num_topk_weights=0 if weights is None else weights.shape[1])
+        if weights is None and layout.stride == layout.data_bytes:
+            sent = rows.view(torch.uint8)
+        else:
+            sent = torch.empty(rows.shape[0], layout.stride, dtype=torch.uint8)
+            sent[:, : layout.data_bytes] = rows.view(torch.uint8)
+            if weights is not None:
+                sent[:, layout.weights_offset :][:, : 4 * layout.num_topk_weights] = weights.view(torch.uint8)
+        outgoing = sent.split(out_splits)
+        operation.send(_ROWS, outgoing, "rows")
+        remote = sum(n for p, n in enumerate(out_splits) if p != rank)
+        self.traffic.sent_bytes += remote * layout.stride
+        self.traffic.undeduplicated_bytes += layout.data_bytes * sum(
+            n for p, n in enumerate(route.pair_splits) if p != rank
+        )
+        received = torch.empty(sum(in_splits), layout.stride, dtype=torch.uint8)
+        incoming = received.split(in_splits)
+        wait_rows = operation.receive(_ROWS, incoming, "rows")
+        incoming[rank].copy_(outgoing[rank])
+        combined = torch.empty(num_tokens, x.shape[1], dtype=x.dtype)
+        combined_weights = None if topk_weights is None else torch.empty(num_tokens, num_topk, dtype=torch.float32)
+        columns = _columns(route.sent_pair_TK) if by_pair else route.return_columns
+
+        def finish() -> None:
+            wait_rows()
+            operation.wait_sent()
+            returned = received[:, : layout.data_bytes].view(x.dtype)
+            initial = None
+            if bias_TH:
+                initial = bias_TH[0].float() if len(bias_TH) == 1 else bias_TH[0].float() + bias_TH[1].float()
+                initial = initial.clone() if initial is bias_TH[0] else initial
+            combined.copy_(_ordered_sum(returned, columns, num_tokens, x.dtype, initial))
+            if combined_weights is not None:
+                values = received[:, layout.weights_offset :][:, : 4 * layout.num_topk_weights].view(torch.float32)
+                row_TK = route.sent_pair_TK if by_pair else route.sent_row_TK
+                if values.shape[0] == 0:
+                    combined_weights.zero_()
+                    return
+                position = 0 if by_pair else torch.arange(num_topk)
+                combined_weights.copy_(values[row_TK.clamp(min=0), position].masked_fill_(row_TK < 0, 0))
+
+        return combined, combined_weights, HostEvent(finish)
+
+    def _exchange_header(
+        self,
+        operation: Operation,
+        route: HostRoute,
+        x_TH: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_weights_TK: torch.Tensor | None,
+        num_experts: int,
+        num_max_tokens_per_rank: int,
+    ) -> Callable[[], None]:
+        """Tell every rank how many rows and pairs come, and what they are; returns the wait that reads the answers."""
+        size = self.transport.size
+        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+        shape = [
+            x_TH.shape[1],
+            dtypes.index(x_TH.dtype),
+            route.num_topk,
+            num_experts,
+            num_max_tokens_per_rank,
+            int(topk_weights_TK is not None),
+            0 if scales is None else scales.shape[1] * (-1 if scales.dtype == torch.int32 else 1),
+        ]
+        counts_PE = route.expert_counts()
+        header_PF = torch.empty(size, len(shape) + 2, dtype=torch.int64)
+        header_PF[:, :-2] = torch.tensor(shape)
+        header_PF[:, -2] = x_TH.shape[0]
+        header_PF[:, -1] = torch.tensor(route.sent_splits)
+        answers_PF, arriving_PE = header_PF.clone(), counts_PE.clone()
+        operation.send(_HEADER, list(header_PF.view(torch.uint8)), "header")
+        operation.send(_COUNTS, list(counts_PE.view(torch.uint8)), "counts")
+        wait = operation.receive(_HEADER, list(answers_PF.view(torch.uint8)), "header")
+        self.traffic.sent_bytes += (size - 1) * 8 * (header_PF.shape[1] + counts_PE.shape[1])
+
+        def read() -> None:
+            wait()
+            answers = answers_PF.tolist()
+            for peer, answer in enumerate(answers):
+                for name, ours, theirs in zip(_HEADER_FIELDS, shape, answer, strict=False):
+                    if ours != theirs:
+                        told, seen = (dtypes[ours], dtypes[theirs]) if name == "dtype" else (ours, theirs)
+                        raise operation.mismatch(peer, "header", f"{name} {told} as on this rank", f"{name} {seen}")
+            operation.receive(_COUNTS, list(arriving_PE.view(torch.uint8)), "counts")()
+            route.num_max_tokens_per_rank = num_max_tokens_per_rank or max(answer[-2] for answer in answers)
+            route.rows_per_source = [answer[-1] for answer in answers]
+            route.rows_per_expert = arriving_PE.sum(0).tolist()
+
+        return read
+
+    def _pack(
+        self,
+        layout: RowLayout,
+        route: HostRoute,
+        x_TH: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_weights_TK: torch.Tensor | None,
+        *,
+        with_idx: bool,
+    ) -> torch.Tensor:
+        """uint8 `[S, stride]`: the rows to send, by destination rank and token."""
+        token_S = route.sent_token_S
+        packed = torch.empty(token_S.numel(), layout.stride, dtype=torch.uint8)
+        _take_rows(x_TH, token_S, out=packed[:, : layout.data_bytes])
+        if scales is not None:
+            _take_rows(scales, token_S, out=packed[:, layout.scale_offset :][:, : layout.scale_bytes])
+        if with_idx:
+            idx_SK = packed[:, layout.idx_offset :][:, : 4 * (route.num_topk + 1)].view(torch.int32)
+            local_TK = route.topk_idx_TK - route.rank_TK * route.num_local_experts
+            idx_SK[:, :-1] = route.local_to(local_TK, -1)
+            idx_SK[:, -1] = token_S
+        if topk_weights_TK is not None:
+            weights_SK = packed[:, layout.weights_offset :][:, : 4 * route.num_topk].view(torch.float32)
+            weights_SK.copy_(route.local_to(topk_weights_TK, 0.0))
+        return packed
+
+    def _rows_to_return(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        route: HostRoute,
+        expanded: bool,
+        by_pair: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows that go back to their owners, by source rank and token (and top-k position), and their weights."""
+        weights = None
+        if not expanded:
+            if topk_weights is not None:
+                weights = topk_weights[: route.num_rows].masked_fill(route.recv_topk_idx < 0, 0.0)
+            return x[: route.num_rows], weights
+        row_RK = route.expanded_row_RK
+        if by_pair:
+            pairs = row_RK[row_RK >= 0]
+            if topk_weights is not None:
+                weights = topk_weights.index_select(0, pairs).unsqueeze(1)
+            return x.index_select(0, pairs), weights
+        if topk_weights is not None and row_RK.numel():
+            weights = topk_weights[row_RK.clamp(min=0)].masked_fill_(row_RK < 0, 0.0)
+        elif topk_weights is not None:
+            weights = topk_weights.new_empty(row_RK.shape)
+        return _ordered_sum(x, route.local_columns, route.num_rows, x.dtype), weights
+
+    def _count(self, route: HostRoute, sent: torch.Tensor, pairs_bytes: int) -> None:
+        rank = self.transport.rank
+        self.traffic.sent_bytes += sum(n for p, n in enumerate(route.sent_splits) if p != rank) * sent.shape[1]
+        self.traffic.undeduplicated_bytes += pairs_bytes * sum(
+            n for p, n in enumerate(route.pairs_per_rank) if p != rank
+        )
+
+
+def _read_idx(received: torch.Tensor, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    section = received[:, layout.idx_offset :][:, : 4 * (layout.num_topk_idx + 1)].view(torch.int32)
+    return section[:, :-1].to(torch.int64), section[:, -1].to(torch.int64)
+
+
+def _unpack(rows: torch.Tensor, source: torch.Tensor | None, place: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Write received byte rows into `out`: as they came, or row `source[i]` to row i, or to row `place[i]`."""
+    if out.shape[1] == 0:
+        return
+    words = _words(rows)
+    target = out.view(torch.uint8).view(words.dtype)
+    if source is None:
+        target[: rows.shape[0]] = words
+    elif place is None:
+        torch.index_select(words, 0, source, out=target)
+    else:
+        target.index_copy_(0, place, words.index_select(0, source))

@@ -1,0 +1,27 @@
+"""Errors of the communication library."""
+
+from __future__ import annotations
+
+
+class CommunicationError(RuntimeError):
+    """A message from a peer did not arrive, or was not the one expected.
+
+    Attributes:
+        rank: the rank that noticed. peer: the rank waited for. phase: the operation and step, as text.
+        expected, seen: what should have come and what came, as text.
+    """
+
+    def __init__(self, rank: int, peer: int, phase: str, expected: str, seen: str):
+        self.rank, self.peer, self.phase, self.expected, self.seen = rank, peer, phase, expected, seen
+        super().__init__(f"rank {rank}, waiting for rank {peer} in {phase}: expected {expected}, seen {seen}")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.rank, self.peer, self.phase, self.expected, self.seen)
+
+
+class CommunicationTimeout(CommunicationError, TimeoutError):
+    """A peer did not answer within the timeout."""
+
+
+class BufferSizeError(ValueError):
+    """The data does not fit in the buffer as it was made; the message has the needed size."""

@@ -1,0 +1,75 @@
+"""Events: what an operation returns so that work can go on while its data travels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """What `previous_event` arguments accept: anything the current stream can wait for."""
+
+    def current_stream_wait(self) -> None: ...
+
+
+class HostEvent:
+    """The end of an operation of the host backend: `finish` completes it, once."""
+
+    def __init__(self, finish: Callable[[], None] | None = None):
+        self._finish = finish
+
+    @property
+    def done(self) -> bool:
+        """Whether the operation has been completed."""
+        return self._finish is None
+
+    def current_stream_wait(self) -> None:
+        """Complete the operation; nothing if it is complete.
+
+        Raises:
+            CommunicationError: a peer died or did not answer in time.
+        """
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            # Filling outputs that autograd has already recorded is not an operation of the graph.
+            with torch.no_grad():
+                finish()
+
+
+class EventOverlap:
+    """Handle on an operation in flight, with DeepEP's interface.
+
+    `with event: work()` runs `work` while the data travels and waits at the end of the block. Outputs of an
+    operation called with `async_with_compute_stream=True` hold no data before the wait.
+    """
+
+    def __init__(self, event: Event | None = None):
+        self.event = event
+        self._release_on_exit = False
+
+    def current_stream_wait(self, release_handle: bool = False) -> None:
+        """Make the current stream (on the host: the caller) wait for the operation.
+
+        Args:
+            release_handle: drop the event afterwards, and with it what it keeps alive.
+
+        Raises:
+            CommunicationError: a peer died or did not answer in time.
+        """
+        if self.event is not None:
+            self.event.current_stream_wait()
+        if release_handle:
+            self.event = None
+
+    def __call__(self, release_handle: bool = False) -> EventOverlap:
+        self._release_on_exit = release_handle
+        return self
+
+    def __enter__(self) -> EventOverlap:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        release, self._release_on_exit = self._release_on_exit, False
+        self.current_stream_wait(release_handle=release)

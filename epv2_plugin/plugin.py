@@ -1,0 +1,116 @@
+"""`enable`, `disable` and `status`: the one way in, whichever framework or launcher calls it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from epv2_plugin.config import PluginConfig, load_config
+from epv2_plugin.elastic.buffer import resolve_backend
+
+logger = logging.getLogger("epv2_plugin")
+
+
+@dataclass
+class _Enabled:
+    config: PluginConfig
+    bridged: bool
+
+
+_enabled: _Enabled | None = None
+
+
+def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None = None) -> None:
+    """Put the plugin under Megatron-Core, before any model is built. A second call with the same config does nothing.
+
+    Afterwards `moe_token_dispatcher_type="flex"` with `moe_flex_dispatcher_backend="epv2"` dispatches through
+    `ElasticBuffer`; everything else stays as it was. Where there is no CUDA device, Megatron-Core is also made to run
+    on the CPU.
+
+    Args:
+        config: a YAML file, a mapping, a `PluginConfig`, or None for the defaults.
+
+    Raises:
+        ConfigError: the configuration is wrong, or asks for what this version or machine does not have.
+        ImportError: Megatron-Core is not installed.
+        RuntimeError: the plugin is enabled with another configuration.
+    """
+    global _enabled
+    loaded = load_config(config)
+    if _enabled is not None:
+        if _enabled.config.model_dump() != loaded.model_dump():
+            raise RuntimeError(
+                f"the plugin is enabled with {_enabled.config.source}; call disable() before enabling {loaded.source}"
+            )
+        return
+    _check(loaded)
+    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
+        raise ImportError("Megatron-Core is not installed: pip install 'epv2_plugin[megatron]'")
+    # Megatron reads the device at import: the bridge comes first.
+    from epv2_plugin.megatron import cpu_bridge
+
+    bridged = cpu_bridge.install()
+    try:
+        from epv2_plugin.megatron import dispatcher
+
+        dispatcher.install(loaded)
+    except BaseException:
+        cpu_bridge.uninstall()
+        raise
+    _enabled = _Enabled(loaded, bridged)
+    logger.info(
+        "epv2: enabled with %s; expert parallelism by the plugin, pipeline and context parallelism stock", loaded.source
+    )
+
+
+def disable() -> None:
+    """Put every replaced symbol back and release the buffers; nothing if the plugin is not enabled."""
+    global _enabled
+    if _enabled is None:
+        return
+    from epv2_plugin.megatron import cpu_bridge, dispatcher
+
+    dispatcher.uninstall()
+    cpu_bridge.uninstall()
+    _enabled = None
+
+
+def status() -> dict[str, Any]:
+    """What is active: `enabled`, `config`, `backend`, `expert`/`pipeline`/`context` (who runs it), `replaced` (dotted
+    names of the symbols replaced), `bridge` (likewise, for Megatron on a CPU), `groups` (one entry per EP group)."""
+    if _enabled is None:
+        return {"enabled": False, "replaced": [], "bridge": [], "groups": []}
+    from epv2_plugin.megatron import cpu_bridge, dispatcher
+
+    return {
+        "enabled": True,
+        "config": _enabled.config.source,
+        "backend": "host",
+        "expert": "epv2",
+        "pipeline": "stock",
+        "context": "stock",
+        "replaced": list(dispatcher.replaced()),
+        "bridge": list(cpu_bridge.active()) if _enabled.bridged else [],
+        "groups": dispatcher.groups(),
+    }
+
+
+def _check(config: PluginConfig) -> None:
+    """Refuse what this version would otherwise ignore."""
+    try:
+        resolve_backend(config.backend)
+    except RuntimeError as error:
+        raise config.fail("backend", str(error)) from None
+    if torch.cuda.is_available():
+        raise config.fail(
+            "backend", "the host backend trains on the CPU; hide the GPU (CUDA_VISIBLE_DEVICES=) to use it"
+        )
+    if config.expert.mode == "hybrid":
+        raise config.fail("expert.mode", "the host backend makes one hop: 'auto' or 'direct'")
+    if not config.expert.host_sync:
+        raise config.fail("expert.host_sync", "must be true on the host backend, whose experts take exact counts")

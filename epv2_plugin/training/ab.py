@@ -1,0 +1,181 @@
+"""A/B: the same model, weights, data and routing, trained with each token dispatcher in turn, in one launch.
+
+All arms live in the same processes and take turns step by step, in an order that rotates, so that whatever else the
+machine does hits all of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+
+from epv2_plugin.megatron.dispatcher import EpTokenDispatcher
+from epv2_plugin.training.data import TokenStream
+from epv2_plugin.training.launcher import INTERRUPTED
+from epv2_plugin.training.recipe import Recipe, check_arms, parameter_count
+from epv2_plugin.training.report import write_report
+from epv2_plugin.training.stages import PeakMemory, StageClock, StockTraffic, moe_layers, skew_routing
+from epv2_plugin.training.trainer import Arm, Interrupts, setup
+
+WARMUP_STEPS = 3  # allocators and caches settle
+
+
+def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, command: str) -> int:
+    """Train the recipe with each of `arms` on this rank and write the report to `folder`.
+
+    Args:
+        skew: share of the tokens that is sent to one popular expert; None = the router's own choice.
+        command: for the report.
+
+    Returns:
+        The exit code: 0, or 130 if interrupted (the report then covers the steps that were made).
+    """
+    check_arms(recipe, arms)
+    setup(recipe)
+    stream = TokenStream(recipe)
+    measured = [_MeasuredArm(Arm(recipe, name), skew) for name in arms]
+    metrics: IO[str] | None = None
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("report.md", "report.png"):
+            (folder / name).unlink(missing_ok=True)
+        (folder / "meta.json").write_text(json.dumps(_meta(recipe, arms, skew, command, stream), indent=1) + "\n")
+        metrics = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed below
+    interrupted = False
+    with Interrupts() as interrupts:
+        for step in range(recipe.train.steps):
+            batch = stream.sequences(step)
+            turn = step % len(measured)
+            for arm in measured[turn:] + measured[:turn]:
+                record = arm.step(batch)
+                if metrics is not None:
+                    metrics.write(json.dumps(record) + "\n")
+                    metrics.flush()
+            if metrics is not None:
+                _show(step, recipe.train.steps, measured)
+            if interrupted := interrupts.anywhere():
+                break
+    if metrics is not None:
+        metrics.close()
+        print(flush=True)
+        report = write_report(folder)
+        print(report.read_text().split("\n##")[0].strip())
+        print(f"\nreport: {report}", flush=True)
+    dist.barrier()
+    return INTERRUPTED if interrupted else 0
+
+
+class _MeasuredArm:
+    """An arm with its instruments."""
+
+    def __init__(self, arm: Arm, skew: float | None):
+        self.arm = arm
+        self.record: dict[str, Any] = {}
+        self._clock, self._memory, self._traffic = StageClock(arm.chunks), PeakMemory(), StockTraffic(arm.chunks)
+        # Layers of one group share a buffer.
+        self._buffers = {
+            layer.token_dispatcher.buffer
+            for layer in moe_layers(arm.chunks)
+            if isinstance(layer.token_dispatcher, EpTokenDispatcher)
+        }
+        if skew is not None:
+            skew_routing(arm.chunks, skew)
+
+    def step(self, batch: torch.Tensor) -> dict[str, Any]:
+        """One step; returns its record, the same on every rank."""
+        self._clock.reset()
+        self._memory.reset()
+        sent, plain = self._sent()
+        dist.barrier()
+        begin = time.perf_counter()
+        with self._traffic.counting():
+            result = self.arm.step(batch)
+        seconds = time.perf_counter() - begin
+        sent_now, plain_now = self._sent()
+        stages = list(self._clock.seconds.values())
+        sums = torch.tensor([sent_now - sent, plain_now - plain, *stages], dtype=torch.float64)
+        largest = torch.tensor([seconds, self._memory.read()], dtype=torch.float64)
+        dist.all_reduce(sums)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        ranks = dist.get_world_size()
+        self.record = {
+            "arm": self.arm.dispatcher,
+            "step": self.arm.steps_done - 1,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "tokens": result.tokens,
+            "step_ms": round(float(largest[0]) * 1e3, 3),
+            "sent_bytes": int(sums[0]),
+            "undeduplicated_bytes": int(sums[1]),
+            "peak_rss_mib": round(float(largest[1]) / 2**20, 1),
+        }
+        for stage, total in zip(self._clock.seconds, sums[2:].tolist(), strict=True):
+            name, _, backward = stage.partition("_")
+            self.record[f"{name}_backward_ms" if backward else f"{name}_ms"] = round(total / ranks * 1e3, 3)
+        return self.record
+
+    def _sent(self) -> tuple[int, int]:
+        """Bytes sent so far, and what they would have been with a copy per (token, expert); stock sends those."""
+        if self._buffers:
+            traffic = [buffer.traffic for buffer in self._buffers]
+            return sum(t.sent_bytes for t in traffic), sum(t.undeduplicated_bytes for t in traffic)
+        return self._traffic.sent_bytes, self._traffic.sent_bytes
+
+
+def _show(step: int, steps: int, measured: list[_MeasuredArm]) -> None:
+    parts = [f"{m.arm.dispatcher} {m.record['loss']:.4f} {m.record['step_ms']:.0f} ms" for m in measured]
+    line = f"step {step + 1}/{steps}  " + "  |  ".join(parts)
+    if os.isatty(1):
+        print(f"\r{line}\x1b[K", end="", flush=True)
+    elif (step + 1) % max(1, steps // 10) == 0:
+        print(line, flush=True)
+
+
+def _meta(recipe: Recipe, arms: list[str], skew: float | None, command: str, stream: TokenStream) -> dict[str, Any]:
+    degrees = {"EP": "expert", "TP": "tensor", "PP": "pipeline"}
+    layout = " ".join(f"{short}{recipe.degree(name)}" for short, name in degrees.items())  # type: ignore[arg-type]
+    return {
+        "name": recipe.name,
+        "recipe": recipe.source,
+        "command": command,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "arms": arms,
+        "warmup_steps": min(WARMUP_STEPS, recipe.train.steps - 1),
+        "processes": recipe.train.processes,
+        "layout": f"{layout} DP{recipe.data_parallel}",
+        "skew": skew,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": _machine(),
+        "data": {"path": recipe.data.path, "tokens": stream.num_tokens, "digest": stream.digest},
+        "precision": recipe.train.precision,
+        "parameters": parameter_count(recipe).total,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("epv2_plugin", "torch", "megatron-core", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": model, "cpus": cores, "system": platform.platform()}

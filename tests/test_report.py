@@ -1,0 +1,215 @@
+"""The A/B report: verdicts from made-up runs with a known answer, and runs that went wrong."""
+
+import json
+import math
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epv2_plugin.config import ConfigError
+from epv2_plugin.training.report import Run, loss_difference, paired_ratio, write_report
+
+META = {
+    "name": "made_up",
+    "recipe": "recipes/deepseek_v3_tiny.yaml",
+    "command": "epv2 ab recipes/deepseek_v3_tiny.yaml",
+    "date": "2026-01-01 12:00",
+    "arms": ["alltoall", "epv2"],
+    "warmup_steps": 3,
+    "processes": 4,
+    "layout": "EP4 PP1",
+    "skew": None,
+    "versions": {"torch": "2.13.0"},
+    "machine": {"cpus": 2},
+    "data": {"path": "stdlib", "tokens": 7000000, "digest": "0123456789abcdef"},
+    "precision": "fp32",
+    "parameters": 1678896,
+}
+Change = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+
+def make_run(
+    folder: Path, *, speed: float = 1.0, noise: float = 0.01, steps: int = 30, change: Change = lambda r: r, **meta: Any
+) -> Path:
+    """A run in which a step of the epv2 arm takes `speed` times the baseline's; `change` may alter or drop records."""
+    rng = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = META | meta
+    (folder / "meta.json").write_text(json.dumps(meta))
+    lines = []
+    for step in range(steps):
+        machine = rng.uniform(0.5, 2.0)  # the machine's mood, which pairing has to cancel
+        for arm in meta["arms"]:
+            factor = machine * (speed if arm == "epv2" else 1.0) * (1 + rng.gauss(0, noise))
+            if step < 3:
+                factor *= 50  # warm-up
+            record = {"arm": arm, "step": step, "loss": 5.0 * math.exp(-step / 20), "grad_norm": 1.0, "tokens": 1024}
+            record |= {f"{phase}_ms": 10 * factor for phase in ("dispatch", "combine")}
+            record |= {f"{phase}_backward_ms": 12 * factor for phase in ("dispatch", "combine")}
+            record |= {"step_ms": 200 * factor, "expert_ms": 30 * factor, "expert_backward_ms": 60 * factor}
+            record |= {"sent_bytes": 2 << 20 if arm == "epv2" else 5 << 20, "undeduplicated_bytes": 5 << 20}
+            record |= {"peak_rss_mib": 600.0}
+            changed = change(record)
+            if changed is not None:
+                lines.append(json.dumps(changed))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def verdict_of(folder: Path) -> str:
+    text = write_report(folder).read_text()
+    return text.splitlines()[2]
+
+
+def test_faster(tmp_path):
+    folder = make_run(tmp_path / "run", speed=0.8)
+    assert "epv2 is faster by 20." in verdict_of(folder) or "epv2 is faster by 19." in verdict_of(folder)
+    assert "Losses agree at each of 30 steps" in verdict_of(folder)
+    paired = paired_ratio(Run(folder), "epv2")
+    assert paired.steps == 27
+    assert paired.low <= paired.ratio <= paired.high < 1
+    assert paired.ratio == pytest.approx(0.8, abs=0.01)
+
+
+def test_slower(tmp_path):
+    assert "alltoall is faster here**: epv2 takes 2" in verdict_of(make_run(tmp_path / "run", speed=1.25))
+
+
+def test_no_difference(tmp_path):
+    assert "No difference in time beyond noise" in verdict_of(make_run(tmp_path / "run", noise=0.05))
+
+
+def test_the_report_says_everything(tmp_path):
+    folder = make_run(tmp_path / "run", speed=0.9, skew=0.5)
+    text = write_report(folder).read_text()
+    wanted = ["epv2 ab recipes/deepseek_v3_tiny.yaml", "0123456789abcdef", "7,000,000 tokens", "1,678,896", "EP4 PP1"]
+    wanted += [
+        "torch",
+        "2.13.0",
+        "skewed: 0.5 of the tokens",
+        "dispatch forward",
+        "dispatch backward",
+        "combine backward",
+        "expert",
+    ]
+    wanted += ["| epv2 | 2.000 | 5.000 | 2.50 | 600 |", "4 ranks shared 2 cores", "includes waiting", "(report.png)"]
+    for words in wanted:
+        assert words in text
+    table = text.partition("<details>")[2].partition("</details>")[0]
+    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:] == [
+        str(step) for step in range(30)
+    ]
+
+
+def test_same_input_same_files(tmp_path):
+    files = []
+    for name in ("one", "two"):
+        folder = make_run(tmp_path / name, speed=0.95, noise=0.05)
+        write_report(folder)
+        files.append(
+            [
+                (folder / f"report.{end}").read_bytes() if (folder / f"report.{end}").exists() else b""
+                for end in ("md", "png")
+            ]
+        )
+    assert files[0] == files[1]
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, arms in (("two", ["alltoall", "epv2"]), ("three", ["alltoall", "allgather", "epv2"]), ("one", ["epv2"])):
+        folder = make_run(tmp_path / name, arms=arms)
+        write_report(folder)
+        assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run")
+    (folder / "report.png").write_bytes(b"an older picture")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = write_report(folder).read_text()
+    assert "epv2_plugin[report]" in text
+    assert not (folder / "report.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "difference", "words"),
+    [
+        ("fp32", 5e-6, "Losses agree"),
+        ("fp32", 2e-5, "**Losses differ**: largest relative difference 2.0e-05 at step 17"),
+        ("bf16", 1e-2, "Losses agree"),
+        ("bf16", 3e-2, "**Losses differ**"),
+    ],
+)
+def test_losses_have_a_tolerance(tmp_path, precision, difference, words):
+    def change(record):
+        off = record["arm"] == "epv2" and record["step"] == 17
+        return record | {"loss": record["loss"] * (1 + difference * off)}
+
+    folder = make_run(tmp_path / "run", change=change, precision=precision)
+    assert words in verdict_of(folder)
+    assert loss_difference(Run(folder), "epv2").at_step == 17
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, None])
+@pytest.mark.parametrize("arms", [["epv2"], ["alltoall"], ["alltoall", "epv2"]])
+def test_losses_that_are_not_finite(tmp_path, loss, arms):
+    def change(record):
+        return record | {"loss": loss} if record["arm"] in arms and record["step"] >= 20 else record
+
+    assert "**Losses are not finite** at 10 steps, first at 20" in verdict_of(make_run(tmp_path / "run", change=change))
+
+
+def test_an_interrupted_run(tmp_path):
+    folder = make_run(tmp_path / "run", change=lambda r: None if r["arm"] == "epv2" and r["step"] >= 25 else r)
+    with open(folder / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"arm": "epv2", "step": 25, "lo')
+    text = write_report(folder).read_text()
+    assert "**The run was interrupted**: arm epv2 has 25 of 30 steps." in text
+    assert "1 line(s) of metrics.jsonl could not be read" in text
+    assert "Losses agree at each of 25 steps" in text
+
+
+def test_a_missing_arm_and_no_records_at_all(tmp_path):
+    text = write_report(make_run(tmp_path / "one", change=lambda r: r if r["arm"] == "alltoall" else None)).read_text()
+    assert "**Arm epv2 left no record.**" in text
+    assert "No verdict on time: epv2 completed no step" in text
+    text = write_report(make_run(tmp_path / "none", change=lambda r: None)).read_text()
+    assert "alltoall and epv2 completed no step" in text
+    assert "no step at which the losses can be compared" in text
+
+
+def test_few_steps_and_one_arm(tmp_path):
+    assert "2 timed steps are too few" in verdict_of(make_run(tmp_path / "few", steps=5))
+    assert "completed no step after the warm-up" in verdict_of(make_run(tmp_path / "fewer", steps=2))
+    assert "nothing to compare" in verdict_of(make_run(tmp_path / "one", arms=["epv2"]))
+
+
+def test_a_single_process_sends_nothing(tmp_path):
+    folder = make_run(tmp_path / "run", change=lambda r: r | {"sent_bytes": 0, "undeduplicated_bytes": 0})
+    assert "| epv2 | 0.000 | 0.000 | - |" in write_report(folder).read_text()
+
+
+def test_the_first_arm_is_the_baseline(tmp_path):
+    folder = make_run(tmp_path / "run", arms=["allgather", "alltoall", "epv2"], speed=0.7)
+    assert "epv2 is faster by" in verdict_of(folder)
+    assert "of allgather's time per step" in verdict_of(folder)
+    assert "alltoall is faster" in verdict_of(make_run(tmp_path / "stock", arms=["epv2", "alltoall"], speed=1.3))
+
+
+def test_folders_that_hold_no_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"meta.json.*not found"):
+        write_report(tmp_path)
+    (tmp_path / "meta.json").write_text("{")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        write_report(tmp_path)
+    (tmp_path / "meta.json").write_text("{}")
+    with pytest.raises(ConfigError, match="at least one arm"):
+        write_report(tmp_path)

@@ -1,0 +1,439 @@
+"""Training through Megatron-Core on the CPU: the same numbers in every layout, checkpoints, signals, the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import harness
+from tests.harness import Pool
+
+ROOT = Path(__file__).parents[1]
+RECIPE = str(ROOT / "recipes" / "deepseek_v3_tiny.yaml")
+# Small and gentle: at a high learning rate the last bit of a router score decides which expert a token gets, and two
+# layouts part for good.
+SMALL = {
+    "model.hidden_size": 64,
+    "model.ffn_hidden_size": 128,
+    "model.seq_length": 32,
+    "model.moe.ffn_hidden_size": 32,
+    "train.steps": 20,
+    "train.micro_batch_size": 1,
+    "train.lr": 3e-4,
+    "train.min_lr": 3e-5,
+}
+EP = {size: {"plugin.parallel.expert": size} for size in (1, 2, 4)}
+TP2 = {"plugin.parallel.tensor": 2}
+PP2 = {"plugin.parallel.pipeline": 2}
+OVERLAP = {"train.distributed_optimizer": True, "train.overlap_grad_reduce": True, "train.overlap_param_gather": True}
+BF16 = {"train.precision": "bf16"}
+FULL = {
+    "megatron.recompute_granularity": "full",
+    "megatron.recompute_method": "uniform",
+    "megatron.recompute_num_layers": 1,
+}
+SELECTIVE = {
+    "megatron.recompute_granularity": "selective",
+    "megatron.recompute_modules": ["core_attn", "moe", "mla_up_proj"],
+}
+CAPACITY = {"megatron.moe_expert_capacity_factor": 2.0, "megatron.moe_pad_expert_input_to_capacity": True}
+MTP = {"model.mtp_layers": 1}
+
+
+def _arm(size: int, overrides: dict[str, Any], dispatcher: str = "alltoall") -> tuple[Any, Any]:
+    """An arm of the small recipe and its data, on this rank."""
+    from epv2_plugin.training import trainer
+    from epv2_plugin.training.data import TokenStream
+    from epv2_plugin.training.recipe import load_recipe
+
+    recipe = load_recipe(RECIPE, {**SMALL, "train.processes": size, **EP[1], **overrides})
+    trainer.setup(recipe)
+    return trainer.Arm(recipe, dispatcher), TokenStream(recipe)
+
+
+def _steps(arm: Any, stream: Any, count: int) -> list[Any]:
+    return [arm.step(stream.sequences(arm.steps_done)) for _ in range(count)]
+
+
+def _train(rank: int, size: int, overrides: dict[str, Any], dispatcher: str, count: int) -> list[Any]:
+    return _steps(*_arm(size, overrides, dispatcher), count)
+
+
+def _same_on_all_ranks(results: list[Any]) -> list[Any]:
+    assert all(result == results[0] for result in results[1:])
+    return results[0]
+
+
+@pytest.fixture(scope="module")
+def train(pool: Callable[[int], Pool]) -> Callable[..., list[Any]]:
+    """`train(overrides, dispatcher, steps)` on 4 ranks: the steps' results; equal calls are made once."""
+    done: dict[str, list[Any]] = {}
+
+    def call(overrides: dict[str, Any], dispatcher: str = "alltoall", steps: int = 20) -> list[Any]:
+        key = json.dumps([overrides, dispatcher, steps])
+        if key not in done:
+            done[key] = _same_on_all_ranks(pool(4).run(_train, overrides, dispatcher, steps, timeout=240))
+        return done[key]
+
+    return call
+
+
+def _apart(results: list[Any], expected: list[Any]) -> float:
+    return max(abs(a.loss - b.loss) for a, b in zip(results, expected, strict=True))
+
+
+LAYOUTS = {
+    "EP2": (EP[2], "alltoall"),
+    "EP4": (EP[4], "alltoall"),
+    "EP4, allgather": (EP[4], "allgather"),
+    "TP2": (TP2, "alltoall"),
+    "TP2 EP4": (TP2 | EP[4], "alltoall"),
+    "PP2 EP2": (PP2 | EP[2], "alltoall"),
+    "PP2 VPP2": (PP2 | {"plugin.parallel.virtual_pipeline": 2}, "alltoall"),
+    "distributed optimizer, overlap": (EP[4] | OVERLAP, "alltoall"),
+    "full recompute": (EP[4] | FULL, "alltoall"),
+    "selective recompute": (EP[4] | SELECTIVE, "alltoall"),
+    "shared expert overlap": (EP[4] | {"megatron.moe_shared_expert_overlap": True}, "alltoall"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_loss_of_data_parallelism(train: Callable[..., list[Any]], name: str) -> None:
+    expected = train(EP[1])
+    assert expected[-1].loss < expected[0].loss - 0.1
+    assert _apart(train(*LAYOUTS[name]), expected) < 1e-5
+
+
+def test_one_process_gives_the_same_loss(pool: Callable[[int], Pool], train: Callable[..., list[Any]]) -> None:
+    alone = pool(1).run(_train, {}, "alltoall", 20, timeout=120)[0]
+    assert _apart(alone, train(EP[1])) < 1e-5
+
+
+def test_multi_token_prediction_is_trained_but_not_reported(train: Callable[..., list[Any]]) -> None:
+    results = train(EP[4] | MTP, steps=5)
+    plain = train(EP[1])[:5]
+    assert results[0].loss == pytest.approx(plain[0].loss, abs=1e-6)  # the same main model
+    assert results[0].grad_norm > plain[0].grad_norm  # but more gradients
+    assert _apart(train(PP2 | EP[2] | MTP, steps=5), results) < 1e-5
+
+
+@pytest.mark.parametrize("further", [{}, OVERLAP, FULL], ids=["plain", "distributed optimizer", "full recompute"])
+def test_bf16_follows_fp32(train: Callable[..., list[Any]], further: dict[str, Any]) -> None:
+    assert _apart(train(EP[4] | BF16 | further, steps=5), train(EP[1])[:5]) < 5e-3
+
+
+def test_capacity_with_padding_trains(train: Callable[..., list[Any]]) -> None:
+    results = train(EP[4] | CAPACITY, steps=10)
+    assert results[-1].loss < results[0].loss
+
+
+def _twice(rank: int, size: int) -> tuple[list[Any], list[Any]]:
+    return _train(rank, size, EP[4], "alltoall", 5), _train(rank, size, EP[4], "alltoall", 5)
+
+
+def test_two_runs_are_bit_equal(pool: Callable[[int], Pool]) -> None:
+    first, second = _same_on_all_ranks(pool(4).run(_twice, timeout=120))
+    assert first == second
+
+
+def _weights(arm: Any) -> dict[str, Any]:
+    from epv2_plugin.training.model import global_buffers, global_parameters
+
+    named = [*global_parameters(arm.chunks), *global_buffers(arm.chunks)]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def _resume(rank: int, size: int, folder: str, overrides: dict[str, Any], dispatcher: str) -> Any:
+    import torch
+
+    arm, stream = _arm(size, overrides, dispatcher)
+    _steps(arm, stream, 2)
+    arm.save(folder)
+    straight, weights = _steps(arm, stream, 3), _weights(arm)
+    arm, stream = _arm(size, overrides, dispatcher)
+    arm.load(folder)
+    assert arm.steps_done == 2
+    resumed = _steps(arm, stream, 3)
+    again = _weights(arm)
+    return straight, resumed, [name for name in weights if not torch.equal(weights[name], again[name])]
+
+
+CHECKPOINTED = {
+    "EP4": EP[4],
+    "TP2 EP2": TP2 | EP[2],
+    "PP2 VPP2": PP2 | {"plugin.parallel.virtual_pipeline": 2} | EP[2],
+    "bf16": EP[2] | BF16,
+    "distributed optimizer": EP[4] | OVERLAP,
+    "distributed optimizer, bf16": EP[2] | OVERLAP | BF16,
+    "MTP": EP[4] | MTP,
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_resuming_is_bit_identical(pool: Callable[[int], Pool], tmp_path: Path, name: str) -> None:
+    for straight, resumed, different in pool(4).run(
+        _resume, str(tmp_path), CHECKPOINTED[name], "alltoall", timeout=180
+    ):
+        assert straight == resumed
+        assert not different
+
+
+def _move(rank: int, size: int, folder: str, before: dict[str, Any], after: dict[str, Any]) -> Any:
+    from epv2_plugin.config import ConfigError
+
+    arm, stream = _arm(size, before)
+    _steps(arm, stream, 2)
+    arm.save(folder)
+    straight = _steps(arm, stream, 3)
+    arm, stream = _arm(size, after)
+    try:
+        arm.load(folder)
+    except ConfigError as error:
+        return straight, str(error)
+    return straight, _steps(arm, stream, 3)
+
+
+@pytest.mark.parametrize("after", [EP[2], EP[1], PP2], ids=["EP2", "EP1", "PP2"])
+def test_a_checkpoint_loads_in_another_layout(
+    pool: Callable[[int], Pool], tmp_path: Path, after: dict[str, Any]
+) -> None:
+    straight, moved = pool(4).run(_move, str(tmp_path), EP[4], after, timeout=120)[0]
+    assert _apart(moved, straight) < 1e-5
+
+
+REFUSED = {
+    "plugin.parallel.tensor": (EP[4], TP2),
+    "plugin.parallel.expert": (EP[4] | OVERLAP, EP[2] | OVERLAP),
+    "train.precision": (EP[4], EP[4] | BF16),
+    "model.num_layers": (EP[4], EP[4] | {"model.num_layers": 3}),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_checkpoint_that_does_not_fit_is_refused(pool: Callable[[int], Pool], tmp_path: Path, key: str) -> None:
+    for _, message in pool(4).run(_move, str(tmp_path), *REFUSED[key], timeout=120):
+        assert f": {key} = " in message
+        assert str(tmp_path) in message
+
+
+def _half_written(rank: int, size: int, folder: str) -> tuple[int, str, str]:
+    import torch.distributed as dist
+
+    from epv2_plugin.training import checkpoint
+
+    arm, stream = _arm(size, EP[2])
+    _steps(arm, stream, 1)
+    good = arm.save(folder)
+    # What a kill leaves in the middle of the next save: a part with some of the files, and `latest` as it was.
+    part = Path(folder) / ".step_00000002.part"
+    part.mkdir(exist_ok=True)
+    (part / "__0_0.distcp").write_bytes(b"half")
+    dist.barrier()
+    _steps(arm, stream, 1)
+    loaded = arm.load(folder)
+    step = arm.steps_done
+    dist.barrier()
+    if rank == 0:
+        (good / checkpoint.STATE).unlink()
+    dist.barrier()
+    try:
+        arm.load(folder)
+    except checkpoint.CheckpointError as error:
+        return step, str(loaded), str(error)
+    return step, str(loaded), ""
+
+
+def test_a_half_written_checkpoint_is_not_taken(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    for step, loaded, message in pool(2).run(_half_written, str(tmp_path), timeout=120):
+        assert step == 1
+        assert loaded == str(tmp_path / "step_00000001")
+        assert "not a complete checkpoint" in message
+
+
+def _not_finite(rank: int, size: int) -> str:
+    import torch
+
+    arm, stream = _arm(size, EP[2])
+    if rank == 1:
+        with torch.no_grad():
+            next(arm.chunks[0].parameters()).fill_(float("nan"))
+    try:
+        arm.step(stream.sequences(0))
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_loss_that_is_not_finite_raises_everywhere(pool: Callable[[int], Pool]) -> None:
+    for message in pool(2).run(_not_finite, timeout=60):
+        assert message.startswith("step 0: loss nan")
+
+
+def _refusals(rank: int, size: int) -> list[str]:
+    from epv2_plugin.config import ConfigError
+    from epv2_plugin.training.model import transformer_config
+    from epv2_plugin.training.recipe import load_recipe
+
+    messages = []
+    for overrides in ({"moe_router_fuson": True}, {"normalization": "LayerNorm"}, {"recompute_granularity": "half"}):
+        recipe = load_recipe(RECIPE, {f"megatron.{name}": value for name, value in overrides.items()})
+        try:
+            transformer_config(recipe, "alltoall")
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_megatron_fields_are_checked(pool: Callable[[int], Pool]) -> None:
+    unknown, decided, refused = pool(1).run(_refusals)[0]
+    assert "megatron.moe_router_fuson = True" in unknown
+    assert "did you mean 'moe_router_fusion'?" in unknown
+    assert "megatron.normalization = 'LayerNorm': is decided" in decided
+    assert "Megatron refuses" in refused
+
+
+def _bridge(rank: int, size: int) -> None:
+    import torch
+
+    owners = [torch, torch.Tensor, torch.cuda, torch.cuda.random]
+    before = [dict(vars(owner)) for owner in owners]
+    environment = dict(os.environ)
+    from epv2_plugin.megatron import cpu_bridge
+
+    # Importing modules adds names; what the bridge replaced must be what it was.
+    assert cpu_bridge.active() == ()
+    assert cpu_bridge.install()
+    assert cpu_bridge.install()
+    assert "torch.cuda.current_device" in cpu_bridge.active()
+    assert len(set(cpu_bridge.active())) == len(cpu_bridge.active())
+    assert not torch.cuda.is_available()
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.ones(2, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+    assert torch.ones(2).type("torch.cuda.DoubleTensor").dtype == torch.float64
+    cpu_bridge.uninstall()
+    assert cpu_bridge.active() == ()
+    assert dict(os.environ) == environment
+    for owner, names in zip(owners, before, strict=True):
+        assert {name: vars(owner).get(name) for name in names} == names
+    assert "type" not in vars(torch.Tensor) or vars(torch.Tensor)["type"] is dict(before[1]).get("type")
+
+
+def test_the_bridge_puts_everything_back() -> None:
+    harness.run(1, _bridge)
+
+
+SCRIPT = """
+import os, signal, sys, time
+mode, rank = sys.argv[1], int(os.environ["RANK"])
+if mode == "raise" and rank == 2:
+    raise ValueError("rank two is broken")
+if mode == "kill" and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode in ("orderly", "stubborn"):
+    asked = []
+    signal.signal(signal.SIGINT, lambda *_: asked.append(mode == "orderly"))
+    open(f"ready{rank}", "w").close()
+    while not any(asked):
+        time.sleep(0.02)
+    sys.exit(130)
+if mode in ("raise", "kill"):
+    time.sleep(60)
+"""
+
+
+def _launch(mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch, signals: int = 0) -> int:
+    from epv2_plugin.training.launcher import run_ranks
+
+    (folder / "ranks.py").write_text(SCRIPT)
+    monkeypatch.chdir(folder)
+
+    def interrupt() -> None:
+        while not all((folder / f"ready{rank}").exists() for rank in range(3)):
+            time.sleep(0.02)
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=interrupt if signals else lambda: None)
+    thread.start()
+    begin = time.monotonic()
+    try:
+        return run_ranks("ranks", [mode], 3, env={"PYTHONPATH": str(folder)})
+    finally:
+        thread.join()
+        assert time.monotonic() - begin < 30
+
+
+def test_ranks_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _launch("fine", tmp_path, monkeypatch) == 0
+
+
+def test_the_rank_that_failed_first_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert _launch("raise", tmp_path, monkeypatch) == 1
+    errors = capfd.readouterr().err
+    assert "rank 2 of 3 failed first (exit code 1)" in errors
+    assert "ValueError: rank two is broken" in errors
+
+
+def test_a_killed_rank_ends_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert _launch("kill", tmp_path, monkeypatch) == 128 + signal.SIGKILL
+    assert "rank 1 of 3 failed first (signal SIGKILL)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("mode", "signals"), [("orderly", 1), ("stubborn", 2)])
+def test_an_interrupt_ends_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, signals: int) -> None:
+    assert _launch(mode, tmp_path, monkeypatch, signals) == 130
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_continue_from(tmp_path: Path) -> None:
+    import yaml
+
+    recipe = yaml.safe_load(Path(RECIPE).read_text())
+    recipe["train"] |= {"processes": 2, "steps": 1000, "micro_batch_size": 1, "global_batch_size": 2}
+    recipe["plugin"]["parallel"]["expert"] = 2
+    recipe["model"] |= {"seq_length": 32}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "epv2_plugin.cli", "train", "recipe.yaml", "--folder", "run"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    done = metrics.read_text().count("\n")
+    assert f"interrupted after step {done}: checkpoint run/checkpoints/step_{done:08d}" in output
+    further = subprocess.run(
+        [*command, "--resume", "--steps", str(done + 2)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert further.returncode == 0, further.stderr
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(done + 2))
+    assert set(lines[-1]) == {"step", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s"}
+    assert lines[-1]["loss"] < lines[0]["loss"]
