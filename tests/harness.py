@@ -18,7 +18,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "numpy"]
+# Megatron imported before the CPU bridge compiles small functions at their first call, unless told not to.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+PRELOAD = ["torch.distributed", "numpy", "megatron.core.models.gpt", "megatron.core.optimizer"]
+# Every gloo group leaves threads behind that wake up a hundred times a second.
+MAX_THREADS = 120
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
@@ -31,6 +35,7 @@ class Outcome:
     error_type: str = ""
     error: str = ""
     exit_code: int | None = None
+    threads: int = 0
 
 
 class RankError(AssertionError):
@@ -146,7 +151,7 @@ class Pool:
                     results[rank] = Outcome(error_type="Killed", error="the process ended without a result")
             if any(r.error_type not in ("", "Hang") for r in results):
                 deadline = min(deadline, time.monotonic() + 5)  # the rest can only fail, too
-        if any(r.error_type for r in results):
+        if any(r.error_type or r.threads > MAX_THREADS for r in results):
             self.close()
         return _values(results)
 
@@ -188,4 +193,5 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
             outcome.value = fn(rank, size, *args)
         except BaseException as error:
             outcome.error_type, outcome.error = type(error).__name__, f"{error}\n{traceback.format_exc()}"
+        outcome.threads = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
         pipe.send(outcome)

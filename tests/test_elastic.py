@@ -226,7 +226,7 @@ def test_larger_case_and_bytes(pool: Callable[[int], Pool]) -> None:
     results = pool(4).run(round_trip, case)
     check(case, results)
     row = 64 * 4 + 32 + 32  # data, 6 local experts + source token, 6 weights, in steps of 16 bytes
-    header = 3 * 8 * (7 + 2 + case.local_experts)
+    header = 3 * 8 * (6 + 2 + case.local_experts)
     for rank, got in enumerate(results):
         assert got["sent"] == expected(case, rank)["sent_rows"] * row + header
 

@@ -176,7 +176,7 @@ def test_absent_peer_times_out_on_every_rank() -> None:
     assert all(kind for kind, _ in results)
     kind, message = results[0]
     assert kind == CommunicationTimeout.__name__
-    assert message == "rank 0, waiting for rank 1 in dispatch #3, header: expected 72 bytes, seen nothing within 2 s"
+    assert message == "rank 0, waiting for rank 1 in dispatch #3, header: expected 96 bytes, seen nothing within 2 s"
 
 
 def disagree(rank: int, size: int, what: str) -> str:
@@ -202,7 +202,7 @@ def disagree(rank: int, size: int, what: str) -> str:
 def test_ranks_that_disagree(pool: Callable[[int], Pool], what: str) -> None:
     messages = pool(2).run(disagree, what, timeout=30)
     assert all(messages)
-    if what != "operation":
+    if what not in ("operation", "experts"):  # these decide the size of the first message
         assert any(f"expected {what}" in message for message in messages), messages
 
 

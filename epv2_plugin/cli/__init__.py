@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("epv2_plugin").setLevel(logging.INFO if is_first else logging.WARNING)
     # Megatron warns of each accelerator library that a machine lacks, on every rank.
-    warnings.filterwarnings("ignore", module=r"megatron\\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\\.distributed")
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         return args.main(args)
     except ConfigError as error:

@@ -23,11 +23,11 @@ from epv2_plugin.elastic.errors import CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import HostEvent
 from epv2_plugin.elastic.sizing import RowLayout, align, max_expanded_rows, max_received_rows
 
-# A gloo tag: 16 bits of sequence number, 11 of what the operation is, 2 of its step. gloo ends the process when a
+# A gloo tag: 16 bits of sequence number, 12 of what the operation is, 1 of its step. gloo ends the process when a
 # message has another size than its receiver expects; with unequal tags it does not match, and the wait times out.
-_SEQUENCE_BITS, _KIND_BITS, _STEP_BITS = 16, 11, 2
-_HEADER, _COUNTS, _ROWS = range(3)
-_HEADER_FIELDS = ("hidden size", "dtype", "top-k", "experts", "num_max_tokens_per_rank", "topk_weights", "scales")
+_SEQUENCE_BITS, _KIND_BITS, _STEP_BITS = 16, 12, 1
+_HEADER, _ROWS = range(2)
+_HEADER_FIELDS = ("hidden size", "dtype", "top-k", "num_max_tokens_per_rank", "topk_weights", "scales")
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 _transports_made: dict[str, int] = {}
@@ -425,13 +425,14 @@ class HostBackend:
         rank, size = self.transport.rank, self.transport.size
         cached = route is not None
         shape = () if scales is None else (scales.shape[1], scales.dtype)
-        kind = (x_TH.shape[1], x_TH.dtype, topk_weights_TK is not None, *shape) if cached else ()
+        # What decides the size of a message is part of its tag; the header's fields tell the rest of a new routing.
+        kind = (x_TH.shape[1], x_TH.dtype, topk_weights_TK is not None, *shape) if cached else (num_experts,)
         operation = self.transport.begin("cached dispatch" if cached else "dispatch", *kind)
         if route is None:
             route = HostRoute(topk_idx_TK, rank, size, num_experts)
             route.expert_alignment, route.expanded = alignment, expand
             wait_header = self._exchange_header(
-                operation, route, x_TH, scales, topk_weights_TK, num_experts, num_max_tokens_per_rank
+                operation, route, x_TH, scales, topk_weights_TK, num_max_tokens_per_rank
             )
         layout = RowLayout(
             x_TH.shape[1] * x_TH.itemsize,
@@ -560,7 +561,6 @@ class HostBackend:
         x_TH: torch.Tensor,
         scales: torch.Tensor | None,
         topk_weights_TK: torch.Tensor | None,
-        num_experts: int,
         num_max_tokens_per_rank: int,
     ) -> Callable[[], None]:
         """Tell every rank how many rows and pairs come, and what they are; returns the wait that reads the answers."""
@@ -570,21 +570,21 @@ class HostBackend:
             x_TH.shape[1],
             dtypes.index(x_TH.dtype),
             route.num_topk,
-            num_experts,
             num_max_tokens_per_rank,
             int(topk_weights_TK is not None),
             0 if scales is None else scales.shape[1] * (-1 if scales.dtype == torch.int32 else 1),
         ]
         counts_PE = route.expert_counts()
-        header_PF = torch.empty(size, len(shape) + 2, dtype=torch.int64)
-        header_PF[:, :-2] = torch.tensor(shape)
-        header_PF[:, -2] = x_TH.shape[0]
-        header_PF[:, -1] = torch.tensor(route.sent_splits)
-        answers_PF, arriving_PE = header_PF.clone(), counts_PE.clone()
+        fields = len(shape)
+        header_PF = torch.empty(size, fields + 2 + route.num_local_experts, dtype=torch.int64)
+        header_PF[:, :fields] = torch.tensor(shape)
+        header_PF[:, fields] = x_TH.shape[0]
+        header_PF[:, fields + 1] = torch.tensor(route.sent_splits)
+        header_PF[:, fields + 2 :] = counts_PE
+        answers_PF = header_PF.clone()
         operation.send(_HEADER, list(header_PF.view(torch.uint8)), "header")
-        operation.send(_COUNTS, list(counts_PE.view(torch.uint8)), "counts")
         wait = operation.receive(_HEADER, list(answers_PF.view(torch.uint8)), "header")
-        self.traffic.sent_bytes += (size - 1) * 8 * (header_PF.shape[1] + counts_PE.shape[1])
+        self.traffic.sent_bytes += (size - 1) * header_PF.shape[1] * 8
 
         def read() -> None:
             wait()
@@ -594,10 +594,9 @@ class HostBackend:
                     if ours != theirs:
                         told, seen = (dtypes[ours], dtypes[theirs]) if name == "dtype" else (ours, theirs)
                         raise operation.mismatch(peer, "header", f"{name} {told} as on this rank", f"{name} {seen}")
-            operation.receive(_COUNTS, list(arriving_PE.view(torch.uint8)), "counts")()
-            route.num_max_tokens_per_rank = num_max_tokens_per_rank or max(answer[-2] for answer in answers)
-            route.rows_per_source = [answer[-1] for answer in answers]
-            route.rows_per_expert = arriving_PE.sum(0).tolist()
+            route.num_max_tokens_per_rank = num_max_tokens_per_rank or max(answer[fields] for answer in answers)
+            route.rows_per_source = [answer[fields + 1] for answer in answers]
+            route.rows_per_expert = answers_PF[:, fields + 2 :].sum(0).tolist()
 
         return read
 

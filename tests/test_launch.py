@@ -1,0 +1,224 @@
+"""`python -m epv2_plugin.launch`, on a stand-in for Megatron-LM's `megatron.training`, which is not on PyPI."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import epv2_plugin
+from epv2_plugin import launch
+from epv2_plugin.megatron import arguments
+
+# Builds its flags from TransformerConfig's fields, and parses and dumps them, as Megatron-LM does since 0.16.
+ARGUMENTS = """
+import argparse, dataclasses, typing
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+def add_megatron_arguments(parser):
+    group = parser.add_argument_group(title="transformer")
+    fields = {field.name: field for field in dataclasses.fields(TransformerConfig)}
+    for name in ("moe_token_dispatcher_type", "moe_flex_dispatcher_backend"):
+        choices = typing.get_args(fields[name].type)
+        group.add_argument("--" + name.replace("_", "-"), choices=choices, default=fields[name].default)
+    parser.add_argument("--steps", type=int, default=1)
+    return parser
+
+def parse_args():
+    return add_megatron_arguments(argparse.ArgumentParser(description="Megatron-LM Arguments")).parse_args()
+"""
+# What a training script sees when it starts, and what a dispatcher built by it runs on.
+SCRIPT = """
+import json, os, sys
+import neighbour
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import moe_layer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.arguments import parse_args
+import epv2_plugin
+
+if __name__ == "__main__":
+    args = parse_args()
+    seen = {"args": vars(args), "argv": sys.argv, "file": __file__, "path": sys.path[0]}
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, num_moe_experts=4, moe_router_topk=2,
+        moe_token_dispatcher_type=args.moe_token_dispatcher_type,
+        moe_flex_dispatcher_backend=args.moe_flex_dispatcher_backend,
+    )
+    dist.init_process_group("gloo", init_method="file://" + os.environ["STORE"], rank=0, world_size=1)
+    group = dist.group.WORLD
+    groups = ProcessGroupCollection(ep=group, expt_tp=group, tp_ep=group)
+    dispatcher = moe_layer.MoEFlexTokenDispatcher(4, [0, 1, 2, 3], config=config, pg_collection=groups)
+    seen |= {"dispatcher": type(dispatcher).__name__, "status": epv2_plugin.status()}
+    print(json.dumps(seen))
+    if args.steps == 0:
+        raise ValueError("no steps to train")
+    sys.exit(7)
+"""
+FLEX = ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "epv2"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a Megatron-LM checkout: `megatron/training` beside the script."""
+    root = tmp_path_factory.mktemp("megatron_lm")
+    training = root / "megatron" / "training"
+    training.mkdir(parents=True)
+    (training / "__init__.py").touch()
+    (training / "arguments.py").write_text(ARGUMENTS)
+    (root / "neighbour.py").touch()
+    (root / "pretrain.py").write_text(SCRIPT)
+    (root / "good.yaml").write_text("parallel: {expert: 1}\n")
+    (root / "bad.yaml").write_text("paralel: {expert: 1}\n")
+    (root / "alone").mkdir()
+    (root / "alone" / "script.py").write_text("raise SystemExit('must not run')\n")
+    return root
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """`start(*argv, **env)`: the launcher as a process of its own, ended with the test at the latest."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONWARNINGS": "ignore", "RANK": "0"}
+    processes: list[subprocess.Popen] = []
+
+    def start(*argv: str, **env: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "epv2_plugin.launch", *argv]
+        pipe = subprocess.PIPE
+        processes.append(
+            subprocess.Popen(command, cwd=tmp_path, env=environment | env, stdout=pipe, stderr=pipe, text=True)
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_script_runs_with_plugin_enabled(checkout: Path, tmp_path: Path, start: Callable[..., subprocess.Popen]):
+    # Started together: importing Megatron is nearly all of the time.
+    script = str(checkout / "pretrain.py")
+    config = str(checkout / "good.yaml")
+    runs = {
+        "plugin": start(script, *FLEX, "--epv2-config", config, STORE=str(tmp_path / "a")),
+        "raises": start(script, *FLEX, "--steps=0", STORE=str(tmp_path / "b"), RANK="1"),
+        "help": start(script, "--help"),
+        "other": start(script, f"--epv2-config={config}", "--moe-token-dispatcher-type=oops"),
+    }
+    out = {name: (*run.communicate(timeout=300), run.returncode) for name, run in runs.items()}
+
+    stdout, stderr, code = out["plugin"]
+    assert code == 7, stderr
+    seen = json.loads(stdout)
+    assert seen["argv"] == [script, *FLEX, "--epv2-config", config]
+    assert (seen["file"], seen["path"]) == (script, str(checkout))
+    assert seen["args"]["epv2_config"] == config
+    assert seen["args"]["moe_flex_dispatcher_backend"] == "epv2"
+    assert seen["dispatcher"] == "EpTokenDispatcher"
+    assert seen["status"]["enabled"]
+    assert seen["status"]["config"] == config
+    assert "megatron.core.transformer.moe.moe_layer.MoEFlexTokenDispatcher" in seen["status"]["replaced"]
+    assert f"enabled with {config}" in stderr
+    assert "EP group of 1 ranks" in stderr
+    assert "dispatcher is stock" not in stderr
+
+    stdout, stderr, code = out["raises"]
+    assert code == 1
+    assert stderr.rstrip().endswith("ValueError: no steps to train")
+    assert f'File "{script}", line' in stderr
+    assert "every key has its default" not in stderr  # rank 0 says it for all
+    seen = json.loads(stdout)
+    assert seen["args"]["epv2_config"] is None
+    assert seen["status"]["config"] == "<defaults>"
+
+    stdout, stderr, code = out["help"]
+    assert code == 0, stderr
+    assert "Megatron-LM Arguments" in stdout
+    assert "epv2:\n  --epv2-config PATH" in stdout
+    assert ",epv2}" in stdout
+    assert "every key has its default" in stderr
+
+    _, stderr, code = out["other"]
+    assert code == 2  # Megatron-LM's parser judges its own flags
+    assert "invalid choice: 'oops'" in stderr
+    assert "dispatcher is stock (--moe-token-dispatcher-type oops)" in stderr
+
+
+@pytest.fixture
+def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the launcher sets for its process, put back: `sys.argv`, `sys.path` and the logger."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    logger = logging.getLogger("epv2_plugin")
+    state = list(logger.handlers), logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate, logger.level = state
+
+
+@pytest.mark.parametrize(
+    ("message", "argv"),
+    [
+        ("no script given", []),
+        ("the first argument must be the script's path, got '--steps'", ["--steps", "3", "pretrain.py"]),
+        ("no such script: missing.py", ["missing.py"]),
+        ("epv2: bad.yaml: paralel = ", ["pretrain.py", "--epv2-config", "bad.yaml"]),
+        ("nowhere.yaml: (file) = 'nowhere.yaml': can't be read", ["pretrain.py", "--epv2-config=nowhere.yaml"]),
+        ("expected one argument", ["pretrain.py", *FLEX, "--epv2-config"]),
+        ("no megatron.training, which the pip package megatron-core lacks", ["alone/script.py"]),
+    ],
+)
+@pytest.mark.usefixtures("_restored")
+def test_mistakes_end_with_one_line(
+    checkout: Path, message: str, argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(checkout)
+    with pytest.raises(SystemExit) as ended:
+        launch.main(argv)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not epv2_plugin.status()["enabled"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "config", "dispatcher"),
+    [
+        ([], None, "Megatron-LM's default dispatcher"),
+        ([*FLEX, "--epv2-config", "a.yaml", "--lr", "-1"], "a.yaml", ""),
+        (["--epv2-config=a.yaml", "--data-path", "0.5", "x"], "a.yaml", "Megatron-LM's default dispatcher"),
+        (["--moe-token-dispatcher-type=flex"], None, "--moe-token-dispatcher-type flex"),
+        ([*FLEX[2:]], None, "--moe-flex-dispatcher-backend epv2"),
+        (
+            [*FLEX, "--moe-token-dispatcher-type", "alltoall"],
+            None,
+            f"--moe-token-dispatcher-type alltoall {FLEX[2]} epv2",
+        ),
+        (["--yaml-cfg", "model.yaml"], None, ""),
+    ],
+)
+def test_command_line_is_read_before_megatron_does(argv: list[str], config: str | None, dispatcher: str):
+    assert arguments.read(argv) == arguments.Selection(config, dispatcher)
+
+
+def test_parser_is_restored(monkeypatch: pytest.MonkeyPatch):
+    module = types.ModuleType("megatron.training.arguments")
+    module.add_megatron_arguments = stock = lambda parser: parser  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron.training", types.ModuleType("megatron.training"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    arguments.install()
+    arguments.install()
+    assert arguments.replaced() == ("megatron.training.arguments.add_megatron_arguments",)
+    args = module.add_megatron_arguments(argparse.ArgumentParser()).parse_args(["--epv2-config", "a.yaml"])
+    assert args.epv2_config == "a.yaml"
+    arguments.uninstall()
+    assert module.add_megatron_arguments is stock
+    assert arguments.replaced() == ()
