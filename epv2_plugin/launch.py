@@ -68,12 +68,12 @@ def _enable(selection: arguments.Selection) -> None:
         )
     if not arguments.available():
         _refuse(
-            "no megatron.training, which the pip package megatron-core lacks: run a script of a Megatron-LM checkout, "
-            "or put the checkout on PYTHONPATH (with Megatron-Core alone, call epv2_plugin.enable() in the script)"
+            "no megatron.training: run a script of a Megatron-LM checkout, or put the checkout on PYTHONPATH "
+            "(with Megatron-Core alone, call epv2_plugin.enable() in the script)"
         )
     try:
         plugin.enable(selection.config)
-    except (ConfigError, ImportError) as error:
+    except ConfigError as error:
         _refuse(str(error))
     arguments.install()
     # Every rank from here on: what it says now, such as the line for its EP group, no other rank says.

@@ -64,7 +64,8 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
         raise
     _enabled = _Enabled(loaded, bridged)
     logger.info(
-        "epv2: enabled with %s; expert parallelism by the plugin, pipeline and context parallelism stock", loaded.source
+        "epv2: enabled with %s; flex backend 'epv2' is there for expert parallelism, pipeline and context are stock",
+        loaded.source,
     )
 
 
@@ -73,8 +74,9 @@ def disable() -> None:
     global _enabled
     if _enabled is None:
         return
-    from epv2_plugin.megatron import cpu_bridge, dispatcher
+    from epv2_plugin.megatron import arguments, cpu_bridge, dispatcher
 
+    arguments.uninstall()
     dispatcher.uninstall()
     cpu_bridge.uninstall()
     _enabled = None
@@ -85,7 +87,7 @@ def status() -> dict[str, Any]:
     names of the symbols replaced), `bridge` (likewise, for Megatron on a CPU), `groups` (one entry per EP group)."""
     if _enabled is None:
         return {"enabled": False, "replaced": [], "bridge": [], "groups": []}
-    from epv2_plugin.megatron import cpu_bridge, dispatcher
+    from epv2_plugin.megatron import arguments, cpu_bridge, dispatcher
 
     return {
         "enabled": True,
@@ -94,7 +96,7 @@ def status() -> dict[str, Any]:
         "expert": "epv2",
         "pipeline": "stock",
         "context": "stock",
-        "replaced": list(dispatcher.replaced()),
+        "replaced": [*dispatcher.replaced(), *arguments.replaced()],
         "bridge": list(cpu_bridge.active()) if _enabled.bridged else [],
         "groups": dispatcher.groups(),
     }

@@ -1,8 +1,9 @@
-"""`python -m epv2_plugin.launch`, on a stand-in for Megatron-LM's `megatron.training`, which is not on PyPI."""
+"""`python -m epv2_plugin.launch`, on a stand-in for `megatron.training` and, where installed, on the real one."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -79,8 +80,6 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "pretrain.py").write_text(SCRIPT)
     (root / "good.yaml").write_text("parallel: {expert: 1}\n")
     (root / "bad.yaml").write_text("paralel: {expert: 1}\n")
-    (root / "alone").mkdir()
-    (root / "alone" / "script.py").write_text("raise SystemExit('must not run')\n")
     return root
 
 
@@ -174,7 +173,6 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("epv2: bad.yaml: paralel = ", ["pretrain.py", "--epv2-config", "bad.yaml"]),
         ("nowhere.yaml: (file) = 'nowhere.yaml': can't be read", ["pretrain.py", "--epv2-config=nowhere.yaml"]),
         ("expected one argument", ["pretrain.py", *FLEX, "--epv2-config"]),
-        ("no megatron.training, which the pip package megatron-core lacks", ["alone/script.py"]),
     ],
 )
 @pytest.mark.usefixtures("_restored")
@@ -187,6 +185,36 @@ def test_mistakes_end_with_one_line(
     assert ended.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not epv2_plugin.status()["enabled"]
+
+
+@pytest.mark.usefixtures("_restored")
+def test_says_what_is_needed_without_megatron_training(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        launch.main([str(checkout / "pretrain.py")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("epv2: no megatron.training: run a script of")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron.training") is None, reason="this megatron-core has no megatron.training"
+)
+def test_flags_in_the_real_parser(tmp_path: Path, start: Callable[..., subprocess.Popen]):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json\n"
+        "from megatron.training.arguments import parse_args\n"
+        "args = parse_args()\n"
+        "print(json.dumps([args.epv2_config, args.moe_flex_dispatcher_backend]))\n"
+    )
+    config = tmp_path / "empty.yaml"
+    config.touch()
+    run = start(str(script), *FLEX, f"--epv2-config={config}")
+    stdout, stderr = run.communicate(timeout=300)
+    assert run.returncode == 0, stderr
+    assert json.loads(stdout.splitlines()[-1]) == [str(config), "epv2"]
 
 
 @pytest.mark.parametrize(

@@ -20,21 +20,20 @@ from tests.harness import Pool
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes" / "deepseek_v3_tiny.yaml")
-# Small and gentle: at a high learning rate the last bit of a router score decides which expert a token gets, and two
-# layouts part for good.
 SMALL = {
     "model.hidden_size": 64,
     "model.ffn_hidden_size": 128,
     "model.seq_length": 32,
     "model.moe.ffn_hidden_size": 32,
     "train.steps": 20,
+    "train.global_batch_size": 4,
     "train.micro_batch_size": 1,
-    "train.lr": 3e-4,
-    "train.min_lr": 3e-5,
 }
+WAIT = 300  # seconds; a loaded machine is slow, not wrong
 EP = {size: {"plugin.parallel.expert": size} for size in (1, 2, 4)}
-TP2 = {"plugin.parallel.tensor": 2}
-PP2 = {"plugin.parallel.pipeline": 2}
+TP2 = {"plugin.parallel.tensor": 2, "train.micro_batch_size": 4}  # one replica: one micro-batch
+PP2 = {"plugin.parallel.pipeline": 2, "train.micro_batch_size": 1}
+VPP2 = {"plugin.parallel.virtual_pipeline": 2}
 OVERLAP = {"train.distributed_optimizer": True, "train.overlap_grad_reduce": True, "train.overlap_param_gather": True}
 BF16 = {"train.precision": "bf16"}
 FULL = {
@@ -76,74 +75,69 @@ def _same_on_all_ranks(results: list[Any]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def train(pool: Callable[[int], Pool]) -> Callable[..., list[Any]]:
-    """`train(overrides, dispatcher, steps)` on 4 ranks: the steps' results; equal calls are made once."""
-    done: dict[str, list[Any]] = {}
+    """`train(ranks, overrides, dispatcher, steps)`: the steps' results."""
 
-    def call(overrides: dict[str, Any], dispatcher: str = "alltoall", steps: int = 20) -> list[Any]:
-        key = json.dumps([overrides, dispatcher, steps])
-        if key not in done:
-            done[key] = _same_on_all_ranks(pool(4).run(_train, overrides, dispatcher, steps, timeout=240))
-        return done[key]
+    def call(ranks: int, overrides: dict[str, Any], dispatcher: str = "alltoall", steps: int = 4) -> list[Any]:
+        return _same_on_all_ranks(pool(ranks).run(_train, overrides, dispatcher, steps, timeout=WAIT))
 
     return call
 
 
+@pytest.fixture(scope="module")
+def alone(train: Callable[..., list[Any]]) -> list[Any]:
+    """20 steps of one process."""
+    results = train(1, {}, steps=20)
+    assert results[-1].loss < results[0].loss - 0.5
+    return results
+
+
 def _apart(results: list[Any], expected: list[Any]) -> float:
-    return max(abs(a.loss - b.loss) for a, b in zip(results, expected, strict=True))
+    return max(abs(a.loss - b.loss) for a, b in zip(results, expected[: len(results)], strict=True))
 
 
 LAYOUTS = {
-    "EP2": (EP[2], "alltoall"),
-    "EP4": (EP[4], "alltoall"),
-    "EP4, allgather": (EP[4], "allgather"),
-    "TP2": (TP2, "alltoall"),
-    "TP2 EP4": (TP2 | EP[4], "alltoall"),
-    "PP2 EP2": (PP2 | EP[2], "alltoall"),
-    "PP2 VPP2": (PP2 | {"plugin.parallel.virtual_pipeline": 2}, "alltoall"),
-    "distributed optimizer, overlap": (EP[4] | OVERLAP, "alltoall"),
-    "full recompute": (EP[4] | FULL, "alltoall"),
-    "selective recompute": (EP[4] | SELECTIVE, "alltoall"),
-    "shared expert overlap": (EP[4] | {"megatron.moe_shared_expert_overlap": True}, "alltoall"),
+    "DP4": (4, EP[1], "alltoall", 20),
+    "EP2": (4, EP[2], "alltoall", 20),
+    "EP4": (4, EP[4], "alltoall", 20),
+    "EP4, allgather": (4, EP[4], "allgather", 20),
+    "TP2": (2, TP2, "alltoall", 4),
+    "TP2 EP2": (2, TP2 | EP[2], "alltoall", 4),
+    "PP2": (2, PP2, "alltoall", 4),
+    "PP2 EP2": (4, PP2 | EP[2], "alltoall", 4),
+    "PP2 VPP2": (2, PP2 | VPP2, "alltoall", 4),
+    "distributed optimizer, overlap": (4, EP[2] | OVERLAP, "alltoall", 4),
+    "full recompute": (2, EP[2] | FULL, "alltoall", 4),
+    "selective recompute": (2, EP[2] | SELECTIVE, "alltoall", 4),
+    "shared expert overlap": (2, EP[2] | {"megatron.moe_shared_expert_overlap": True}, "alltoall", 4),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_the_loss_of_data_parallelism(train: Callable[..., list[Any]], name: str) -> None:
-    expected = train(EP[1])
-    assert expected[-1].loss < expected[0].loss - 0.1
-    assert _apart(train(*LAYOUTS[name]), expected) < 1e-5
+def test_every_layout_gives_the_loss_of_one_process(
+    train: Callable[..., list[Any]], alone: list[Any], name: str
+) -> None:
+    assert _apart(train(*LAYOUTS[name]), alone) < 1e-5
 
 
-def test_one_process_gives_the_same_loss(pool: Callable[[int], Pool], train: Callable[..., list[Any]]) -> None:
-    alone = pool(1).run(_train, {}, "alltoall", 20, timeout=120)[0]
-    assert _apart(alone, train(EP[1])) < 1e-5
+def test_multi_token_prediction_is_trained_but_not_reported(train: Callable[..., list[Any]], alone: list[Any]) -> None:
+    results = train(2, EP[2] | MTP)
+    assert results[0].loss == pytest.approx(alone[0].loss, abs=1e-6)  # the same main model
+    assert results[0].grad_norm > alone[0].grad_norm  # but more gradients
+    assert _apart(train(2, PP2 | MTP), results) < 1e-5
 
 
-def test_multi_token_prediction_is_trained_but_not_reported(train: Callable[..., list[Any]]) -> None:
-    results = train(EP[4] | MTP, steps=5)
-    plain = train(EP[1])[:5]
-    assert results[0].loss == pytest.approx(plain[0].loss, abs=1e-6)  # the same main model
-    assert results[0].grad_norm > plain[0].grad_norm  # but more gradients
-    assert _apart(train(PP2 | EP[2] | MTP, steps=5), results) < 1e-5
-
-
-@pytest.mark.parametrize("further", [{}, OVERLAP, FULL], ids=["plain", "distributed optimizer", "full recompute"])
-def test_bf16_follows_fp32(train: Callable[..., list[Any]], further: dict[str, Any]) -> None:
-    assert _apart(train(EP[4] | BF16 | further, steps=5), train(EP[1])[:5]) < 5e-3
+@pytest.mark.parametrize("further", [{}, OVERLAP | FULL], ids=["plain", "distributed optimizer, full recompute"])
+def test_bf16_follows_fp32(train: Callable[..., list[Any]], alone: list[Any], further: dict[str, Any]) -> None:
+    assert 0 < _apart(train(2, EP[2] | BF16 | further), alone) < 1e-2
 
 
 def test_capacity_with_padding_trains(train: Callable[..., list[Any]]) -> None:
-    results = train(EP[4] | CAPACITY, steps=10)
+    results = train(2, EP[2] | CAPACITY)
     assert results[-1].loss < results[0].loss
 
 
-def _twice(rank: int, size: int) -> tuple[list[Any], list[Any]]:
-    return _train(rank, size, EP[4], "alltoall", 5), _train(rank, size, EP[4], "alltoall", 5)
-
-
-def test_two_runs_are_bit_equal(pool: Callable[[int], Pool]) -> None:
-    first, second = _same_on_all_ranks(pool(4).run(_twice, timeout=120))
-    assert first == second
+def test_two_runs_are_bit_equal(train: Callable[..., list[Any]]) -> None:
+    assert train(4, EP[4]) == train(4, EP[4])
 
 
 def _weights(arm: Any) -> dict[str, Any]:
@@ -153,14 +147,14 @@ def _weights(arm: Any) -> dict[str, Any]:
     return {name: tensor.detach().clone() for name, tensor in named}
 
 
-def _resume(rank: int, size: int, folder: str, overrides: dict[str, Any], dispatcher: str) -> Any:
+def _resume(rank: int, size: int, folder: str, overrides: dict[str, Any]) -> Any:
     import torch
 
-    arm, stream = _arm(size, overrides, dispatcher)
+    arm, stream = _arm(size, overrides)
     _steps(arm, stream, 2)
     arm.save(folder)
     straight, weights = _steps(arm, stream, 3), _weights(arm)
-    arm, stream = _arm(size, overrides, dispatcher)
+    arm, stream = _arm(size, overrides)
     arm.load(folder)
     assert arm.steps_done == 2
     resumed = _steps(arm, stream, 3)
@@ -169,21 +163,18 @@ def _resume(rank: int, size: int, folder: str, overrides: dict[str, Any], dispat
 
 
 CHECKPOINTED = {
-    "EP4": EP[4],
-    "TP2 EP2": TP2 | EP[2],
-    "PP2 VPP2": PP2 | {"plugin.parallel.virtual_pipeline": 2} | EP[2],
-    "bf16": EP[2] | BF16,
-    "distributed optimizer": EP[4] | OVERLAP,
+    "EP2": EP[2],
+    "TP2": TP2,
+    "PP2 VPP2": PP2 | VPP2,
+    "bf16, MTP": EP[2] | BF16 | MTP,
+    "distributed optimizer": EP[2] | OVERLAP,
     "distributed optimizer, bf16": EP[2] | OVERLAP | BF16,
-    "MTP": EP[4] | MTP,
 }
 
 
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_resuming_is_bit_identical(pool: Callable[[int], Pool], tmp_path: Path, name: str) -> None:
-    for straight, resumed, different in pool(4).run(
-        _resume, str(tmp_path), CHECKPOINTED[name], "alltoall", timeout=180
-    ):
+    for straight, resumed, different in pool(2).run(_resume, str(tmp_path), CHECKPOINTED[name], timeout=WAIT):
         assert straight == resumed
         assert not different
 
@@ -203,25 +194,25 @@ def _move(rank: int, size: int, folder: str, before: dict[str, Any], after: dict
     return straight, _steps(arm, stream, 3)
 
 
-@pytest.mark.parametrize("after", [EP[2], EP[1], PP2], ids=["EP2", "EP1", "PP2"])
+@pytest.mark.parametrize("after", [EP[1], PP2], ids=["EP1", "PP2"])
 def test_a_checkpoint_loads_in_another_layout(
     pool: Callable[[int], Pool], tmp_path: Path, after: dict[str, Any]
 ) -> None:
-    straight, moved = pool(4).run(_move, str(tmp_path), EP[4], after, timeout=120)[0]
+    straight, moved = pool(2).run(_move, str(tmp_path), EP[2], after, timeout=WAIT)[0]
     assert _apart(moved, straight) < 1e-5
 
 
 REFUSED = {
-    "plugin.parallel.tensor": (EP[4], TP2),
-    "plugin.parallel.expert": (EP[4] | OVERLAP, EP[2] | OVERLAP),
-    "train.precision": (EP[4], EP[4] | BF16),
-    "model.num_layers": (EP[4], EP[4] | {"model.num_layers": 3}),
+    "plugin.parallel.tensor": (EP[1], TP2),
+    "plugin.parallel.expert": (EP[2] | OVERLAP, EP[1] | OVERLAP),
+    "train.precision": (EP[2], EP[2] | BF16),
+    "model.num_layers": (EP[2], EP[2] | {"model.num_layers": 3}),
 }
 
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_a_checkpoint_that_does_not_fit_is_refused(pool: Callable[[int], Pool], tmp_path: Path, key: str) -> None:
-    for _, message in pool(4).run(_move, str(tmp_path), *REFUSED[key], timeout=120):
+    for _, message in pool(2).run(_move, str(tmp_path), *REFUSED[key], timeout=WAIT):
         assert f": {key} = " in message
         assert str(tmp_path) in message
 
@@ -254,7 +245,7 @@ def _half_written(rank: int, size: int, folder: str) -> tuple[int, str, str]:
 
 
 def test_a_half_written_checkpoint_is_not_taken(pool: Callable[[int], Pool], tmp_path: Path) -> None:
-    for step, loaded, message in pool(2).run(_half_written, str(tmp_path), timeout=120):
+    for step, loaded, message in pool(2).run(_half_written, str(tmp_path), timeout=WAIT):
         assert step == 1
         assert loaded == str(tmp_path / "step_00000001")
         assert "not a complete checkpoint" in message
@@ -275,7 +266,7 @@ def _not_finite(rank: int, size: int) -> str:
 
 
 def test_a_loss_that_is_not_finite_raises_everywhere(pool: Callable[[int], Pool]) -> None:
-    for message in pool(2).run(_not_finite, timeout=60):
+    for message in pool(2).run(_not_finite, timeout=WAIT):
         assert message.startswith("step 0: loss nan")
 
 
@@ -295,7 +286,7 @@ def _refusals(rank: int, size: int) -> list[str]:
 
 
 def test_megatron_fields_are_checked(pool: Callable[[int], Pool]) -> None:
-    unknown, decided, refused = pool(1).run(_refusals)[0]
+    unknown, decided, refused = pool(1).run(_refusals, timeout=WAIT)[0]
     assert "megatron.moe_router_fuson = True" in unknown
     assert "did you mean 'moe_router_fusion'?" in unknown
     assert "megatron.normalization = 'LayerNorm': is decided" in decided
@@ -412,13 +403,13 @@ def test_ctrl_c_leaves_a_checkpoint_to_continue_from(tmp_path: Path) -> None:
     metrics = tmp_path / "run" / "metrics.jsonl"
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + WAIT
         while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=WAIT)
     finally:
         process.kill()
     assert process.returncode == 130

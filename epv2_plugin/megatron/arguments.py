@@ -47,7 +47,7 @@ def read(argv: Sequence[str], prog: str | None = None) -> Selection:
 
 
 def available() -> bool:
-    """Whether there is Megatron-LM's `megatron.training`, which the pip package megatron-core does not have.
+    """Whether there is `megatron.training`: in a Megatron-LM checkout, and in newer megatron-core packages.
 
     Only looks: importing it is for after `enable()`, since Megatron reads the device at import.
     """

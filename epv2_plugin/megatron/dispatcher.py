@@ -78,6 +78,10 @@ class EpTokenDispatcher(FlexTokenDispatcher):
         """Run `shared_experts` while tokens travel."""
         MoETokenDispatcher.set_shared_experts(self, shared_experts)
 
+    def get_expert_zero_copy_buffers(self) -> tuple[None, None]:
+        """Buffers that experts should write into (asked for since 0.19): none, they write where they like."""
+        return None, None
+
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

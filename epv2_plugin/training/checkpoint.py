@@ -56,7 +56,7 @@ def save(arm: Arm, folder: Path) -> Path:
             "step": arm.steps_done,
             "layout": _layout(arm.recipe),
             "model": arm.recipe.model.model_dump(),
-            "groups": _group_steps(arm),
+            "group_step": _group_step(arm),
         }
         _write(part / STATE, json.dumps(state, indent=1))
         if target.exists():
@@ -114,10 +114,10 @@ def load(arm: Arm, folder: Path) -> Path:
         raise CheckpointError(f"{source} can't be loaded: {error}") from error
     if random_states:
         _set_random_states(random_states)
-    for inner, steps in zip(_inner_optimizers(arm), state["groups"], strict=True):
-        for group, step in zip(inner.param_groups, steps, strict=True):
-            if step is not None:
-                group["step"] = step
+    if state["group_step"] is not None:
+        for inner in _inner_optimizers(arm):
+            for group in inner.param_groups:
+                group["step"] = state["group_step"]
     arm.steps_done = state["step"]
     return source
 
@@ -168,9 +168,11 @@ def _inner_optimizers(arm: Arm) -> list[torch.optim.Optimizer]:
     return [optimizer.optimizer for optimizer in chained if optimizer.optimizer is not None]
 
 
-def _group_steps(arm: Arm) -> list[list[Any]]:
-    """Step counts that an optimizer keeps with its groups (Transformer Engine's) and not with its parameters."""
-    return [[group.get("step") for group in inner.param_groups] for inner in _inner_optimizers(arm)]
+def _group_step(arm: Arm) -> Any:
+    """The step count that Transformer Engine's optimizer keeps in its groups; torch's keeps one with each parameter."""
+    return next(
+        (group["step"] for inner in _inner_optimizers(arm) for group in inner.param_groups if "step" in group), None
+    )
 
 
 def _optimizer_parameters(arm: Arm) -> dict[str, tuple[torch.optim.Optimizer, torch.Tensor, bool]]:

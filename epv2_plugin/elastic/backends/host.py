@@ -396,8 +396,9 @@ class HostBackend:
         operation, size = self.transport.begin(name), self.transport.size
         values = torch.full((size, 1), value, dtype=torch.int64)
         own = values.view(torch.uint8).clone()
+        wait = operation.receive(_ROWS, list(values.view(torch.uint8)), "value")
         operation.send(_ROWS, list(own), "value")
-        operation.receive(_ROWS, list(values.view(torch.uint8)), "value")()
+        wait()
         operation.wait_sent()
         return values.flatten().tolist()
 
@@ -440,19 +441,23 @@ class HostBackend:
             0 if cached else route.num_topk,
             0 if topk_weights_TK is None else route.num_topk,
         )
+
+        def receive() -> tuple[torch.Tensor, Callable[[], None]]:
+            rows = torch.empty(route.num_rows, layout.stride, dtype=torch.uint8)
+            return rows, operation.receive(_ROWS, rows.split(route.rows_per_source), "rows")
+
+        if cached:
+            received, wait_rows = receive()
         sent = self._pack(layout, route, x_TH, scales, topk_weights_TK, with_idx=not cached)
         operation.send(_ROWS, sent.split(route.sent_splits), "rows")
-        self._count(
-            route, sent, pairs_bytes=layout.data_bytes + layout.scale_bytes + (4 if layout.num_topk_weights else 0)
-        )
+        pair_bytes = layout.data_bytes + layout.scale_bytes + (4 if layout.num_topk_weights else 0)
+        self._count(route, route.sent_splits, layout.stride, route.pairs_per_rank, pair_bytes)
         if not cached:
             wait_header()
             if statistics is not None:
                 statistics += torch.tensor(route.rows_per_expert, dtype=statistics.dtype)
-        received = torch.empty(route.num_rows, layout.stride, dtype=torch.uint8)
-        incoming = received.split(route.rows_per_source)
-        wait_rows = operation.receive(_ROWS, incoming, "rows")
-        incoming[rank].copy_(sent.split(route.sent_splits)[rank])
+            received, wait_rows = receive()
+        received.split(route.rows_per_source)[rank].copy_(sent.split(route.sent_splits)[rank])
 
         num_recv, num_expanded = route.num_rows, sum(align(n, alignment) for n in route.rows_per_expert)
         if not exact:
@@ -508,27 +513,24 @@ class HostBackend:
         rank, num_tokens, num_topk = self.transport.rank, route.topk_idx_TK.shape[0], route.num_topk
         operation = self.transport.begin("combine", x.shape[1], x.dtype, topk_weights is not None)
         by_pair = expanded and not self._allow_multiple_reduction
-        rows, weights = self._rows_to_return(x, topk_weights, route, expanded, by_pair)
         out_splits = route.pair_splits if by_pair else route.rows_per_source
         in_splits = route.pairs_per_rank if by_pair else route.sent_splits
-        layout = RowLayout(x.shape[1] * x.itemsize, num_topk_weights=0 if weights is None else weights.shape[1])
+        num_weights = 0 if topk_weights is None else 1 if by_pair else num_topk
+        layout = RowLayout(x.shape[1] * x.itemsize, num_topk_weights=num_weights)
+        received = torch.empty(sum(in_splits), layout.stride, dtype=torch.uint8)
+        incoming = received.split(in_splits)
+        wait_rows = operation.receive(_ROWS, incoming, "rows")
+        rows, weights = self._rows_to_return(x, topk_weights, route, expanded, by_pair)
         if weights is None and layout.stride == layout.data_bytes:
             sent = rows.view(torch.uint8)
         else:
             sent = torch.empty(rows.shape[0], layout.stride, dtype=torch.uint8)
             sent[:, : layout.data_bytes] = rows.view(torch.uint8)
             if weights is not None:
-                sent[:, layout.weights_offset :][:, : 4 * layout.num_topk_weights] = weights.view(torch.uint8)
+                sent[:, layout.weights_offset :][:, : 4 * num_weights] = weights.view(torch.uint8)
         outgoing = sent.split(out_splits)
         operation.send(_ROWS, outgoing, "rows")
-        remote = sum(n for p, n in enumerate(out_splits) if p != rank)
-        self.traffic.sent_bytes += remote * layout.stride
-        self.traffic.undeduplicated_bytes += layout.data_bytes * sum(
-            n for p, n in enumerate(route.pair_splits) if p != rank
-        )
-        received = torch.empty(sum(in_splits), layout.stride, dtype=torch.uint8)
-        incoming = received.split(in_splits)
-        wait_rows = operation.receive(_ROWS, incoming, "rows")
+        self._count(route, out_splits, layout.stride, route.pair_splits, layout.data_bytes)
         incoming[rank].copy_(outgoing[rank])
         combined = torch.empty(num_tokens, x.shape[1], dtype=x.dtype)
         combined_weights = None if topk_weights is None else torch.empty(num_tokens, num_topk, dtype=torch.float32)
@@ -574,16 +576,16 @@ class HostBackend:
             int(topk_weights_TK is not None),
             0 if scales is None else scales.shape[1] * (-1 if scales.dtype == torch.int32 else 1),
         ]
-        counts_PE = route.expert_counts()
         fields = len(shape)
-        header_PF = torch.empty(size, fields + 2 + route.num_local_experts, dtype=torch.int64)
+        answers_PF = torch.empty(size, fields + 2 + route.num_local_experts, dtype=torch.int64)
+        wait = operation.receive(_HEADER, list(answers_PF.view(torch.uint8)), "header")
+        header_PF = torch.empty_like(answers_PF)
         header_PF[:, :fields] = torch.tensor(shape)
         header_PF[:, fields] = x_TH.shape[0]
         header_PF[:, fields + 1] = torch.tensor(route.sent_splits)
-        header_PF[:, fields + 2 :] = counts_PE
-        answers_PF = header_PF.clone()
+        header_PF[:, fields + 2 :] = route.expert_counts()
+        answers_PF[operation.rank] = header_PF[operation.rank]
         operation.send(_HEADER, list(header_PF.view(torch.uint8)), "header")
-        wait = operation.receive(_HEADER, list(answers_PF.view(torch.uint8)), "header")
         self.traffic.sent_bytes += (size - 1) * header_PF.shape[1] * 8
 
         def read() -> None:
@@ -652,12 +654,11 @@ class HostBackend:
             weights = topk_weights.new_empty(row_RK.shape)
         return _ordered_sum(x, route.local_columns, route.num_rows, x.dtype), weights
 
-    def _count(self, route: HostRoute, sent: torch.Tensor, pairs_bytes: int) -> None:
-        rank = self.transport.rank
-        self.traffic.sent_bytes += sum(n for p, n in enumerate(route.sent_splits) if p != rank) * sent.shape[1]
-        self.traffic.undeduplicated_bytes += pairs_bytes * sum(
-            n for p, n in enumerate(route.pairs_per_rank) if p != rank
-        )
+    def _count(self, route: HostRoute, rows: list[int], row_bytes: int, pairs: list[int], pair_bytes: int) -> None:
+        """Count rows and pairs per destination rank, this rank's own left out."""
+        own = route.rank
+        self.traffic.sent_bytes += (sum(rows) - rows[own]) * row_bytes
+        self.traffic.undeduplicated_bytes += (sum(pairs) - pairs[own]) * pair_bytes
 
 
 def _read_idx(received: torch.Tensor, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor]:
