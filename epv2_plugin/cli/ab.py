@@ -7,24 +7,11 @@ import os
 import shlex
 from pathlib import Path
 
+from epv2_plugin.cli.values import positive, share
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import check_arms, load_recipe
 
 DEFAULT_ARMS = "alltoall,epv2"
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
-    return share
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return number
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -42,9 +29,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="A,B,...",
         help="dispatchers, the first is the baseline: alltoall and allgather are stock (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=_positive, help="steps of each arm (default: the recipe's)")
+    parser.add_argument("--steps", type=positive, help="steps of each arm (default: the recipe's)")
     parser.add_argument(
-        "--skew", type=_share, metavar="SHARE", help="send this share of the tokens to one popular expert, in every arm"
+        "--skew", type=share, metavar="SHARE", help="send this share of the tokens to one popular expert, in every arm"
     )
     parser.add_argument("--folder", type=Path, help="where to write (default: runs/NAME-ab)")
     parser.set_defaults(main=main)

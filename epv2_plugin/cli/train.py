@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from epv2_plugin.cli.values import positive
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import load_recipe
 
@@ -21,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("recipe", help="the recipe's YAML file")
     parser.add_argument("--folder", help="where metrics.jsonl and checkpoints/ go (default: runs/<recipe name>)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the folder")
-    parser.add_argument("--steps", type=int, metavar="N", help="stop after step N of the recipe's schedule")
+    parser.add_argument("--steps", type=positive, metavar="N", help="stop after step N of the recipe's schedule")
     parser.add_argument(
         "--megatron-throughput", action="store_true", help="print each step as Megatron-LM's log does, with TFLOP/s"
     )
@@ -35,8 +36,6 @@ def main(args: argparse.Namespace) -> int:
         ConfigError: the recipe can't be used.
     """
     recipe = load_recipe(args.recipe)
-    if args.steps is not None and args.steps < 1:
-        raise SystemExit(f"epv2 train: --steps {args.steps}: must be 1 or more")
     if "RANK" in os.environ:
         # Here, and not above: this imports Megatron, which takes seconds that only the ranks need to spend.
         from epv2_plugin.training import trainer
