@@ -25,6 +25,8 @@ SMALL = {
     "model.ffn_hidden_size": 128,
     "model.seq_length": 32,
     "model.moe.ffn_hidden_size": 32,
+    "model.moe.num_experts": 8,
+    "model.moe.top_k": 3,
     "train.steps": 20,
     "train.global_batch_size": 4,
     "train.micro_batch_size": 1,
@@ -51,10 +53,12 @@ MTP = {"model.mtp_layers": 1}
 
 def _arm(size: int, overrides: dict[str, Any], dispatcher: str = "alltoall") -> tuple[Any, Any]:
     """An arm of the small recipe and its data, on this rank."""
+    from epv2_plugin import plugin
     from epv2_plugin.training import trainer
     from epv2_plugin.training.data import TokenStream
     from epv2_plugin.training.recipe import load_recipe
 
+    plugin.disable()  # what an earlier test on these ranks enabled
     recipe = load_recipe(RECIPE, {**SMALL, "train.processes": size, **EP[1], **overrides})
     trainer.setup(recipe)
     return trainer.Arm(recipe, dispatcher), TokenStream(recipe)
@@ -96,10 +100,14 @@ def _apart(results: list[Any], expected: list[Any]) -> float:
 
 
 LAYOUTS = {
-    "DP4": (4, EP[1], "alltoall", 20),
+    "DP4": (4, EP[1], "alltoall", 4),
     "EP2": (4, EP[2], "alltoall", 20),
     "EP4": (4, EP[4], "alltoall", 20),
     "EP4, allgather": (4, EP[4], "allgather", 20),
+    "EP2, plugin": (2, EP[2], "epv2", 20),
+    "EP4, plugin": (4, EP[4], "epv2", 20),
+    "TP2 EP2, plugin": (2, TP2 | EP[2], "epv2", 4),
+    "PP2 EP2, plugin": (4, PP2 | EP[2], "epv2", 4),
     "TP2": (2, TP2, "alltoall", 4),
     "TP2 EP2": (2, TP2 | EP[2], "alltoall", 4),
     "PP2": (2, PP2, "alltoall", 4),

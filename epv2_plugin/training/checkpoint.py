@@ -10,6 +10,7 @@ loads under any expert, pipeline and data-parallel degree; the distributed optim
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -25,6 +26,8 @@ from epv2_plugin.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from epv2_plugin.training.trainer import Arm
+
+logger = logging.getLogger("epv2_plugin")
 
 LATEST, STATE = "latest", "state.json"
 
@@ -56,6 +59,8 @@ def save(arm: Arm, folder: Path) -> Path:
             "step": arm.steps_done,
             "layout": _layout(arm.recipe),
             "model": arm.recipe.model.model_dump(),
+            "train": arm.recipe.train.model_dump(),
+            "data": arm.recipe.data.model_dump(),
             "group_step": _group_step(arm),
         }
         _write(part / STATE, json.dumps(state, indent=1))
@@ -140,6 +145,13 @@ def _check(recipe: Recipe, state: dict[str, Any], source: Path) -> None:
     for key, value in _layout(recipe).items():
         if state["layout"][key] != value and (key in fixed or recipe.train.distributed_optimizer):
             raise recipe.fail(key, f"the checkpoint {source} can only be loaded with {state['layout'][key]!r}")
+    for section in ("train", "data"):
+        for name, value in getattr(recipe, section).model_dump().items():
+            before = state[section].get(name)
+            if before != value and f"{section}.{name}" not in _layout(recipe) and dist.get_rank() == 0:
+                logger.warning(
+                    "%s.%s = %r from here on; the checkpoint %s had %r", section, name, value, source, before
+                )
 
 
 def _write(path: Path, text: str) -> None:

@@ -27,8 +27,8 @@ def run_ranks(module: str, args: Sequence[str], processes: int, env: Mapping[str
 
     Ranks find RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in their environment, and one thread to compute
     with. Rank 0 writes to this process's stdout and stderr; what the others write to stderr is shown if they fail.
-    SIGINT and SIGTERM are passed on once, so that ranks can end in order; a second one kills them. When a rank
-    fails, the others are killed, and its last lines are printed.
+    SIGINT and SIGTERM (and SIGHUP, as SIGTERM) are passed on once, so that ranks can end in order; a second one kills
+    them. When a rank fails, the others are killed, and its last lines are printed.
 
     Args:
         env: further environment variables.
@@ -73,7 +73,7 @@ class _Ranks:
         self._signals = 0
         self._processes: list[subprocess.Popen] = []
         self._readers: list[threading.Thread] = []
-        handled = (signal.SIGINT, signal.SIGTERM)
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._pass_on) for number in handled}
         host, port = listener.getsockname()
         shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": host, "MASTER_PORT": str(port)}
@@ -117,6 +117,7 @@ class _Ranks:
 
     def _pass_on(self, number: int, frame: types.FrameType | None) -> None:
         self._signals += 1
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number if self._signals == 1 else signal.SIGKILL)

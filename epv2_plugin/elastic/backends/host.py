@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -23,10 +23,11 @@ from epv2_plugin.elastic.errors import CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import HostEvent
 from epv2_plugin.elastic.sizing import RowLayout, align, max_expanded_rows, max_received_rows
 
-# A gloo tag: 16 bits of sequence number, 12 of what the operation is, 1 of its step. gloo ends the process when a
-# message has another size than its receiver expects; with unequal tags it does not match, and the wait times out.
-_SEQUENCE_BITS, _KIND_BITS, _STEP_BITS = 16, 12, 1
-_HEADER, _ROWS = range(2)
+# A gloo tag: 16 bits of sequence number, 11 of what the message is, 2 of its step. gloo ends the process when a message
+# is larger than its receiver expects; with unequal tags it does not match, and the wait times out.
+_SEQUENCE_BITS, _KIND_BITS, _STEP_BITS = 16, 11, 2
+_HEADER, _ROWS, _LATE_ROWS = range(3)
+_EARLY_BYTES = 1 << 30  # most that is set aside for rows whose number is not known yet
 _HEADER_FIELDS = ("hidden size", "dtype", "top-k", "num_max_tokens_per_rank", "topk_weights", "scales")
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -116,14 +117,12 @@ class Transport:
                 str(error).splitlines()[0],
             ) from error
 
-    def begin(self, name: str, *kind: object) -> Operation:
-        """Start an operation; every rank starts the same operations, with equal `kind`, in the same order."""
+    def begin(self, name: str) -> Operation:
+        """Start an operation; every rank starts the same operations in the same order."""
         if self._failure is not None:
             raise self._failure
         self._sequence += 1
-        bits = zlib.crc32(repr((name, *kind)).encode()) % (1 << _KIND_BITS)
-        tag = (self._sequence % (1 << _SEQUENCE_BITS) << _KIND_BITS | bits) << _STEP_BITS
-        return Operation(self, f"{name} #{self._sequence}", tag)
+        return Operation(self, f"{name} #{self._sequence}", self._sequence % (1 << _SEQUENCE_BITS))
 
     def _send(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
         assert self._gloo is not None
@@ -168,20 +167,25 @@ class Transport:
 
 
 class Operation:
-    """One collective operation: numbered steps, each at most one message to and from every peer."""
+    """One collective operation: numbered steps, each at most one message to and from every peer.
 
-    def __init__(self, transport: Transport, name: str, tag: int):
-        self._transport, self._name, self._tag = transport, name, tag
+    `kind` of a message is whatever decides its size: both sides must name the same.
+    """
+
+    def __init__(self, transport: Transport, name: str, sequence: int):
+        self._transport, self._name, self._sequence = transport, name, sequence
         self.rank, self.peers = transport.rank, [p for p in range(transport.size) if p != transport.rank]
         self._sends: list[tuple[int, str, dist.Work, torch.Tensor]] = []
 
-    def send(self, step: int, payloads: Sequence[torch.Tensor], phase: str) -> None:
-        """Start sending `payloads[p]` (contiguous uint8) to each peer p; empty ones send nothing."""
-        for peer in self.peers:
-            if payloads[peer].numel():
-                where, payload = f"{self._name}, {phase}", payloads[peer]
-                work = self._transport._send(payload, peer, self._tag + step, where)
-                self._sends.append((peer, where, work, payload))
+    def _tag(self, step: int, kind: tuple) -> int:
+        bits = zlib.crc32(repr((self._name.split(" #")[0], kind)).encode()) % (1 << _KIND_BITS)
+        return (self._sequence << _KIND_BITS | bits) << _STEP_BITS | step
+
+    def send(self, step: int, payloads: Mapping[int, torch.Tensor], phase: str, kind: tuple) -> None:
+        """Start sending `payloads[p]` (contiguous uint8, not empty) to each peer p that has one."""
+        tag, phase = self._tag(step, kind), f"{self._name}, {phase}"
+        for peer, payload in payloads.items():
+            self._sends.append((peer, phase, self._transport._send(payload, peer, tag, phase), payload))
 
     def wait_sent(self) -> None:
         """Wait until every peer has taken what was sent: after this the process may end without hurting anybody."""
@@ -190,13 +194,11 @@ class Operation:
             self._transport._wait(work, peer, phase, expected, self._transport.timeout_seconds)
         self._sends.clear()
 
-    def receive(self, step: int, payloads: Sequence[torch.Tensor], phase: str) -> Callable[[], None]:
-        """Start receiving into `payloads[p]` from each peer p; returns the function that waits for all of them."""
-        transport, phase = self._transport, f"{self._name}, {phase}"
+    def receive(self, step: int, payloads: Mapping[int, torch.Tensor], phase: str, kind: tuple) -> Callable[[], None]:
+        """Start receiving at most `payloads[p]` from each peer p that has one; returns the wait for all of them."""
+        transport, tag, phase = self._transport, self._tag(step, kind), f"{self._name}, {phase}"
         pending = [
-            (peer, payloads[peer].numel(), transport._receive(payloads[peer], peer, self._tag + step, phase))
-            for peer in self.peers
-            if payloads[peer].numel()
+            (peer, payload.numel(), transport._receive(payload, peer, tag, phase)) for peer, payload in payloads.items()
         ]
 
         def wait() -> None:
@@ -211,6 +213,63 @@ class Operation:
         failure = CommunicationError(self.rank, peer, f"{self._name}, {phase}", expected, seen)
         self._transport.abandon(failure)
         return failure
+
+
+class _RowExchange:
+    """Byte rows from every rank to every rank, gathered into one `[R, stride]` by source rank."""
+
+    def __init__(self, operation: Operation, layout: RowLayout, dtypes: tuple):
+        self._operation, self._stride, self._kind = operation, layout.stride, (layout, *dtypes)
+        self._early: torch.Tensor | None = None
+        self._most_rows = 0
+        self._waits: list[Callable[[], None]] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._received = torch.empty(0, layout.stride, dtype=torch.uint8)
+        self._own = self._mine = self._received
+
+    def receive_early(self, most_rows: int) -> None:
+        """Make room for up to `most_rows` rows of each rank, before anybody said how many come."""
+        size = len(self._operation.peers) + 1
+        if not 0 < size * most_rows * self._stride <= _EARLY_BYTES:
+            return
+        self._most_rows = most_rows
+        self._early = torch.empty(size, most_rows * self._stride, dtype=torch.uint8)
+        room = {p: self._early[p] for p in self._operation.peers}
+        self._waits.append(self._operation.receive(_ROWS, room, "rows", self._kind))
+
+    def send(self, rows: torch.Tensor, splits: list[int]) -> None:
+        """Send `rows` `[S, stride]`, `splits[p]` of them to rank p."""
+        parts = rows.split(splits)
+        self._own = parts[self._operation.rank]
+        flat = {p: parts[p].view(-1) for p in self._operation.peers}
+        late = {p: part for p, part in flat.items() if splits[p] > self._most_rows}
+        if self._early is not None:
+            # Who has made room gets a message in any case, be it one that only says: none, or later.
+            nothing = torch.zeros(1, dtype=torch.uint8)
+            early = {p: flat[p] if p not in late and splits[p] else nothing for p in flat}
+            self._operation.send(_ROWS, early, "rows", self._kind)
+        self._operation.send(_LATE_ROWS, late, "rows", self._kind)
+
+    def receive(self, splits: list[int]) -> None:
+        """Receive `splits[p]` rows from rank p, now that their number is known."""
+        self._received = torch.empty(sum(splits), self._stride, dtype=torch.uint8)
+        parts = self._received.split(splits)
+        late = {p: parts[p].view(-1) for p in self._operation.peers if splits[p] > self._most_rows}
+        self._waits.append(self._operation.receive(_LATE_ROWS, late, "rows", self._kind))
+        if self._early is not None:
+            arrived = [p for p in self._operation.peers if p not in late]
+            self._copies = [(parts[p].view(-1), self._early[p]) for p in arrived]
+        self._mine = parts[self._operation.rank]
+
+    def wait(self) -> torch.Tensor:
+        """Wait until everything is here and everything sent was taken; returns the rows `[R, stride]`."""
+        for wait in self._waits:
+            wait()
+        self._operation.wait_sent()
+        for target, source in self._copies:
+            target.copy_(source[: target.numel()])
+        self._mine.copy_(self._own)
+        return self._received
 
 
 class HostRoute:
@@ -387,6 +446,7 @@ class HostBackend:
         self.transport = Transport(group, timeout_seconds)
         self.traffic = Traffic()
         self._allow_multiple_reduction = allow_multiple_reduction
+        self._most_tokens = 0  # of any rank in any dispatch so far; every rank has seen the same
 
     def close(self) -> None:
         self.transport.close()
@@ -396,8 +456,8 @@ class HostBackend:
         operation, size = self.transport.begin(name), self.transport.size
         values = torch.full((size, 1), value, dtype=torch.int64)
         own = values.view(torch.uint8).clone()
-        wait = operation.receive(_ROWS, list(values.view(torch.uint8)), "value")
-        operation.send(_ROWS, list(own), "value")
+        wait = operation.receive(_ROWS, {p: values.view(torch.uint8)[p] for p in operation.peers}, "value", ())
+        operation.send(_ROWS, {p: own[p] for p in operation.peers}, "value", ())
         wait()
         operation.wait_sent()
         return values.flatten().tolist()
@@ -425,39 +485,34 @@ class HostBackend:
         """See `ElasticBuffer.dispatch`. `route` repeats a routing; `num_max_tokens_per_rank` 0 = the ranks agree."""
         rank, size = self.transport.rank, self.transport.size
         cached = route is not None
-        shape = () if scales is None else (scales.shape[1], scales.dtype)
-        # What decides the size of a message is part of its tag; the header's fields tell the rest of a new routing.
-        kind = (x_TH.shape[1], x_TH.dtype, topk_weights_TK is not None, *shape) if cached else (num_experts,)
-        operation = self.transport.begin("cached dispatch" if cached else "dispatch", *kind)
+        num_topk = topk_idx_TK.shape[1]
+        layout = RowLayout(
+            x_TH.shape[1] * x_TH.itemsize,
+            0 if scales is None else scales.shape[1] * 4,
+            0 if cached else num_topk,
+            0 if topk_weights_TK is None else num_topk,
+        )
+        operation = self.transport.begin("cached dispatch" if cached else "dispatch")
+        exchange = _RowExchange(operation, layout, (x_TH.dtype, scales is not None and scales.dtype))
         if route is None:
+            # Rows travel with the header that says how many they are, into space for as many as have come before.
+            exchange.receive_early(self._most_tokens)
             route = HostRoute(topk_idx_TK, rank, size, num_experts)
             route.expert_alignment, route.expanded = alignment, expand
             wait_header = self._exchange_header(
                 operation, route, x_TH, scales, topk_weights_TK, num_max_tokens_per_rank
             )
-        layout = RowLayout(
-            x_TH.shape[1] * x_TH.itemsize,
-            0 if scales is None else scales.shape[1] * 4,
-            0 if cached else route.num_topk,
-            0 if topk_weights_TK is None else route.num_topk,
-        )
-
-        def receive() -> tuple[torch.Tensor, Callable[[], None]]:
-            rows = torch.empty(route.num_rows, layout.stride, dtype=torch.uint8)
-            return rows, operation.receive(_ROWS, rows.split(route.rows_per_source), "rows")
-
-        if cached:
-            received, wait_rows = receive()
+        else:
+            exchange.receive(route.rows_per_source)
         sent = self._pack(layout, route, x_TH, scales, topk_weights_TK, with_idx=not cached)
-        operation.send(_ROWS, sent.split(route.sent_splits), "rows")
+        exchange.send(sent, route.sent_splits)
         pair_bytes = layout.data_bytes + layout.scale_bytes + (4 if layout.num_topk_weights else 0)
         self._count(route, route.sent_splits, layout.stride, route.pairs_per_rank, pair_bytes)
         if not cached:
             wait_header()
             if statistics is not None:
                 statistics += torch.tensor(route.rows_per_expert, dtype=statistics.dtype)
-            received, wait_rows = receive()
-        received.split(route.rows_per_source)[rank].copy_(sent.split(route.sent_splits)[rank])
+            exchange.receive(route.rows_per_source)
 
         num_recv, num_expanded = route.num_rows, sum(align(n, alignment) for n in route.rows_per_expert)
         if not exact:
@@ -475,8 +530,7 @@ class HostBackend:
             out_weights = make((num_out,) if expand else (num_out, route.num_topk), dtype=torch.float32)
 
         def finish() -> None:
-            wait_rows()
-            operation.wait_sent()
+            received = exchange.wait()
             if not cached:
                 route.complete(*_read_idx(received, layout))
             place = route.expanded_place_N if expand and gaps else None
@@ -510,16 +564,15 @@ class HostBackend:
         expanded: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, HostEvent]:
         """See `ElasticBuffer.combine`."""
-        rank, num_tokens, num_topk = self.transport.rank, route.topk_idx_TK.shape[0], route.num_topk
-        operation = self.transport.begin("combine", x.shape[1], x.dtype, topk_weights is not None)
+        num_tokens, num_topk = route.topk_idx_TK.shape[0], route.num_topk
+        operation = self.transport.begin("combine")
         by_pair = expanded and not self._allow_multiple_reduction
         out_splits = route.pair_splits if by_pair else route.rows_per_source
         in_splits = route.pairs_per_rank if by_pair else route.sent_splits
         num_weights = 0 if topk_weights is None else 1 if by_pair else num_topk
         layout = RowLayout(x.shape[1] * x.itemsize, num_topk_weights=num_weights)
-        received = torch.empty(sum(in_splits), layout.stride, dtype=torch.uint8)
-        incoming = received.split(in_splits)
-        wait_rows = operation.receive(_ROWS, incoming, "rows")
+        exchange = _RowExchange(operation, layout, (x.dtype,))
+        exchange.receive(in_splits)
         rows, weights = self._rows_to_return(x, topk_weights, route, expanded, by_pair)
         if weights is None and layout.stride == layout.data_bytes:
             sent = rows.view(torch.uint8)
@@ -528,17 +581,14 @@ class HostBackend:
             sent[:, : layout.data_bytes] = rows.view(torch.uint8)
             if weights is not None:
                 sent[:, layout.weights_offset :][:, : 4 * num_weights] = weights.view(torch.uint8)
-        outgoing = sent.split(out_splits)
-        operation.send(_ROWS, outgoing, "rows")
+        exchange.send(sent, out_splits)
         self._count(route, out_splits, layout.stride, route.pair_splits, layout.data_bytes)
-        incoming[rank].copy_(outgoing[rank])
         combined = torch.empty(num_tokens, x.shape[1], dtype=x.dtype)
         combined_weights = None if topk_weights is None else torch.empty(num_tokens, num_topk, dtype=torch.float32)
         columns = _columns(route.sent_pair_TK) if by_pair else route.return_columns
 
         def finish() -> None:
-            wait_rows()
-            operation.wait_sent()
+            received = exchange.wait()
             returned = received[:, : layout.data_bytes].view(x.dtype)
             initial = None
             if bias_TH:
@@ -578,14 +628,15 @@ class HostBackend:
         ]
         fields = len(shape)
         answers_PF = torch.empty(size, fields + 2 + route.num_local_experts, dtype=torch.int64)
-        wait = operation.receive(_HEADER, list(answers_PF.view(torch.uint8)), "header")
+        kind, peers = (route.num_local_experts,), operation.peers
+        wait = operation.receive(_HEADER, {p: answers_PF.view(torch.uint8)[p] for p in peers}, "header", kind)
         header_PF = torch.empty_like(answers_PF)
         header_PF[:, :fields] = torch.tensor(shape)
         header_PF[:, fields] = x_TH.shape[0]
         header_PF[:, fields + 1] = torch.tensor(route.sent_splits)
         header_PF[:, fields + 2 :] = route.expert_counts()
         answers_PF[operation.rank] = header_PF[operation.rank]
-        operation.send(_HEADER, list(header_PF.view(torch.uint8)), "header")
+        operation.send(_HEADER, {p: header_PF.view(torch.uint8)[p] for p in peers}, "header", kind)
         self.traffic.sent_bytes += (size - 1) * header_PF.shape[1] * 8
 
         def read() -> None:
@@ -596,7 +647,9 @@ class HostBackend:
                     if ours != theirs:
                         told, seen = (dtypes[ours], dtypes[theirs]) if name == "dtype" else (ours, theirs)
                         raise operation.mismatch(peer, "header", f"{name} {told} as on this rank", f"{name} {seen}")
-            route.num_max_tokens_per_rank = num_max_tokens_per_rank or max(answer[fields] for answer in answers)
+            most_tokens = max(answer[fields] for answer in answers)
+            self._most_tokens = max(self._most_tokens, most_tokens)
+            route.num_max_tokens_per_rank = num_max_tokens_per_rank or most_tokens
             route.rows_per_source = [answer[fields + 1] for answer in answers]
             route.rows_per_expert = answers_PF[:, fields + 2 :].sum(0).tolist()
 
