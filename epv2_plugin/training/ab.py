@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +25,7 @@ from epv2_plugin.training.launcher import INTERRUPTED
 from epv2_plugin.training.recipe import Recipe, check_arms, parameter_count
 from epv2_plugin.training.report import write_report
 from epv2_plugin.training.stages import PeakMemory, StageClock, StockTraffic, moe_layers, skew_routing
-from epv2_plugin.training.trainer import Arm, Interrupts, setup
+from epv2_plugin.training.trainer import Arm, Interrupts, leave, setup
 
 WARMUP_STEPS = 3  # allocators and caches settle
 
@@ -37,7 +38,7 @@ def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, co
         command: for the report.
 
     Returns:
-        The exit code: 0, or 130 if interrupted (the report then covers the steps that were made).
+        The exit code: 0, 130 if interrupted, 1 if a loss was not finite (the report then covers the steps made).
     """
     check_arms(recipe, arms)
     setup(recipe)
@@ -50,28 +51,34 @@ def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, co
             (folder / name).unlink(missing_ok=True)
         (folder / "meta.json").write_text(json.dumps(_meta(recipe, arms, skew, command, stream), indent=1) + "\n")
         metrics = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed below
-    interrupted = False
+    interrupted, failure = False, ""
     with Interrupts() as interrupts:
-        for step in range(recipe.train.steps):
-            batch = stream.sequences(step)
-            turn = step % len(measured)
-            for arm in measured[turn:] + measured[:turn]:
-                record = arm.step(batch)
+        try:
+            for step in range(recipe.train.steps):
+                batch = stream.sequences(step)
+                turn = step % len(measured)
+                for arm in measured[turn:] + measured[:turn]:
+                    record = arm.step(batch)
+                    if metrics is not None:
+                        metrics.write(json.dumps(record) + "\n")
+                        metrics.flush()
                 if metrics is not None:
-                    metrics.write(json.dumps(record) + "\n")
-                    metrics.flush()
-            if metrics is not None:
-                _show(step, recipe.train.steps, measured)
-            if interrupted := interrupts.anywhere():
-                break
+                    _show(step, recipe.train.steps, measured)
+                if interrupted := interrupts.anywhere():
+                    break
+        except FloatingPointError as error:  # every rank raises it
+            failure = f"{arm.arm.dispatcher}: {error}"
     if metrics is not None:
         metrics.close()
         print(flush=True)
         report = write_report(folder)
         print(report.read_text().split("\n##")[0].strip())
         print(f"\nreport: {report}", flush=True)
+        if failure:
+            print(f"stopped early: {failure}", file=sys.stderr)
     dist.barrier()
-    return INTERRUPTED if interrupted else 0
+    leave()
+    return 1 if failure else INTERRUPTED if interrupted else 0
 
 
 class _MeasuredArm:

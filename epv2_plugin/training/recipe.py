@@ -703,7 +703,7 @@ def megatron_args(recipe: Recipe, config_path: str | os.PathLike[str] | None = N
     # What `training.model` sets unless the recipe says otherwise.
     fields: dict[str, Any] = {"layernorm_epsilon": 1e-6, "apply_rope_fusion": False}  # the fusion is for YaRN alone
     if has_moe:
-        fields["moe_router_dtype"] = "fp32"
+        fields["moe_router_dtype"] = "fp64" if recipe.plugin.backend == "host" else "fp32"
     fields |= recipe.megatron
     if recipe.plugin.backend == "host":  # no Transformer Engine and no fused kernels without a GPU
         values["transformer-impl"] = "local"

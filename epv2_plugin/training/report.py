@@ -125,7 +125,6 @@ def write_report(folder: str | Path) -> Path:
     sections = [_head(run), picture, _times(run), _traffic(run), _losses(run), _circumstances(run), _limits(run)]
     path = folder / "report.md"
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    logger.info("report written to %s", path)
     return path
 
 
