@@ -237,14 +237,14 @@ def refusals(rank: int, size: int) -> dict[str, str]:
     messages["degree"] = str(error.value)
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    with pytest.raises(ValueError, match="alltoall"):  # other backends keep Megatron's own limits
+    with pytest.raises(ValueError, match="moe_pad_expert_input_to_capacity"):  # other backends keep Megatron's own limits
         TransformerConfig(
             num_layers=1,
             hidden_size=16,
             num_attention_heads=2,
             num_moe_experts=4,
-            moe_shared_expert_intermediate_size=8,
-            moe_shared_expert_overlap=True,
+            moe_expert_capacity_factor=1.0,
+            moe_pad_expert_input_to_capacity=True,
             moe_token_dispatcher_type="flex",
             moe_flex_dispatcher_backend="deepep",
         )
