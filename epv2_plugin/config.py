@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 # The bound belongs to the number alone: on the whole union it would be asked of "auto", too.
 Count = Annotated[int, Field(ge=1)] | Literal["auto"]
@@ -28,11 +28,28 @@ class ConfigError(ValueError):
         self.source, self.key, self.value, self.allowed = source, key, value, allowed
         super().__init__(f"{source}: {key} = {value!r}: {allowed}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.source, self.key, self.value, self.allowed)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys and loose types ("4" for 4, 1 for true) are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_empty_sections(cls, data: Any) -> Any:
+        """YAML reads a section whose keys are all commented out as null."""
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        sections = {k for k in data if k in fields and _is_section(fields[k].annotation)}
+        return {k: {} if v is None and k in sections else v for k, v in data.items()}
 
 
 class Parallel(Section):
@@ -144,7 +161,8 @@ class PluginConfig(Section):
                 if world_size % (expert * expert_tensor * pipeline):
                     raise self.fail(
                         "parallel.expert",
-                        f"times pipeline {pipeline} must divide the world size of {world_size} ranks",
+                        f"times pipeline {pipeline} times expert tensor parallelism {expert_tensor} must divide the "
+                        f"world size of {world_size} ranks",
                     )
         if world_size is not None:
             product = 1
@@ -227,6 +245,8 @@ def _unknown_key(model: type[BaseModel], location: list[str]) -> str:
 
 def _explain(detail: Any) -> str:
     message = str(detail["msg"])
+    if detail["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return "must be a mapping of keys to values"
     return message.replace("Input should be", "must be", 1) if message.startswith("Input should be") else message
 
 
@@ -301,4 +321,6 @@ def load_config(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig |
         return PluginConfig()
     if isinstance(config, dict):
         return parse_config(config, "<dict>")
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError("<argument>", "config", config, "must be a path, a mapping, a PluginConfig or None")
     return parse_config(read_yaml(config), str(config))

@@ -48,6 +48,7 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
                 f"the plugin is enabled with {_enabled.config.source}; call disable() before enabling {loaded.source}"
             )
         return
+    _show_log()
     _check(loaded)
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         raise ImportError("Megatron-Core is not installed: pip install 'epv2_plugin[megatron]'")
@@ -67,6 +68,23 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
         "epv2: enabled with %s; flex backend 'epv2' is there for expert parallelism, pipeline and context are stock",
         loaded.source,
     )
+    if unused := _unused(loaded):
+        logger.info("epv2: without effect on the host backend: %s", ", ".join(unused))
+
+
+def _show_log() -> None:
+    """Let the first rank's lines about what runs be seen where nobody has set logging up."""
+    if not logger.handlers and not logging.getLogger().handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+def _unused(config: PluginConfig) -> list[str]:
+    """Keys that are set but have nothing to act on with the host backend."""
+    given = config.model_dump(exclude_defaults=True)
+    sections = ("sm_budget", "network", "pipeline", "context")
+    keys = [f"{name}.{key}" for name in sections for key, value in given.get(name, {}).items() if value != "stock"]
+    return keys + (["timeouts.gpu_seconds"] if "gpu_seconds" in given.get("timeouts", {}) else [])
 
 
 def disable() -> None:
@@ -83,7 +101,8 @@ def disable() -> None:
 
 
 def status() -> dict[str, Any]:
-    """What is active: `enabled`, `config`, `backend`, `expert`/`pipeline`/`context` (who runs it), `replaced` (dotted
+    """What is active: `enabled`, `config`, `backend`, `unused` (keys without effect there),
+    `expert`/`pipeline`/`context` (who runs it), `replaced` (dotted
     names of the symbols replaced), `bridge` (likewise, for Megatron on a CPU), `groups` (one entry per EP group)."""
     if _enabled is None:
         return {"enabled": False, "replaced": [], "bridge": [], "groups": []}
@@ -93,6 +112,7 @@ def status() -> dict[str, Any]:
         "enabled": True,
         "config": _enabled.config.source,
         "backend": "host",
+        "unused": _unused(_enabled.config),
         "expert": "epv2",
         "pipeline": "stock",
         "context": "stock",
@@ -103,12 +123,14 @@ def status() -> dict[str, Any]:
 
 
 def _check(config: PluginConfig) -> None:
-    """Refuse what this version would otherwise ignore."""
+    """Refuse what this version or machine can't do."""
+    cuda = torch.cuda.is_available()
+    config.check(device_sms=torch.cuda.get_device_properties(0).multi_processor_count if cuda else None)
     try:
         resolve_backend(config.backend)
     except RuntimeError as error:
         raise config.fail("backend", str(error)) from None
-    if torch.cuda.is_available():
+    if cuda:
         raise config.fail(
             "backend", "the host backend trains on the CPU; hide the GPU (CUDA_VISIBLE_DEVICES=) to use it"
         )

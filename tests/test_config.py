@@ -1,5 +1,6 @@
 """config.py: every mistake is one line that names file, key, value and what is allowed."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,7 @@ def test_auto_may_be_written_out_and_numbers_keep_their_bounds(tmp_path):
         ("parallel: {expert: 0}", "parallel.expert", 0, "greater than or equal to 1"),
         ("parallel: {expert: true}", "parallel.expert", True, "must be a valid integer"),
         ("parallel: {expert: 1.5}", "parallel.expert", 1.5, "must be a valid integer"),
-        ("parallel: 4", "parallel", 4, "must be a valid dictionary"),
-        ("parallel:", "parallel", None, "must be a valid dictionary"),
+        ("parallel: 4", "parallel", 4, "must be a mapping of keys to values"),
         ("backend: gpu", "backend", "gpu", "must be 'auto', 'cuda' or 'host'"),
         ("sm_budget: {pipeline: -1}", "sm_budget.pipeline", -1, "greater than or equal to 0"),
         ("network: {rdma_gbytes_per_s: 0}", "network.rdma_gbytes_per_s", 0, "greater than 0"),
@@ -137,3 +137,20 @@ def test_sample_configs_load_and_comment_every_key(name, facts):
     for section, fields in PluginConfig().model_dump().items():
         for key in [section, *(fields if isinstance(fields, dict) else [])]:
             assert any(line.strip().startswith(f"{key}:") for line in keys), f"{name}: {key} is not shown"
+
+
+def test_an_empty_section_is_its_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "plugin.yaml"
+    path.write_text("parallel:\n#  expert: 4\nexpert:\n")
+    assert load_config(path).model_dump() == PluginConfig().model_dump()
+
+
+@pytest.mark.parametrize("config", [5, ["a"], 1.5])
+def test_what_is_no_configuration_is_refused(config: object) -> None:
+    with pytest.raises(ConfigError, match="must be a path, a mapping, a PluginConfig or None"):
+        load_config(config)  # type: ignore[arg-type]
+
+
+def test_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(ConfigError("my.yaml", "parallel.expert", 3, "must divide 8")))
+    assert str(error) == "my.yaml: parallel.expert = 3: must divide 8"

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer
+from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer, EventOverlap
+from epv2_plugin.elastic import autograd
 from tests import harness
 from tests.harness import Pool
 
@@ -38,6 +39,7 @@ def bad_input(rank: int, size: int) -> list[str]:
     scales = torch.ones(TOKENS, 1)
     stats = torch.zeros(EXPERTS // size, dtype=torch.int32)
     low, high = idx.clone(), idx.clone()
+    same = torch.full_like(idx, 3)
     low[1, 0], high[2, 1] = -2, EXPERTS
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (TypeError, "x is torch.float64", lambda: buffer.dispatch(x.double(), **good)),
@@ -63,6 +65,9 @@ def bad_input(rank: int, size: int) -> list[str]:
         (ValueError, "needs topk_idx and num_experts", lambda: buffer.dispatch(x)),
         (ValueError, "expert_alignment = 0", lambda: buffer.dispatch(x, **good, expert_alignment=0)),
         (ValueError, "do_zero_padding", lambda: buffer.dispatch(x, **good, do_zero_padding=True)),
+        (ValueError, "expert 3 more than once", lambda: buffer.dispatch(x, same, num_experts=12, do_cpu_sync=False)),
+        (ValueError, "hidden size must be 1", lambda: buffer.dispatch(x[:, :0], **good)),
+        (TypeError, "bias: has no gradient", lambda: autograd.combine(buffer, out, expanded, bias=x)),
         (ValueError, "do_cpu_sync=False", lambda: other.dispatch(x, **good, do_cpu_sync=False)),
         (
             ValueError,
@@ -127,7 +132,9 @@ def dies(rank: int, size: int, when: str) -> str:
     if rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     begin = time.monotonic()
+    pending = EventOverlap()
     try:
+        *_, pending = buffer.combine(rows, handle, async_with_compute_stream=True)
         for _ in range(3):
             if when == "dispatch":
                 buffer.dispatch(x, idx, num_experts=EXPERTS)
@@ -141,6 +148,10 @@ def dies(rank: int, size: int, when: str) -> str:
         assert when in error.phase
         with pytest.raises(CommunicationError):  # the buffer stays unusable, at once
             buffer.barrier()
+        with pytest.raises(CommunicationError):  # and so does what was under way
+            pending.current_stream_wait()
+        with pytest.raises(CommunicationError):
+            pending.current_stream_wait()
         return str(error)
     return "no error"
 
@@ -188,8 +199,12 @@ def disagree(rank: int, size: int, what: str) -> str:
     experts = 24 if what == "experts" and rank else EXPERTS
     idx = idx[:, :1].contiguous() if what == "top-k" and rank else idx
     weights = weights if what == "topk_weights" and rank else None
+    handles = [buffer.dispatch(*_inputs(rank)[:2], num_experts=EXPERTS)[3] for _ in range(2)]
     try:
-        if what == "operation" and rank:
+        if what == "handle":
+            handle = handles[rank]
+            buffer.combine(torch.zeros(handle.num_rows, HIDDEN), handle)
+        elif what == "operation" and rank:
             buffer.barrier()
         else:
             buffer.dispatch(x, idx, weights, num_experts=experts)
@@ -198,11 +213,11 @@ def disagree(rank: int, size: int, what: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("what", ["dtype", "experts", "top-k", "hidden size", "topk_weights", "operation"])
+@pytest.mark.parametrize("what", ["dtype", "experts", "top-k", "hidden size", "topk_weights", "operation", "handle"])
 def test_ranks_that_disagree(pool: Callable[[int], Pool], what: str) -> None:
     messages = pool(2).run(disagree, what, timeout=30)
     assert all(messages)
-    if what not in ("operation", "experts"):  # these decide the size of the first message
+    if what not in ("operation", "experts", "handle"):  # these decide the size of the first message
         assert any(f"expected {what}" in message for message in messages), messages
 
 

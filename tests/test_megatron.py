@@ -237,7 +237,9 @@ def refusals(rank: int, size: int) -> dict[str, str]:
     messages["degree"] = str(error.value)
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    with pytest.raises(ValueError, match="moe_pad_expert_input_to_capacity"):  # other backends keep Megatron's own limits
+    with pytest.raises(
+        ValueError, match="moe_pad_expert_input_to_capacity"
+    ):  # other backends keep Megatron's own limits
         TransformerConfig(
             num_layers=1,
             hidden_size=16,

@@ -49,7 +49,13 @@ def combine(
 
     Returns:
         combined_x `[T, H]` and the event.
+
+    Raises:
+        TypeError: `bias` or `topk_weights` is given.
     """
+    for name in ("bias", "topk_weights"):
+        if name in options:
+            raise TypeError(f"{name}: has no gradient here; add it to the result, or use ElasticBuffer.combine")
     return _Combine.apply(buffer, x, handle, options)
 
 

@@ -17,6 +17,7 @@ from epv2_plugin.elastic.handle import EPHandle
 
 FP8 = torch.float8_e4m3fn
 _ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WIDEST = 4  # bytes per value of the widest dtype that the host backend takes
 
 Fp8Rows = tuple[torch.Tensor, torch.Tensor]
 
@@ -104,7 +105,7 @@ class ElasticBuffer:
         self.num_allocated_qps = num_allocated_qps
         self._limit_bytes = num_bytes
         self.num_bytes = num_bytes or sizing.buffer_bytes(
-            self.num_ranks, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch
+            self.num_ranks, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch, _WIDEST
         )
         self._backend: HostBackend | None = HostBackend(group, num_cpu_timeout_secs, allow_multiple_reduction)
         self.num_scaleout_ranks, self.num_scaleup_ranks = 1, self.num_ranks
@@ -126,7 +127,7 @@ class ElasticBuffer:
         """Bytes that a buffer for these sizes needs, a multiple of 2 MiB; `num_topk` 0 = unknown, sized for 32."""
         del allow_hybrid_mode, allow_multiple_reduction  # the host backend needs the same either way
         return sizing.buffer_bytes(
-            dist.get_world_size(group), num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch
+            dist.get_world_size(group), num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch, _WIDEST
         )
 
     def get_physical_domain_size(self) -> tuple[int, int]:
@@ -264,6 +265,8 @@ class ElasticBuffer:
                     f"num_max_tokens_per_rank = {limit}: must be positive with do_cpu_sync=False, whose output sizes "
                     "follow from it"
                 )
+            if not exact:
+                _refuse_repeated_experts(topk_idx)
         else:
             route = self._check_handle(handle)
             same = {
@@ -417,6 +420,8 @@ class ElasticBuffer:
     def _check_rows(x: torch.Tensor | Fp8Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
         if isinstance(x, torch.Tensor):
             _check_tensor("x", x, _ROW_DTYPES, (None, None))
+            if x.shape[1] == 0:
+                raise ValueError(f"x has shape {list(x.shape)}: the hidden size must be 1 or more")
             return _dense(x), None
         if not (isinstance(x, tuple) and len(x) == 2 and all(isinstance(t, torch.Tensor) for t in x)):
             raise TypeError(f"x must be a tensor or a pair of e4m3 tensor and scales, got {type(x).__name__}")
@@ -506,6 +511,17 @@ def _check_tensor(
     if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} has shape {list(tensor.shape)}: must be [{wanted}]")
+
+
+def _refuse_repeated_experts(topk_idx: torch.Tensor) -> None:
+    """The worst-case size counts an expert once per token."""
+    ordered = topk_idx.sort(1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if repeated.any():
+        token, position = repeated.nonzero()[0].tolist()
+        raise ValueError(
+            f"topk_idx[{token}] names expert {int(ordered[token, position])} more than once: not with do_cpu_sync=False"
+        )
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,23 +19,25 @@ class HostEvent:
 
     def __init__(self, finish: Callable[[], None] | None = None):
         self._finish = finish
-
-    @property
-    def done(self) -> bool:
-        """Whether the operation has been completed."""
-        return self._finish is None
+        self._error: BaseException | None = None
 
     def current_stream_wait(self) -> None:
-        """Complete the operation; nothing if it is complete.
+        """Complete the operation; nothing if it is complete. What failed once fails again.
 
         Raises:
             CommunicationError: a peer died or did not answer in time.
         """
+        if self._error is not None:
+            raise self._error
         if self._finish is not None:
             finish, self._finish = self._finish, None
-            # Filling outputs that autograd has already recorded is not an operation of the graph.
-            with torch.no_grad():
-                finish()
+            try:
+                # Filling outputs that autograd has already recorded is not an operation of the graph.
+                with torch.no_grad():
+                    finish()
+            except BaseException as error:
+                self._error = error
+                raise
 
 
 class EventOverlap:
@@ -70,6 +72,7 @@ class EventOverlap:
     def __enter__(self) -> EventOverlap:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *exc_info: object) -> None:
         release, self._release_on_exit = self._release_on_exit, False
-        self.current_stream_wait(release_handle=release)
+        if error_type is None:  # an error of the block must not be hidden behind a wait that may fail, too
+            self.current_stream_wait(release_handle=release)

@@ -96,7 +96,7 @@ class EPHandle:
 
     @cached_property
     def recv_src_metadata(self) -> torch.Tensor:
-        """int32 `[R, 2 + K]`.
+        """int32 `[R, 2 + K]`, R = rows really received (fewer than allocated after `do_cpu_sync=False`).
 
         Column 0: source rank * num_max_tokens_per_rank + source token. Column 1: source rank * K + the first top-k
         position that led here. Columns 2..: the token's rows in the expanded tensor, -1 = none (all of them in the

@@ -39,7 +39,14 @@ _buffers: dict[dist.ProcessGroup, ElasticBuffer] = {}
 class FlexTokenDispatcher(MoEFlexTokenDispatcher):
     """Stands where Megatron looks its flex dispatcher up: ours for backend "epv2", else the stock one unchanged."""
 
-    def __new__(cls, *args: Any, config: TransformerConfig, **kwargs: Any) -> Any:
+    def __new__(
+        cls,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: TransformerConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         return super().__new__(EpTokenDispatcher if config.moe_flex_dispatcher_backend == BACKEND else cls)
 
 
@@ -297,6 +304,14 @@ def install(config: PluginConfig) -> None:
     """Make Megatron accept backend "epv2" of its flex dispatcher, with `config`."""
     global _config
     _config = config
+    try:
+        _replace()
+    except BaseException:
+        uninstall()
+        raise
+
+
+def _replace() -> None:
     field = TransformerConfig.__dataclass_fields__["moe_flex_dispatcher_backend"]
     _patches.attribute(moe_layer, "MoEFlexTokenDispatcher", FlexTokenDispatcher)
     _patches.attribute(TransformerConfig, "__post_init__", _accept_backend(TransformerConfig.__post_init__))

@@ -173,13 +173,13 @@ class Operation:
     """
 
     def __init__(self, transport: Transport, name: str, sequence: int):
-        self._transport, self._name, self._sequence = transport, name, sequence
+        self._transport, self._name, self.sequence = transport, name, sequence
         self.rank, self.peers = transport.rank, [p for p in range(transport.size) if p != transport.rank]
         self._sends: list[tuple[int, str, dist.Work, torch.Tensor]] = []
 
     def _tag(self, step: int, kind: tuple) -> int:
         bits = zlib.crc32(repr((self._name.split(" #")[0], kind)).encode()) % (1 << _KIND_BITS)
-        return (self._sequence << _KIND_BITS | bits) << _STEP_BITS | step
+        return (self.sequence << _KIND_BITS | bits) << _STEP_BITS | step
 
     def send(self, step: int, payloads: Mapping[int, torch.Tensor], phase: str, kind: tuple) -> None:
         """Start sending `payloads[p]` (contiguous uint8, not empty) to each peer p that has one."""
@@ -292,6 +292,7 @@ class HostRoute:
         self.num_max_tokens_per_rank = 0
         self.expert_alignment = 1
         self.expanded = False
+        self.number = 0  # of the dispatch that made it: tells routes apart in the tags of what follows
         self.pending = HostEvent()
         self._received: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -368,7 +369,7 @@ class HostRoute:
     @cached_property
     def pair_splits(self) -> list[int]:
         """Expanded rows (gaps left out) by source rank."""
-        valid_R = (self.expanded_row_RK >= 0).sum(1)
+        valid_R = (self.recv_topk_idx >= 0).sum(1)
         return [int(part.sum()) for part in valid_R.split(self.rows_per_source)]
 
     @cached_property
@@ -493,12 +494,13 @@ class HostBackend:
             0 if topk_weights_TK is None else num_topk,
         )
         operation = self.transport.begin("cached dispatch" if cached else "dispatch")
-        exchange = _RowExchange(operation, layout, (x_TH.dtype, scales is not None and scales.dtype))
+        number = 0 if route is None else route.number
+        exchange = _RowExchange(operation, layout, (x_TH.dtype, scales is not None and scales.dtype, number))
         if route is None:
             # Rows travel with the header that says how many they are, into space for as many as have come before.
             exchange.receive_early(self._most_tokens)
             route = HostRoute(topk_idx_TK, rank, size, num_experts)
-            route.expert_alignment, route.expanded = alignment, expand
+            route.expert_alignment, route.expanded, route.number = alignment, expand, operation.sequence
             wait_header = self._exchange_header(
                 operation, route, x_TH, scales, topk_weights_TK, num_max_tokens_per_rank
             )
@@ -571,7 +573,7 @@ class HostBackend:
         in_splits = route.pairs_per_rank if by_pair else route.sent_splits
         num_weights = 0 if topk_weights is None else 1 if by_pair else num_topk
         layout = RowLayout(x.shape[1] * x.itemsize, num_topk_weights=num_weights)
-        exchange = _RowExchange(operation, layout, (x.dtype,))
+        exchange = _RowExchange(operation, layout, (x.dtype, route.number, by_pair))
         exchange.receive(in_splits)
         rows, weights = self._rows_to_return(x, topk_weights, route, expanded, by_pair)
         if weights is None and layout.stride == layout.data_bytes:
