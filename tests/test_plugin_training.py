@@ -131,6 +131,8 @@ def test_ab_that_is_interrupted_reports_what_it_has(tmp_path: Path) -> None:
         (("ab", RECIPE, "--arms", "alltoall,deepep"), "alltoall, allgather, epv2"),
         (("ab", RECIPE, "--skew", "2"), "must be above 0 and at most 1"),
         (("ab", "missing.yaml"), "missing.yaml: (file)"),
+        (("ab", RECIPE, "--folder", "/proc/nowhere"), "--folder = '/proc/nowhere': can't be made"),
+        (("train", RECIPE, "--folder", "/proc/nowhere"), "--folder = '/proc/nowhere': can't be made"),
         (("train", RECIPE, "--steps", "0"), "must be 1 or more"),
         (("train", "missing.yaml"), "can't be read"),
         (("recipe-args", "missing.yaml"), "can't be read"),

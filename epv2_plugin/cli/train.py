@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from epv2_plugin.cli.values import positive
+from epv2_plugin.cli.values import make_folder, positive
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import load_recipe
 
@@ -36,6 +36,7 @@ def main(args: argparse.Namespace) -> int:
         ConfigError: the recipe can't be used.
     """
     recipe = load_recipe(args.recipe)
+    folder = Path(args.folder or f"runs/{recipe.name}")
     if "RANK" in os.environ:
         # Here, and not above: this imports Megatron, which takes seconds that only the ranks need to spend.
         from epv2_plugin.training import trainer
@@ -43,13 +44,14 @@ def main(args: argparse.Namespace) -> int:
         trainer.setup(recipe)
         code = trainer.train(
             recipe,
-            Path(args.folder or f"runs/{recipe.name}"),
+            folder,
             resume=args.resume,
             steps=args.steps,
             megatron_throughput=args.megatron_throughput,
         )
         trainer.leave()
         return code
+    make_folder(folder)
     command = ["train", args.recipe]
     command += ["--folder", args.folder] if args.folder else []
     command += ["--steps", str(args.steps)] if args.steps is not None else []
