@@ -215,7 +215,7 @@ def _owner(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
     for part in location[:-1]:
         field = model.model_fields.get(part)
         candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        inner = [c for c in candidates if _is_section(c)]
         if not inner:
             break
         model = inner[0]
@@ -231,7 +231,7 @@ def _strip_union_members(model: type[BaseModel], location: list[str]) -> list[st
             break
         kept.append(part)
         annotation = current.model_fields[part].annotation
-        inner = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)]
+        inner = [c for c in (annotation, *get_args(annotation)) if _is_section(c)]
         current = inner[0] if inner else None
     return kept or location
 

@@ -25,9 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     is_first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("megatron").setLevel(
-        logging.ERROR
-    )  # 0.19 calls the model that every recipe is built from deprecated
+    # 0.19 warns on every rank that GPTModel, which both versions have, is deprecated.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("epv2_plugin").setLevel(logging.INFO if is_first else logging.WARNING)
     # Megatron warns of each accelerator library that a machine lacks, on every rank.
     warnings.filterwarnings("ignore", module=r"megatron\.")
