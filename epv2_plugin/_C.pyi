@@ -79,11 +79,11 @@ class Communicator:
     def async_error(self) -> str:
         """An error that NCCL noticed in the background; "" when there is none."""
 
-    def window(self, num_bytes: int) -> Window:
-        """Allocate symmetric memory, zeroed, and register it on all ranks (collective).
+    def allocate(self, num_bytes: int) -> Window:
+        """Memory for a window, zeroed; no rank reaches it before `Window.register`.
 
         Raises:
-            Error: NCCL failed, or can't do windows here. ValueError: `num_bytes` is not positive.
+            Error: there is no such memory left. ValueError: `num_bytes` is not positive.
         """
 
     def device_communicator(
@@ -109,11 +109,24 @@ class Communicator:
 class Window:
     """Symmetric memory: `num_bytes` at `pointer` on this rank, reachable from the others through `handle`."""
 
+    def register(self) -> None:
+        """Make it reachable (collective, the same size on all ranks). A failure closes the window.
+
+        Raises:
+            Error: NCCL failed, can't do windows here, or not every rank came in time.
+        """
+
     @property
-    def pointer(self) -> int: ...
+    def pointer(self) -> int:
+        """Address on this device; 0 once closed."""
+
     @property
     def handle(self) -> int:
-        """`ncclWindow_t`, for kernels."""
+        """`ncclWindow_t`, for kernels.
+
+        Raises:
+            Error: not registered yet, or closed.
+        """
 
     @property
     def num_bytes(self) -> int: ...

@@ -13,7 +13,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from types import ModuleType
@@ -147,68 +147,60 @@ class CudaRuntime:
     def __init__(self, group: dist.ProcessGroup, timeout_seconds: float):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._group, self._timeout = group, timeout_seconds
+        self._meeting = _Meeting(group, timeout_seconds)
         self._closed = False
+        self._windows = 0
         self._mapped: list[_C.Mapped] = []
-        meeting = _Meeting(group, timeout_seconds)
-        ready, failure = "", None
-        try:
-            library = _check_device()
-            self.device = torch.device("cuda", torch.cuda.current_device())
-            torch.zeros(1, device=self.device)  # makes the context where this is the first use of the device
-            version, path = library.nccl_version()
-            pointer = _torch_communicator(group, self.device)
-            ready = f"NCCL {version} {'with' if pointer else 'without'} torch's communicator"
-        except RuntimeError as error:
-            failure = error
-        reports = meeting.exchange("state", f"error: {failure}" if failure else ready)
-        if failure is not None:
-            raise failure
-        _raise_reported(reports)
-        if len(versions := {report.split()[1] for report in reports}) > 1:
+        self._communicator: _C.Communicator | None = None
+        states = self._meeting.agree("state", self._start)
+        if len(versions := {state.split()[0] for state in states}) > 1:
             raise RuntimeError(
                 f"the ranks of this group have loaded different versions of NCCL ({', '.join(sorted(versions))}): "
                 "install the same nvidia-nccl package on all machines"
             )
-        if all(" with " in report for report in reports):
-            self._communicator = library.Communicator.borrow(pointer, timeout_seconds)
-        else:
-            self._communicator = self._own_communicator(library, meeting)
         try:
-            properties = self._communicator.properties()
-            self._check_reach(properties)
+            if all(state.endswith(" torch") for state in states):
+                pointer = _torch_communicator(group, self.device)
+                self._communicator = self._library.Communicator.borrow(pointer, timeout_seconds)
+            self._meeting.agree("communicator", self._join)
         except BaseException:
-            self._communicator.abort()
+            if self._communicator is not None:
+                self._communicator.abort()
             raise
-        device = torch.cuda.get_device_properties(self.device)
-        self.num_sms: int = device.multi_processor_count
+        self._stream = torch.cuda.Stream(self.device, priority=-1)
+
+    def _start(self) -> str:
+        """Make the device and NCCL ready; what the other ranks must know: NCCL's version, who has a communicator."""
+        self._library = _check_device()
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.synchronize(self.device)  # makes the context where this is the first use of the device
+        self.num_sms: int = torch.cuda.get_device_properties(self.device).multi_processor_count
+        version, _ = self._library.nccl_version()
+        return f"{version} {'torch' if _torch_communicator(self._group, self.device) else 'none'}"
+
+    def _join(self) -> str:
+        """Make a communicator where torch has none, and see what it reaches."""
+        if self._communicator is None:
+            unique_id = self._meeting.agree("id", lambda: self._library.unique_id().hex() if self.rank == 0 else "")[0]
+            self._communicator = self._library.Communicator.create(
+                bytes.fromhex(unique_id), self.rank, self.size, True, self._timeout
+            )
+        properties = self._communicator.properties()
+        self._check_reach(properties)
+        version, path = self._library.nccl_version()
         self.description: dict[str, Any] = {
             "transport": "NCCL LSA windows",
-            "device": device.name,
+            "device": torch.cuda.get_device_name(self.device),
             "sms": self.num_sms,
-            "cuda_driver": library.driver_version(),
+            "cuda_driver": self._library.driver_version(),
             "nccl": version,
             "nccl_path": path,
-            "nccl_headers": library.built_against()["nccl"],
+            "nccl_headers": self._library.built_against()["nccl"],
             "communicator": "own" if self._communicator.owned else "torch's",
             "lsa_ranks": properties["lsa_size"],
             "gin": properties["gin_type"],
         }
-        self._library = library
-        self._stream = torch.cuda.Stream(self.device, priority=-1)
-
-    def _own_communicator(self, library: Any, meeting: _Meeting) -> _C.Communicator:
-        unique_id = ""
-        if self.rank == 0:
-            try:
-                unique_id = library.unique_id().hex()
-            except library.Error as error:
-                meeting.publish("id", f"error: {error}")
-                raise
-            meeting.publish("id", unique_id)
-        else:
-            unique_id = meeting.read("id", 0)
-            _raise_reported([unique_id])
-        return library.Communicator.create(bytes.fromhex(unique_id), self.rank, self.size, True, self._timeout)
+        return ""
 
     def _check_reach(self, properties: dict[str, Any]) -> None:
         if not properties["device_api_support"]:
@@ -227,7 +219,26 @@ class CudaRuntime:
 
     def window(self, num_bytes: int) -> _CudaWindow:
         _refuse_capture("a window of symmetric memory")
-        return _CudaWindow(self._communicator.window(num_bytes), self.device)
+        made: list[_C.Window] = []
+
+        def allocate() -> str:
+            assert self._communicator is not None
+            made.append(self._communicator.allocate(num_bytes))
+            return str(num_bytes)
+
+        # NCCL's registration waits for all ranks, without an end where the communicator is torch's. So make sure first
+        # that all of them come, have the memory, and ask for the same.
+        self._windows += 1
+        try:
+            sizes = self._meeting.agree(f"window {self._windows}", allocate)
+            if len(set(sizes)) > 1:
+                raise ValueError(f"a window must have the same size on all ranks, got {', '.join(sizes)} bytes by rank")
+            made[0].register()
+        except BaseException:
+            for raw in made:
+                raw.close()
+            raise
+        return _CudaWindow(made[0], self.device)
 
     def mapped(self, num_bytes: int) -> _CudaMapped:
         _refuse_capture("mapped host memory")
@@ -276,6 +287,7 @@ class CudaRuntime:
             steps.callback(torch.cuda.synchronize, self.device)
 
     def _release_communicator(self) -> None:
+        assert self._communicator is not None
         ours = self._communicator.owned or self._communicator.pointer == _torch_communicator(self._group, self.device)
         if ours:
             self._communicator.close()
@@ -287,38 +299,42 @@ class _Meeting:
     """Short texts between the ranks of a group through torch's store: works before any of them can communicate."""
 
     def __init__(self, group: dist.ProcessGroup, timeout_seconds: float):
-        self.ranks = dist.get_process_group_ranks(group)
-        self.rank, self._timeout = dist.get_rank(group), timeout_seconds
-        self._deadline = time.monotonic() + timeout_seconds
-        key = ",".join(map(str, self.ranks))
+        self._ranks, self._rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+        self._timeout = timeout_seconds
+        key = ",".join(map(str, self._ranks))
         # Every rank of a group makes the same runtimes in the same order: their number tells them apart.
         number = _runtimes_made[key] = _runtimes_made.get(key, 0) + 1
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"epv2/device/{key}/{number}", store)
 
-    def publish(self, name: str, text: str) -> None:
-        self._store.set(f"{name}/{self.rank}", text)
+    def agree(self, name: str, step: Callable[[], str]) -> list[str]:
+        """Do `step` on every rank and return what it gave, by rank. Where it raises on one rank, every rank raises.
 
-    def read(self, name: str, peer: int) -> str:
-        key = f"{name}/{peer}"
+        Raises:
+            RuntimeError: it raised on another rank; the message names that and has its message.
+            CommunicationTimeout: a rank did not get here.
+        """
         try:
-            self._store.wait([key], timedelta(seconds=max(self._deadline - time.monotonic(), 0.001)))
+            mine = step()
+        except BaseException as error:
+            self._store.set(f"{name}/{self._rank}", f"error: {error}")
+            raise
+        self._store.set(f"{name}/{self._rank}", f"done: {mine}")
+        deadline, results = time.monotonic() + self._timeout, []
+        for peer in range(len(self._ranks)):
+            state, text = self._read(f"{name}/{peer}", peer, deadline).split(": ", 1)
+            if state == "error":
+                raise RuntimeError(f"rank {peer} of the group can't take part: {text}")
+            results.append(text)
+        return results
+
+    def _read(self, key: str, peer: int, deadline: float) -> str:
+        try:
+            self._store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
         except RuntimeError as error:
-            raise CommunicationTimeout(
-                self.rank, peer, _PHASE, f"all of ranks {self.ranks} within {self._timeout:g} s", "nothing of that rank"
-            ) from error
+            expected = f"all of ranks {self._ranks} within {self._timeout:g} s"
+            raise CommunicationTimeout(self._rank, peer, _PHASE, expected, "nothing of that rank") from error
         return self._store.get(key).decode()
-
-    def exchange(self, name: str, text: str) -> list[str]:
-        """Every rank's text, by rank."""
-        self.publish(name, text)
-        return [self.read(name, peer) for peer in range(len(self.ranks))]
-
-
-def _raise_reported(reports: list[str]) -> None:
-    for rank, report in enumerate(reports):
-        if report.startswith("error: "):
-            raise RuntimeError(f"rank {rank} of the group can't take part: {report.removeprefix('error: ')}")
 
 
 def _check_device() -> Any:
