@@ -1,0 +1,225 @@
+"""`EmulatedRuntime`: the `Runtime` protocol on CPU tensors, kernels compiled by g++ and run by scheduler.cc.
+
+Every rank is a process. A window is memory that all ranks of the group map, each at another address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import mmap
+import os
+import random
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+TESTS = Path(__file__).resolve().parents[1]
+SOURCES = TESTS.parent / "csrc" / "kernels"
+CACHE = TESTS / ".emulator"
+COMPILE = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-shared", "-fPIC", "-ffp-contract=off"]
+COMPILE += ["-U_FORTIFY_SOURCE", "-DEPV2_EMULATE", "-I", str(TESTS)]
+MESSAGE_BYTES = 1 << 16
+
+
+class KernelSpec(Protocol):
+    """What a kernel of the registry says about itself; `source` is relative to csrc/kernels."""
+
+    name: str
+    source: str
+    args: str
+    defines: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, for tests that check the SM ceiling."""
+
+    kernel: str
+    ctas: int
+    threads: int
+    shared_bytes: int
+
+
+@dataclass
+class Window:
+    """`tensor` (uint8 [num_bytes]) is this rank's part; kernels reach everybody's through `handle`."""
+
+    tensor: torch.Tensor
+    handle: int
+    num_bytes: int
+    mappings: list[torch.Tensor]  # every rank's part, in this process
+
+
+@dataclass
+class Mapped:
+    """Host memory (uint8) that kernels can write, at address `pointer`."""
+
+    tensor: torch.Tensor
+    pointer: int
+
+
+class EmulatedRuntime:
+    """Runs kernels on fibers, to completion, in the calling thread.
+
+    Args:
+        group: the ranks; a gloo group.
+        seed: of the scheduling; each rank and launch draws its own from it.
+        num_sms: SMs of the pretended device; a launch with more CTAs is refused.
+        sources: folder that kernels' `source` is relative to.
+        limit_seconds: wall time after which a launch is an error.
+        launches: every launch so far, in order.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        seed: int = 0,
+        num_sms: int = 8,
+        sources: Path = SOURCES,
+        limit_seconds: float = 120,
+    ):
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.device = torch.device("cpu")
+        self.num_sms = num_sms
+        self.description: dict[str, Any] = {"transport": "emulated", "ranks": self.size}
+        self.launches: list[Launch] = []
+        self._group, self._sources, self._limit_seconds = group, sources, limit_seconds
+        self._random = random.Random(f"{seed}/{self.rank}")
+        self._windows: list[Window] = []
+
+    def window(self, num_bytes: int) -> Window:
+        """Collective. Zeroed memory of `num_bytes` on every rank.
+
+        Raises:
+            ValueError: ranks ask for different sizes, or for less than a byte.
+        """
+        # A memfd has no name, so nothing can be left behind; peers open it through /proc.
+        file = os.memfd_create("epv2-window")
+        os.ftruncate(file, max(num_bytes, 1))
+        everybody: list[Any] = [None] * self.size
+        dist.all_gather_object(everybody, (num_bytes, f"/proc/{os.getpid()}/fd/{file}"), group=self._group)
+        sizes = [size for size, _ in everybody]
+        if min(sizes) < 1 or min(sizes) != max(sizes):
+            os.close(file)
+            raise ValueError(f"window sizes of the ranks are {sizes}; must be equal and positive")
+        # Processes from one fork server would map at the same addresses, and a wrong pointer would work by chance.
+        padding = mmap.mmap(-1, mmap.PAGESIZE * (1 + int.from_bytes(os.urandom(2), "little")))
+        tensors = []
+        for _, path in everybody:
+            with open(path, "r+b") as peer:
+                tensors.append(torch.frombuffer(mmap.mmap(peer.fileno(), num_bytes), dtype=torch.uint8))
+        dist.barrier(group=self._group)
+        os.close(file)
+        padding.close()
+        handle = _next_handle()
+        bases = (ctypes.c_void_p * self.size)(*[tensor.data_ptr() for tensor in tensors])
+        _scheduler().epv2_emulator_window(handle, self.size, bases, num_bytes)
+        self._windows.append(Window(tensors[self.rank], handle, num_bytes, tensors))
+        return self._windows[-1]
+
+    def mapped(self, num_bytes: int) -> Mapped:
+        """Zeroed host memory of `num_bytes` that kernels can write."""
+        tensor = torch.zeros(num_bytes, dtype=torch.uint8)
+        return Mapped(tensor, tensor.data_ptr())
+
+    def launch(self, kernel: KernelSpec, args: ctypes.Structure, *, ctas: int, threads: int, shared_bytes: int) -> None:
+        """Run `kernel` to its end.
+
+        Raises:
+            RuntimeError: the kernel does not compile, ran into an error or a deadlock, or wants more than `num_sms`.
+        """
+        if not 1 <= ctas <= self.num_sms:
+            raise RuntimeError(f"{kernel.name}: {ctas} CTAs on a device of {self.num_sms} SMs")
+        library = _kernel_library(kernel.name, self._sources / kernel.source, tuple(kernel.defines), self._sources)
+        expected = library[f"{kernel.name}_args_bytes"]()
+        if ctypes.sizeof(args) != expected:
+            raise RuntimeError(f"{kernel.name}: args of {ctypes.sizeof(args)} bytes, the kernel's have {expected}")
+        self.launches.append(Launch(kernel.name, ctas, threads, shared_bytes))
+        _scheduler().epv2_emulator_limit_seconds(ctypes.c_double(self._limit_seconds))
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
+        seed = ctypes.c_uint64(self._random.getrandbits(64))
+        failed = library[f"{kernel.name}_launch"](
+            ctypes.byref(args), ctas, threads, shared_bytes, seed, message, MESSAGE_BYTES
+        )
+        if failed:
+            raise RuntimeError(f"rank {self.rank}: {message.value.decode(errors='replace')}")
+
+    def comm_stream(self) -> Any:
+        """None: there are no streams, launches run at once."""
+
+    def on_comm_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Changes nothing."""
+        return contextlib.nullcontext()
+
+    def record(self) -> Any:
+        """An event that has happened."""
+        return object()
+
+    def wait(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+    def close(self) -> None:
+        """Forget the windows; kernels that use their handles fail from now on."""
+        for window in self._windows:
+            _scheduler().epv2_emulator_window(window.handle, 0, None, 0)
+        self._windows = []
+
+
+_handles = iter(range(0x7001, 1 << 30))
+
+
+def _next_handle() -> int:
+    return next(_handles)
+
+
+def _includes(*folders: Path) -> list[Path]:
+    return sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cc"))
+
+
+def _compile(name: str, source: Path, options: list[str], dependencies: list[Path]) -> Path:
+    """The shared object of `source`, from the cache if neither it, its dependencies nor the options have changed."""
+    command = [*COMPILE, *options, "-x", "c++", str(source)]
+    key = hashlib.sha256("\0".join(command).encode())
+    for path in [source, *dependencies]:
+        key.update(str(path).encode() + b"\0" + path.read_bytes())
+    CACHE.mkdir(exist_ok=True)
+    (CACHE / ".gitignore").write_text("*\n")
+    target = CACHE / f"{name}-{key.hexdigest()[:16]}.so"
+    with open(CACHE / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ranks that want the same kernel wait for the first one's
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}")
+            done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            partial.replace(target)
+    return target
+
+
+@functools.cache
+def _scheduler() -> ctypes.CDLL:
+    here = Path(__file__).parent
+    library = ctypes.CDLL(
+        str(_compile("scheduler", here / "scheduler.cc", ["-O2"], _includes(here))), mode=ctypes.RTLD_GLOBAL
+    )
+    library.epv2_emulator_window.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64]
+    library.epv2_emulator_window.restype = None
+    library.epv2_emulator_limit_seconds.restype = None
+    return library
+
+
+@functools.cache
+def _kernel_library(name: str, source: Path, defines: tuple[tuple[str, str], ...], sources: Path) -> ctypes.CDLL:
+    _scheduler()  # its symbols are global: kernels find them when they are loaded
+    options = ["-I", str(sources), *[f"-D{key}={value}" for key, value in defines]]
+    library = ctypes.CDLL(str(_compile(name, source, options, _includes(Path(__file__).parent, sources))))
+    library[f"{name}_args_bytes"].restype = ctypes.c_uint64
+    return library

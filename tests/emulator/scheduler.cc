@@ -1,0 +1,1007 @@
+// Runs a kernel's threads as fibers of one OS thread, in an order drawn from a seed. Every CTA of a launch is resident;
+// asynchronous copies happen at a random later time. README.md says what is modelled and what is not.
+
+#include <pthread.h>
+#include <sched.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "emulator/device.h"
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace epv2::emulator {
+namespace {
+
+constexpr size_t kPage = 4096, kStack = 64 << 10, kMaxShared = 232448;  // bytes; the last is sm_90's limit of a CTA
+constexpr int kWarp = 32, kMaxThreads = 1024, kBarriers = 16;
+constexpr uint32_t kFull = 0xffffffffu, kMaxCount = (1u << 20) - 1;  // the last is what an mbarrier's counts can hold
+constexpr uint8_t kUninitialised = 0xCD, kInFlight = 0xEE;
+constexpr uint64_t kMbarrierTag = 0xE9B2C47A5D31ull;  // upper 48 bits of an initialised mbarrier; the rest is its index
+
+const char* const kCollectiveNames[] = {"__syncwarp",       "__shfl_sync",   "__shfl_xor_sync", "__shfl_up_sync",
+                                        "__shfl_down_sync", "__ballot_sync", "__any_sync",      "__all_sync",
+                                        "__match_any_sync"};
+
+struct Cta;
+struct Warp;
+
+enum class Wait { nothing, collective, barrier, mbarrier, store_reads, store_writes };
+
+struct StoreGroup {
+  int unread = 0, unwritten = 0;  // bulk stores whose source was not yet read, whose destination not yet written
+};
+
+struct Fiber {
+  jmp_buf context;
+  uint8_t* stack = nullptr;
+  Cta* cta = nullptr;
+  Warp* warp = nullptr;
+  int thread = 0;
+  bool started = false, done = false;
+  Wait wait = Wait::nothing;
+  uint32_t wait_object = 0, wait_value = 0;  // barrier and threads; mbarrier and parity; -, groups that may be pending
+  uint64_t result = 0;                       // of the last collective
+  std::deque<StoreGroup> groups;             // the last is not yet committed
+  uint64_t first_group = 0;                  // number of groups.front()
+};
+
+struct Warp {
+  Cta* cta = nullptr;
+  Fiber* fibers = nullptr;
+  int index = 0;
+  uint32_t ready = 0, paused = 0, done = 0;  // bits of lanes
+  int position = -1;                         // in Launch::ready
+  uint32_t priority = 0;
+  uint32_t arrived = 0;  // lanes that wait in `op`
+  Collective op{};
+  uint64_t values[kWarp];
+  int parameters[kWarp], widths[kWarp];
+};
+
+struct Barrier {
+  int expected = 0;  // 0: nobody waits
+  std::vector<Fiber*> arrived;
+};
+
+struct Mbarrier {
+  uint32_t offset = 0, expected = 0, pending = 0;
+  int64_t bytes = 0;
+  uint64_t phase = 0;
+  uint64_t observed = 0, loading = 0;  // phases that some thread has seen complete; phases that bulk_loads belong to
+  std::vector<Fiber*> waiters;
+};
+
+struct Cta {
+  int index = 0, alive = 0;
+  uint8_t* shared = nullptr;
+  std::vector<Warp> warps;
+  Barrier barriers[kBarriers];
+  std::vector<Mbarrier> mbarriers;
+};
+
+struct Copy {
+  bool is_load = false, read = false;
+  Fiber* issuer = nullptr;
+  uint32_t offset = 0, bytes = 0, mbarrier = 0;
+  uint8_t* global = nullptr;
+  uint64_t group = 0;
+  std::vector<uint8_t> data;  // of a store that was read and not yet written
+};
+
+// How the next warp is chosen: any ready one; the same until it blocks; the one with the highest (changing) priority.
+enum class Policy { uniform, burst, priority };
+
+struct Launch {
+  const char* name = nullptr;
+  Body body = nullptr;
+  const void* args = nullptr;
+  uint32_t shared_bytes = 0;
+  std::vector<Cta> ctas;
+  std::vector<Warp*> ready;
+  std::vector<Warp*> paused;
+  std::vector<Copy> copies;
+  Warp* current_warp = nullptr;
+  Fiber* current = nullptr;
+  const Copy* copying = nullptr;
+  int alive = 0;
+  bool progress = false;
+  Policy policy = Policy::uniform;
+  uint32_t copy_one_in = 1;
+  uint64_t random = 0;
+  std::string error;
+  jmp_buf scheduler, abort;
+};
+
+struct Pool {
+  std::vector<Fiber> fibers;
+  std::vector<uint8_t*> shared;  // end of each CTA's shared memory, a guard page there
+};
+
+Launch run;
+Pool pool;
+std::mutex launching;
+pthread_t owner;
+volatile sig_atomic_t active = 0;
+double limit_seconds = 120;
+std::map<uint64_t, std::vector<std::pair<uint8_t*, uint64_t>>> windows;
+struct sigaction old_segv, old_bus;
+
+uint64_t draw() {
+  run.random += 0x9E3779B97F4A7C15ull;
+  uint64_t z = run.random;
+  z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+  return z ^ z >> 31;
+}
+uint32_t draw_below(uint32_t n) { return static_cast<uint32_t>((draw() >> 32) * n >> 32); }
+bool one_in(uint32_t n) { return draw_below(n) == 0; }
+
+double seconds() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+std::string format(const char* text, va_list arguments) {
+  char line[1024];
+  vsnprintf(line, sizeof line, text, arguments);
+  return line;
+}
+
+__attribute__((format(printf, 1, 2))) std::string print(const char* text, ...) {
+  va_list arguments;
+  va_start(arguments, text);
+  std::string line = format(text, arguments);
+  va_end(arguments);
+  return line;
+}
+
+std::string place(const Fiber& fiber) { return print("CTA %d thread %d", fiber.cta->index, fiber.thread); }
+
+// Ends the launch: nobody of it runs again.
+[[noreturn]] void stop(std::string message) {
+  run.error = std::move(message);
+  _longjmp(run.abort, 1);
+}
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* text, ...) {
+  va_list arguments;
+  va_start(arguments, text);
+  const std::string line = format(text, arguments);
+  va_end(arguments);
+  const Fiber* fiber = run.current != nullptr ? run.current : run.copying != nullptr ? run.copying->issuer : nullptr;
+  stop((fiber != nullptr ? place(*fiber) + ": " : "") + line);
+}
+
+// Ready, paused, blocked.
+
+void add_ready(Warp& warp, uint32_t lanes) {
+  warp.ready |= lanes;
+  if (warp.position < 0) {
+    warp.position = static_cast<int>(run.ready.size());
+    run.ready.push_back(&warp);
+  }
+}
+
+void remove_ready(Warp& warp) {
+  Warp* last = run.ready.back();
+  run.ready[warp.position] = last;
+  last->position = warp.position;
+  run.ready.pop_back();
+  warp.position = -1;
+}
+
+uint32_t lane_bit(const Fiber& fiber) { return 1u << (fiber.thread % kWarp); }
+
+void wake(Fiber& fiber) {
+  fiber.wait = Wait::nothing;
+  run.progress = true;
+  add_ready(*fiber.warp, lane_bit(fiber));
+}
+
+void suspend() {
+  if (_setjmp(run.current->context) == 0) _longjmp(run.scheduler, 1);
+}
+
+void block(Wait wait, uint32_t object, uint32_t value) {
+  run.current->wait = wait;
+  run.current->wait_object = object;
+  run.current->wait_value = value;
+  run.progress = true;
+  suspend();
+}
+
+void yield() {
+  add_ready(*run.current->warp, lane_bit(*run.current));
+  suspend();
+}
+
+void yield_one_in(uint32_t n) {
+  if (one_in(n)) yield();
+}
+
+// Asynchronous copies.
+
+void complete(Mbarrier& bar) {
+  if (bar.pending != 0 || bar.bytes != 0) return;
+  bar.phase++;
+  bar.pending = bar.expected;
+  for (Fiber* fiber : bar.waiters) wake(*fiber);
+  bar.waiters.clear();
+}
+
+void check_group(Fiber& fiber) {
+  if (fiber.wait != Wait::store_reads && fiber.wait != Wait::store_writes) return;
+  const size_t committed = fiber.groups.size() - 1;
+  for (size_t i = 0; i + fiber.wait_value < committed; i++)
+    if ((fiber.wait == Wait::store_reads ? fiber.groups[i].unread : fiber.groups[i].unwritten) > 0) return;
+  wake(fiber);
+}
+
+void forget_finished_groups(Fiber& fiber) {
+  while (fiber.groups.size() > 1 && fiber.groups.front().unwritten == 0) {
+    fiber.groups.pop_front();
+    fiber.first_group++;
+  }
+}
+
+// One step of one copy: a load as a whole, or the reading or the writing half of a store.
+void advance_copy(size_t index) {
+  Copy& copy = run.copies[index];
+  Cta& cta = *copy.issuer->cta;
+  run.copying = &copy;
+  run.progress = true;
+  bool finished = true;
+  if (copy.is_load) {
+    std::memcpy(cta.shared + copy.offset, copy.global, copy.bytes);
+    Mbarrier& bar = cta.mbarriers[copy.mbarrier];
+    bar.bytes -= copy.bytes;
+    if (bar.bytes < -int64_t{kMaxCount}) fail("mbarrier at %u: more bytes loaded than its count can hold", bar.offset);
+    complete(bar);
+  } else {
+    StoreGroup& group = copy.issuer->groups[copy.group - copy.issuer->first_group];
+    if (!copy.read) {
+      copy.data.assign(cta.shared + copy.offset, cta.shared + copy.offset + copy.bytes);
+      copy.read = true;
+      group.unread--;
+      finished = false;
+    } else {
+      std::memcpy(copy.global, copy.data.data(), copy.bytes);
+      group.unwritten--;
+    }
+    check_group(*copy.issuer);
+  }
+  run.copying = nullptr;
+  if (finished) {
+    std::swap(run.copies[index], run.copies.back());
+    run.copies.pop_back();
+  }
+}
+
+uint32_t shared_offset(const char* what, const void* address, uint64_t bytes) {
+  const auto offset = static_cast<const uint8_t*>(address) - run.current->cta->shared;
+  if (offset < 0 || static_cast<uint64_t>(offset) + bytes > run.shared_bytes)
+    fail("%s: %llu bytes at offset %lld are not within the %u bytes of shared memory", what,
+         static_cast<unsigned long long>(bytes), static_cast<long long>(offset), run.shared_bytes);
+  return static_cast<uint32_t>(offset);
+}
+
+Mbarrier& find_mbarrier(const char* what, const uint64_t* address) {
+  const uint32_t offset = shared_offset(what, address, 8);
+  if (offset % 8 != 0) fail("%s: mbarrier at offset %u is not 8-byte aligned", what, offset);
+  auto& all = run.current->cta->mbarriers;
+  const uint64_t index = *address & 0xffff;
+  if (*address >> 16 != kMbarrierTag || index >= all.size() || all[index].offset != offset)
+    fail("%s: the mbarrier at offset %u was never initialised, or was overwritten", what, offset);
+  return all[index];
+}
+
+uint32_t index_of(const Mbarrier& bar) { return static_cast<uint32_t>(&bar - run.current->cta->mbarriers.data()); }
+
+void arrive(const char* what, Mbarrier& bar, uint32_t bytes) {
+  if (bar.pending == 0)
+    fail("%s: mbarrier at %u has all %u arrivals of phase %llu already", what, bar.offset, bar.expected,
+         static_cast<unsigned long long>(bar.phase));
+  bar.bytes += bytes;
+  if (bar.bytes > kMaxCount)
+    fail("%s: mbarrier at %u expects %lld bytes, more than %u", what, bar.offset, static_cast<long long>(bar.bytes),
+         kMaxCount);
+  bar.pending--;
+  complete(bar);
+}
+
+bool passed(Mbarrier& bar, uint32_t parity) {
+  if ((bar.phase & 1) == parity) return false;
+  bar.observed = bar.phase;
+  return true;
+}
+
+void check_bulk(const char* what, const void* shared, const void* global, uint32_t bytes) {
+  if (bytes == 0 || bytes % 16 != 0) fail("%s: %u bytes; must be a positive multiple of 16", what, bytes);
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0)
+    fail("%s: global address %p is not 16-byte aligned", what, global);
+  const uint32_t offset = shared_offset(what, shared, bytes);
+  if (offset % 16 != 0) fail("%s: shared offset %u is not 16-byte aligned", what, offset);
+}
+
+void check_overlap(const char* what, bool is_load, uint32_t offset, uint32_t bytes) {
+  for (const Copy& copy : run.copies) {
+    if (copy.issuer->cta != run.current->cta || copy.read || (!is_load && !copy.is_load)) continue;
+    if (offset < copy.offset + copy.bytes && copy.offset < offset + bytes)
+      fail("%s: shared memory %u to %u is in use by a bulk_%s of thread %d in flight (%u to %u)", what, offset,
+           offset + bytes, copy.is_load ? "load" : "store", copy.issuer->thread, copy.offset, copy.offset + copy.bytes);
+  }
+}
+
+// Collectives and barriers.
+
+uint64_t shuffle(const Warp& warp, int lane) {
+  const int width = warp.widths[lane], parameter = warp.parameters[lane];
+  const int begin = lane & ~(width - 1), end = begin + width;
+  int source = lane;
+  switch (warp.op) {
+    case Collective::shfl: source = begin + (parameter & (width - 1)); break;
+    case Collective::shfl_up: source = lane - parameter < begin ? lane : lane - parameter; break;
+    case Collective::shfl_down: source = lane + parameter >= end ? lane : lane + parameter; break;
+    default: source = (lane ^ parameter) >= end ? lane : lane ^ parameter; break;
+  }
+  return warp.values[source];
+}
+
+void finish_collective(Warp& warp) {
+  uint32_t votes = 0;
+  for (int lane = 0; lane < kWarp; lane++) votes |= static_cast<uint32_t>(warp.values[lane] != 0) << lane;
+  for (int lane = 0; lane < kWarp; lane++) {
+    uint64_t result = 0;
+    switch (warp.op) {
+      case Collective::syncwarp: break;
+      case Collective::ballot: result = votes; break;
+      case Collective::any: result = votes != 0; break;
+      case Collective::all: result = votes == kFull; break;
+      case Collective::match_any:
+        for (int other = 0; other < kWarp; other++)
+          result |= static_cast<uint64_t>(warp.values[other] == warp.values[lane]) << other;
+        break;
+      default: result = shuffle(warp, lane);
+    }
+    warp.fibers[lane].result = result;
+  }
+  warp.arrived = 0;
+}
+
+void release(Barrier& barrier) {
+  for (Fiber* fiber : barrier.arrived)
+    if (fiber != run.current) wake(*fiber);
+  barrier.arrived.clear();
+  barrier.expected = 0;
+}
+
+bool syncthreads_complete(const Cta& cta) {
+  return static_cast<int>(cta.barriers[0].arrived.size()) == cta.alive && cta.alive > 0;
+}
+
+void arrive_at_barrier(int id, int threads, bool everybody) {
+  Cta& cta = *run.current->cta;
+  Barrier& barrier = cta.barriers[id];
+  if (barrier.expected != 0 && barrier.expected != threads)
+    fail("barrier_sync(%d, %d): others wait there for %d threads", id, threads, barrier.expected);
+  barrier.expected = threads;
+  barrier.arrived.push_back(run.current);
+  if (everybody ? syncthreads_complete(cta) : static_cast<int>(barrier.arrived.size()) == threads) {
+    if (!everybody) {
+      std::vector<int> lanes(cta.warps.size());
+      for (const Fiber* fiber : barrier.arrived) lanes[fiber->warp->index]++;
+      for (size_t warp = 0; warp < lanes.size(); warp++)
+        if (lanes[warp] % kWarp != 0)
+          fail("barrier_sync(%d, %d): only %d lanes of warp %zu take part", id, threads, lanes[warp], warp);
+    }
+    release(barrier);
+    yield();
+  } else {
+    block(Wait::barrier, static_cast<uint32_t>(id), static_cast<uint32_t>(threads));
+  }
+}
+
+void finish_fiber() {
+  Fiber& fiber = *run.current;
+  Warp& warp = *fiber.warp;
+  Cta& cta = *fiber.cta;
+  if (warp.arrived != 0) fail("returned while other lanes of its warp wait in %s", kCollectiveNames[int(warp.op)]);
+  if (fiber.groups.back().unread > 0 || fiber.groups.back().unwritten > 0)
+    fail("returned with bulk stores not waited for (nor committed)");
+  for (const StoreGroup& group : fiber.groups)
+    if (group.unread > 0) fail("returned with bulk stores not waited for");
+  fiber.done = true;
+  warp.done |= lane_bit(fiber);
+  run.progress = true;
+  run.alive--;
+  if (--cta.alive == 0) {
+    for (const Mbarrier& bar : cta.mbarriers)
+      if (bar.observed < bar.loading)
+        fail("the CTA's last thread returned, and nobody has waited for the last bulk_load on mbarrier %u", bar.offset);
+  } else if (cta.barriers[0].expected == static_cast<int>(cta.warps.size()) * kWarp && syncthreads_complete(cta)) {
+    release(cta.barriers[0]);
+  }
+}
+
+// Messages about who waits for what.
+
+std::string waiting_for(const Fiber& fiber) {
+  const Cta& cta = *fiber.cta;
+  switch (fiber.wait) {
+    case Wait::collective: {
+      const uint32_t missing = ~fiber.warp->arrived;
+      return print("%s (lanes missing: 0x%08x)", kCollectiveNames[int(fiber.warp->op)], missing);
+    }
+    case Wait::barrier: {
+      const Barrier& barrier = cta.barriers[fiber.wait_object];
+      return print("barrier %u (%zu of %u threads there)", fiber.wait_object, barrier.arrived.size(), fiber.wait_value);
+    }
+    case Wait::mbarrier: {
+      const Mbarrier& bar = cta.mbarriers[fiber.wait_object];
+      return print("mbarrier at %u, parity %u (phase %llu, %u of %u arrivals missing, %lld bytes missing)", bar.offset,
+                   fiber.wait_value, static_cast<unsigned long long>(bar.phase), bar.pending, bar.expected,
+                   static_cast<long long>(bar.bytes));
+    }
+    case Wait::store_reads: return "bulk_wait_read";
+    case Wait::store_writes: return "bulk_wait_all";
+    case Wait::nothing: break;
+  }
+  return fiber.done ? "returned" : (fiber.warp->paused & lane_bit(fiber)) != 0 ? "spins with pause()" : "ready";
+}
+
+// "threads 0 to 31, 40: barrier ...; thread 41: ...", in the order of the first thread of each state.
+std::string describe(const Cta& cta) {
+  std::vector<std::string> states, ranges;
+  const int threads = static_cast<int>(cta.warps.size()) * kWarp;
+  std::vector<size_t> state_of(static_cast<size_t>(threads) + 1, SIZE_MAX);
+  for (int thread = 0; thread < threads; thread++) {
+    const std::string state = waiting_for(cta.warps[thread / kWarp].fibers[thread % kWarp]);
+    size_t index = 0;
+    while (index < states.size() && states[index] != state) index++;
+    if (index == states.size()) {
+      states.push_back(state);
+      ranges.emplace_back();
+    }
+    state_of[thread] = index;
+  }
+  for (int begin = 0, thread = 1; thread <= threads; thread++) {
+    if (state_of[thread] == state_of[begin]) continue;
+    std::string& range = ranges[state_of[begin]];
+    if (!range.empty()) range += ", ";
+    range += thread - begin > 1 ? print("%d to %d", begin, thread - 1) : print("%d", begin);
+    begin = thread;
+  }
+  std::string text;
+  for (size_t i = 0; i < states.size(); i++) text += (i == 0 ? "threads " : "; threads ") + ranges[i] + ": " + states[i];
+  return text;
+}
+
+std::string describe() {
+  std::string text;
+  size_t begin = 0;
+  std::string state = describe(run.ctas[0]);
+  for (size_t cta = 1; cta <= run.ctas.size(); cta++) {
+    const std::string next = cta < run.ctas.size() ? describe(run.ctas[cta]) : std::string();
+    if (next == state) continue;
+    text += print(cta - begin > 1 ? "\n  CTAs %zu to %zu: " : "\n  CTA %zu: ", begin, cta - 1) + state;
+    begin = cta;
+    state = next;
+  }
+  return text;
+}
+
+// A kernel's bad address must not kill the test process.
+void on_fault(int signal, siginfo_t* info, void*) {
+  if (active == 0 || pthread_equal(pthread_self(), owner) == 0) {
+    sigaction(SIGSEGV, &old_segv, nullptr);
+    sigaction(SIGBUS, &old_bus, nullptr);
+    return;  // the instruction runs again and meets the old handler
+  }
+  const auto* address = static_cast<const uint8_t*>(info->si_addr);
+  std::string where = print("%p", static_cast<const void*>(address));
+  for (const Cta& cta : run.ctas) {
+    const auto offset = address - cta.shared;
+    if (offset >= -static_cast<int64_t>(kPage) && offset < static_cast<int64_t>(run.shared_bytes + kPage))
+      where = print("shared memory offset %lld of CTA %d (it has %u bytes)", static_cast<long long>(offset), cta.index,
+                    run.shared_bytes);
+  }
+  if (run.current != nullptr && address >= run.current->stack && address < run.current->stack + kPage)
+    where = print("the end of its stack of %zu bytes", kStack - kPage);
+  fail("%s: bad access at %s%s", signal == SIGBUS ? "bus error" : "segmentation fault", where.c_str(),
+       run.copying == nullptr ? "" : run.copying->is_load ? " by bulk_load" : " by bulk_store");
+}
+
+// Switching.
+
+void entry() {
+  run.body(run.args);
+  finish_fiber();
+  _longjmp(run.scheduler, 1);
+}
+
+void start(Fiber& fiber) {
+  static ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack + kPage;
+  context.uc_stack.ss_size = kStack - kPage;
+  context.uc_link = nullptr;
+  makecontext(&context, entry, 0);
+  setcontext(&context);
+}
+
+void resume(Fiber& fiber) {
+  run.current = &fiber;
+  threadIdx.x = static_cast<unsigned>(fiber.thread);
+  blockIdx.x = static_cast<unsigned>(fiber.cta->index);
+  if (_setjmp(run.scheduler) == 0) {
+    if (fiber.started) _longjmp(fiber.context, 1);
+    fiber.started = true;
+    start(fiber);
+  }
+  run.current = nullptr;
+}
+
+Warp& choose_warp() {
+  if (run.policy == Policy::uniform) return *run.ready[draw_below(static_cast<uint32_t>(run.ready.size()))];
+  Warp* current = run.current_warp;
+  if (current != nullptr && current->position >= 0 && !one_in(256)) return *current;
+  if (run.policy == Policy::burst) {
+    current = run.ready[draw_below(static_cast<uint32_t>(run.ready.size()))];
+  } else {
+    run.ready[draw_below(static_cast<uint32_t>(run.ready.size()))]->priority ^= one_in(32) ? draw() : 0;
+    current = run.ready[0];
+    for (Warp* warp : run.ready)
+      if (warp->priority > current->priority) current = warp;
+  }
+  return *(run.current_warp = current);
+}
+
+Fiber& choose_lane(Warp& warp) {
+  const auto turn = draw_below(kWarp);
+  const uint32_t turned = warp.ready >> turn | (turn == 0 ? 0 : warp.ready << (kWarp - turn));
+  const auto lane = (static_cast<uint32_t>(__builtin_ctz(turned)) + turn) % kWarp;
+  warp.ready &= ~(1u << lane);
+  if (warp.ready == 0) remove_ready(warp);
+  return warp.fibers[lane];
+}
+
+void unpause() {
+  for (Warp* warp : run.paused) {
+    add_ready(*warp, warp->paused);
+    warp->paused = 0;
+  }
+  run.paused.clear();
+}
+
+void schedule() {
+  const double deadline = seconds() + limit_seconds;
+  int idle = 0;
+  for (uint64_t step = 1; run.alive > 0; step++) {
+    if (step % 4096 == 0 && seconds() > deadline) stop(print("still running after %g s:", limit_seconds) + describe());
+    if (!run.copies.empty() && one_in(run.copy_one_in))
+      advance_copy(draw_below(static_cast<uint32_t>(run.copies.size())));
+    if (run.ready.empty()) {
+      if (!run.copies.empty() && (run.paused.empty() || one_in(2))) {
+        advance_copy(draw_below(static_cast<uint32_t>(run.copies.size())));
+        continue;
+      }
+      if (run.paused.empty()) stop("deadlock:" + describe());
+      // Everybody spins: on peers, which need this core too.
+      idle = run.progress ? 0 : idle + 1;
+      run.progress = false;
+      if (idle > 3) usleep(50);
+      if (idle > 0) {
+        sched_yield();
+        if (seconds() > deadline) stop(print("still running after %g s:", limit_seconds) + describe());
+      }
+      unpause();
+    } else if (!run.paused.empty() && one_in(64)) {
+      unpause();
+    }
+    resume(choose_lane(choose_warp()));
+  }
+  while (!run.copies.empty()) advance_copy(draw_below(static_cast<uint32_t>(run.copies.size())));
+}
+
+// Memory that launches share.
+
+uint8_t* map_pages(size_t bytes) {
+  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return pages == MAP_FAILED ? nullptr : static_cast<uint8_t*>(pages);
+}
+
+bool grow_pool(size_t fibers, size_t ctas) {
+  while (pool.fibers.size() < fibers) {
+    const size_t count = kMaxThreads / 4;
+    uint8_t* stacks = map_pages(count * kStack);
+    if (stacks == nullptr) return false;
+    for (size_t i = 0; i < count; i++) {
+      mprotect(stacks + i * kStack, kPage, PROT_NONE);
+      pool.fibers.emplace_back().stack = stacks + i * kStack;
+    }
+  }
+  constexpr size_t room = (kMaxShared + kPage - 1) / kPage * kPage;
+  while (pool.shared.size() < ctas) {
+    uint8_t* pages = map_pages(room + 2 * kPage);
+    if (pages == nullptr) return false;
+    mprotect(pages, kPage, PROT_NONE);
+    mprotect(pages + kPage + room, kPage, PROT_NONE);
+    pool.shared.push_back(pages + kPage + room);
+  }
+  return true;
+}
+
+void prepare(int ctas, int threads) {
+  run.ctas.clear();
+  run.ctas.resize(static_cast<size_t>(ctas));
+  run.ready.clear();
+  run.paused.clear();
+  run.copies.clear();
+  run.current_warp = nullptr;
+  run.current = nullptr;
+  run.copying = nullptr;
+  run.progress = false;
+  run.error.clear();
+  run.alive = ctas * threads;
+  run.policy = static_cast<Policy>(draw_below(3));
+  run.copy_one_in = draw_below(3) == 0 ? 2 : one_in(2) ? 32 : 4096;
+  const size_t shared_room = (run.shared_bytes + 127) / 128 * 128;
+  for (int c = 0; c < ctas; c++) {
+    Cta& cta = run.ctas[static_cast<size_t>(c)];
+    cta.index = c;
+    cta.alive = threads;
+    cta.shared = pool.shared[static_cast<size_t>(c)] - shared_room;
+    std::memset(cta.shared, kUninitialised, shared_room);
+    cta.warps.resize(static_cast<size_t>(threads / kWarp));
+    for (size_t w = 0; w < cta.warps.size(); w++) {
+      Warp& warp = cta.warps[w];
+      warp.cta = &cta;
+      warp.index = static_cast<int>(w);
+      warp.priority = static_cast<uint32_t>(draw());
+      warp.fibers = &pool.fibers[static_cast<size_t>(c * threads) + w * kWarp];
+      for (int lane = 0; lane < kWarp; lane++) {
+        Fiber& fiber = warp.fibers[lane];
+        fiber.cta = &cta;
+        fiber.warp = &warp;
+        fiber.thread = static_cast<int>(w) * kWarp + lane;
+        fiber.started = fiber.done = false;
+        fiber.wait = Wait::nothing;
+        fiber.groups.assign(1, {});
+        fiber.first_group = 0;
+      }
+      add_ready(warp, kFull);
+    }
+  }
+}
+
+void check_slack() {
+  const size_t shared_room = (run.shared_bytes + 127) / 128 * 128;
+  for (const Cta& cta : run.ctas)
+    for (size_t i = run.shared_bytes; i < shared_room; i++)
+      if (cta.shared[i] != kUninitialised)
+        stop(print("CTA %d wrote behind its %u bytes of shared memory, at %zu", cta.index, run.shared_bytes, i));
+}
+
+}  // namespace
+
+uint64_t collective(Collective op, unsigned mask, uint64_t value, int parameter, int width) {
+  Fiber& fiber = *run.current;
+  Warp& warp = *fiber.warp;
+  const char* name = kCollectiveNames[int(op)];
+  if (mask != kFull) fail("%s: mask 0x%08x; only 0xffffffff is supported", name, mask);
+  if (width < 1 || width > kWarp || (width & (width - 1)) != 0) fail("%s: width %d is not a power of two", name, width);
+  if (warp.done != 0) fail("%s: lanes 0x%08x of the warp have returned", name, warp.done);
+  if (warp.arrived != 0 && warp.op != op)
+    fail("%s: lanes 0x%08x of the warp wait in %s", name, warp.arrived, kCollectiveNames[int(warp.op)]);
+  const int lane = fiber.thread % kWarp;
+  warp.op = op;
+  warp.values[lane] = value;
+  warp.parameters[lane] = parameter;
+  warp.widths[lane] = width;
+  warp.arrived |= 1u << lane;
+  if (warp.arrived != kFull) {
+    block(Wait::collective, 0, 0);
+  } else {
+    finish_collective(warp);
+    for (int other = 0; other < kWarp; other++)
+      if (other != lane) wake(warp.fibers[other]);
+    yield();
+  }
+  return fiber.result;
+}
+
+template <typename T>
+uint64_t apply(Atomic op, T* address, T value) {
+  T old = __atomic_load_n(address, __ATOMIC_SEQ_CST), desired;
+  do {
+    switch (op) {
+      case Atomic::add: desired = static_cast<T>(static_cast<uint64_t>(old) + static_cast<uint64_t>(value)); break;
+      case Atomic::bit_or: desired = old | value; break;
+      case Atomic::bit_and: desired = old & value; break;
+      case Atomic::maximum: desired = old > value ? old : value; break;
+      case Atomic::minimum: desired = old < value ? old : value; break;
+      default: desired = value;
+    }
+  } while (!__atomic_compare_exchange_n(address, &old, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+  return to_bits(old);
+}
+
+void check_aligned(const void* address, int bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % static_cast<unsigned>(bytes) != 0)
+    fail("atomic on %p, which is not %d-byte aligned", address, bytes);
+}
+
+uint64_t atomic(Atomic op, void* address, int bytes, bool is_signed, uint64_t value) {
+  check_aligned(address, bytes);
+  yield_one_in(4);
+  const uint64_t old =
+      bytes == 8   ? apply(op, static_cast<unsigned long long*>(address), from_bits<unsigned long long>(value))
+      : is_signed ? apply(op, static_cast<int*>(address), from_bits<int>(value))
+                  : apply(op, static_cast<unsigned*>(address), from_bits<unsigned>(value));
+  yield_one_in(4);
+  return old;
+}
+
+uint64_t compare_and_swap(void* address, int bytes, uint64_t expected, uint64_t desired) {
+  check_aligned(address, bytes);
+  yield_one_in(4);
+  if (bytes == 8) {
+    __atomic_compare_exchange_n(static_cast<uint64_t*>(address), &expected, desired, false, __ATOMIC_SEQ_CST,
+                                __ATOMIC_SEQ_CST);
+  } else {
+    auto old = static_cast<uint32_t>(expected);
+    __atomic_compare_exchange_n(static_cast<uint32_t*>(address), &old, static_cast<uint32_t>(desired), false,
+                                __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    expected = old;
+  }
+  yield_one_in(4);
+  return expected;
+}
+
+void fence() {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  yield_one_in(4);
+}
+
+void bulk_wait(int groups, bool read_only) {
+  Fiber& fiber = *run.current;
+  forget_finished_groups(fiber);
+  const size_t committed = fiber.groups.size() - 1;
+  for (size_t i = 0; i + static_cast<size_t>(groups) < committed; i++)
+    if ((read_only ? fiber.groups[i].unread : fiber.groups[i].unwritten) > 0) {
+      block(read_only ? Wait::store_reads : Wait::store_writes, 0, static_cast<uint32_t>(groups));
+      return;
+    }
+}
+
+int launch(const char* name, Body body, const void* args, uint64_t args_bytes, int max_threads, int ctas, int threads,
+           int shared_bytes, uint64_t seed, char* message, int message_bytes) {
+  auto refuse = [&](const std::string& text) {
+    snprintf(message, static_cast<size_t>(message_bytes), "%s: %s", name, text.c_str());
+    return 1;
+  };
+  if (ctas < 1) return refuse(print("%d CTAs; must be 1 or more", ctas));
+  if (threads < kWarp || threads % kWarp != 0 || threads > max_threads || max_threads > kMaxThreads)
+    return refuse(print("%d threads; must be a multiple of 32, at most %d", threads, max_threads));
+  if (shared_bytes < 0 || static_cast<size_t>(shared_bytes) > kMaxShared)
+    return refuse(print("%d bytes of shared memory; must be 0 to %zu", shared_bytes, kMaxShared));
+  const std::lock_guard<std::mutex> one_launch(launching);
+  if (!grow_pool(static_cast<size_t>(ctas) * static_cast<size_t>(threads), static_cast<size_t>(ctas)))
+    return refuse(print("no memory for %d x %d threads", ctas, threads));
+  const std::vector<uint64_t> copy((args_bytes + 7) / 8);  // as launches on a GPU: changes by the caller are not seen
+  std::memcpy(const_cast<uint64_t*>(copy.data()), args, args_bytes);
+  run.name = name;
+  run.body = body;
+  run.args = copy.data();
+  run.shared_bytes = static_cast<uint32_t>(shared_bytes);
+  run.random = seed;
+  prepare(ctas, threads);
+  blockDim.x = static_cast<unsigned>(threads);
+  gridDim.x = static_cast<unsigned>(ctas);
+
+  static std::vector<uint8_t> signal_stack(64 << 10);
+  stack_t alternative{}, old_stack{};
+  alternative.ss_sp = signal_stack.data();
+  alternative.ss_size = signal_stack.size();
+  sigaltstack(&alternative, &old_stack);
+  struct sigaction action{};
+  action.sa_sigaction = on_fault;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+  owner = pthread_self();
+  active = 1;
+  sigaction(SIGSEGV, &action, &old_segv);
+  sigaction(SIGBUS, &action, &old_bus);
+  if (_setjmp(run.abort) == 0) {
+    schedule();
+    check_slack();
+  }
+  active = 0;
+  sigaction(SIGSEGV, &old_segv, nullptr);
+  sigaction(SIGBUS, &old_bus, nullptr);
+  sigaltstack(&old_stack, nullptr);
+  return run.error.empty() ? 0 : refuse(print("(seed %llu) ", static_cast<unsigned long long>(seed)) + run.error);
+}
+
+}  // namespace epv2::emulator
+
+void __syncthreads() {
+  const auto threads = static_cast<int>(blockDim.x);
+  epv2::emulator::arrive_at_barrier(0, threads, true);
+}
+
+void barrier_sync(int id, int threads) {
+  using namespace epv2::emulator;
+  if (id < 0 || id >= kBarriers) fail("barrier_sync(%d, %d): ids are 0 to %d", id, threads, kBarriers - 1);
+  if (threads < kWarp || threads % kWarp != 0 || threads > static_cast<int>(blockDim.x))
+    fail("barrier_sync(%d, %d): threads must be a multiple of 32, at most the CTA's %u", id, threads, blockDim.x);
+  arrive_at_barrier(id, threads, false);
+}
+
+namespace epv2 {
+
+using namespace emulator;
+
+uint8_t* shared_memory() { return run.current->cta->shared; }
+
+void mbarrier_init(uint64_t* address, uint32_t arrivals) {
+  const uint32_t offset = shared_offset("mbarrier_init", address, 8);
+  if (offset % 8 != 0) fail("mbarrier_init: offset %u is not 8-byte aligned", offset);
+  if (arrivals < 1 || arrivals > kMaxCount) fail("mbarrier_init: %u arrivals; must be 1 to %u", arrivals, kMaxCount);
+  auto& all = run.current->cta->mbarriers;
+  size_t index = 0;
+  while (index < all.size() && all[index].offset != offset) index++;
+  if (index == all.size()) {
+    all.emplace_back();
+  } else if (!all[index].waiters.empty()) {
+    fail("mbarrier_init: thread %d waits for the mbarrier at %u", all[index].waiters[0]->thread, offset);
+  }
+  Mbarrier& bar = all[index];
+  bar.offset = offset;
+  bar.expected = bar.pending = arrivals;
+  bar.bytes = 0;
+  bar.phase = bar.observed = bar.loading = 0;
+  *address = kMbarrierTag << 16 | index;
+}
+
+void mbarrier_init_fence() {}
+
+void mbarrier_arrive(uint64_t* address) {
+  yield_one_in(8);
+  arrive("mbarrier_arrive", find_mbarrier("mbarrier_arrive", address), 0);
+  yield_one_in(8);
+}
+
+void mbarrier_arrive_expect(uint64_t* address, uint32_t bytes) {
+  yield_one_in(8);
+  arrive("mbarrier_arrive_expect", find_mbarrier("mbarrier_arrive_expect", address), bytes);
+  yield_one_in(8);
+}
+
+bool mbarrier_test(uint64_t* address, uint32_t parity) {
+  if (parity > 1) fail("mbarrier_test: parity %u; must be 0 or 1", parity);
+  if (passed(find_mbarrier("mbarrier_test", address), parity)) return true;
+  pause();
+  return passed(find_mbarrier("mbarrier_test", address), parity);
+}
+
+void mbarrier_wait(uint64_t* address, uint32_t parity) {
+  if (parity > 1) fail("mbarrier_wait: parity %u; must be 0 or 1", parity);
+  yield_one_in(8);
+  // A thread that is woken may run so late that the next phase is over too: as on a GPU it then waits on.
+  while (true) {
+    Mbarrier& bar = find_mbarrier("mbarrier_wait", address);
+    if (passed(bar, parity)) return;
+    bar.waiters.push_back(run.current);
+    block(Wait::mbarrier, index_of(bar), parity);
+  }
+}
+
+void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* address) {
+  yield_one_in(8);
+  check_bulk("bulk_load", shared, global, bytes);
+  Mbarrier& bar = find_mbarrier("bulk_load", address);
+  Copy copy;
+  copy.is_load = true;
+  copy.issuer = run.current;
+  copy.offset = shared_offset("bulk_load", shared, bytes);
+  copy.bytes = bytes;
+  copy.mbarrier = index_of(bar);
+  copy.global = static_cast<uint8_t*>(const_cast<void*>(global));
+  check_overlap("bulk_load", true, copy.offset, bytes);
+  std::memset(shared, kInFlight, bytes);
+  bar.loading = bar.phase + 1;
+  run.copies.push_back(std::move(copy));
+  yield_one_in(8);
+}
+
+void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  yield_one_in(8);
+  check_bulk("bulk_store", shared, global, bytes);
+  Fiber& fiber = *run.current;
+  Copy copy;
+  copy.issuer = &fiber;
+  copy.offset = shared_offset("bulk_store", shared, bytes);
+  copy.bytes = bytes;
+  copy.global = static_cast<uint8_t*>(global);
+  copy.group = fiber.first_group + fiber.groups.size() - 1;
+  check_overlap("bulk_store", false, copy.offset, bytes);
+  fiber.groups.back().unread++;
+  fiber.groups.back().unwritten++;
+  run.copies.push_back(std::move(copy));
+  yield_one_in(8);
+}
+
+void bulk_commit() {
+  forget_finished_groups(*run.current);
+  run.current->groups.emplace_back();
+}
+
+void fence_proxy_async() { yield_one_in(8); }
+
+uint32_t load_acquire_system(const uint32_t* address) {
+  check_aligned(address, 4);
+  yield_one_in(4);
+  return __atomic_load_n(address, __ATOMIC_SEQ_CST);
+}
+
+void store_release_system(uint32_t* address, uint32_t value) {
+  check_aligned(address, 4);
+  yield_one_in(4);
+  __atomic_store_n(address, value, __ATOMIC_SEQ_CST);
+  yield_one_in(4);
+}
+
+uint32_t atomic_add_acq_rel(uint32_t* address, uint32_t value) { return atomicAdd(address, value); }
+
+uint32_t load_relaxed(const uint32_t* address) { return load_acquire_system(address); }
+
+uint64_t global_nanoseconds() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<uint64_t>(t.tv_sec) * 1000000000ull + static_cast<uint64_t>(t.tv_nsec);
+}
+
+void pause() {
+  Fiber& fiber = *run.current;
+  if (fiber.warp->paused == 0) run.paused.push_back(fiber.warp);
+  fiber.warp->paused |= lane_bit(fiber);
+  suspend();
+}
+
+uint8_t* peer_pointer(uint64_t window, uint64_t offset, int peer) {
+  const auto found = windows.find(window);
+  if (found == windows.end()) fail("peer_pointer: %llu is no window", static_cast<unsigned long long>(window));
+  if (peer < 0 || static_cast<size_t>(peer) >= found->second.size())
+    fail("peer_pointer: peer %d; the window has %zu", peer, found->second.size());
+  const auto [base, bytes] = found->second[static_cast<size_t>(peer)];
+  if (offset > bytes)
+    fail("peer_pointer: offset %llu in a window of %llu bytes", static_cast<unsigned long long>(offset),
+         static_cast<unsigned long long>(bytes));
+  return base + offset;
+}
+
+}  // namespace epv2
+
+// For runtime.py.
+extern "C" void epv2_emulator_window(uint64_t window, int peers, uint8_t* const* bases, uint64_t bytes) {
+  auto& entry = epv2::emulator::windows[window];
+  entry.clear();
+  for (int peer = 0; peer < peers; peer++) entry.emplace_back(bases[peer], bytes);
+  if (peers == 0) epv2::emulator::windows.erase(window);
+}
+
+extern "C" void epv2_emulator_limit_seconds(double seconds) { epv2::emulator::limit_seconds = seconds; }

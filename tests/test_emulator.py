@@ -1,0 +1,313 @@
+"""The emulator itself: it computes what CUDA defines, and it finds the mistakes that a GPU would punish."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.emulator.runtime import EmulatedRuntime
+
+SOURCES = Path(__file__).parent / "emulator" / "kernels"
+SEEDS = 12
+FULL = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    source: str
+    args: str = "TestArgs"
+    defines: tuple[tuple[str, str], ...] = ()
+
+
+class Args(ctypes.Structure):
+    """`TestArgs` of emulator/kernels/args.h."""
+
+    _fields_ = (
+        ("in_", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("window", ctypes.c_uint64),
+        ("mode", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("ranks", ctypes.c_int32),
+    )
+
+
+def runtime(group: dist.ProcessGroup, seed: int = 0, limit_seconds: float = 60) -> EmulatedRuntime:
+    return EmulatedRuntime(group, seed, sources=SOURCES, limit_seconds=limit_seconds)
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('store')}/s", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def as_int32(values: torch.Tensor) -> torch.Tensor:
+    """The low 32 bits, as the kernels' words come back."""
+    return (values & FULL).to(torch.uint32).view(torch.int32)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_collectives_compute_what_cuda_defines(group, seed):
+    ctas, threads = 2, 128
+    counters = torch.zeros(9, dtype=torch.int32)
+    counters[3] = -(1 << 31)
+    out = torch.zeros(14, ctas, threads, dtype=torch.int32)
+    runtime(group, seed).launch(
+        Kernel("collectives", "collectives.cu"),
+        Args(in_=counters.data_ptr(), out=out.data_ptr()),
+        ctas=ctas,
+        threads=threads,
+        shared_bytes=4 * threads,
+    )
+    thread = torch.arange(threads)
+    lane, warp = thread % 32, thread // 32
+    value = thread * 7 + torch.arange(ctas)[:, None]
+    start = warp * 32
+
+    def votes(predicate: torch.Tensor) -> torch.Tensor:
+        return (predicate.view(-1, 32).long() << torch.arange(32)).sum(1).repeat_interleave(32)
+
+    everybody = torch.ones(ctas, 1, dtype=torch.int64)
+    half = threads // 2
+    expected = [
+        value[:, start + lane * 5 % 32],
+        value[:, start + lane // 8 * 8 + 3],
+        value[:, start + (lane ^ 9)],
+        value[:, torch.where(lane < 3, thread, thread - 3)],
+        value[:, torch.where(lane % 16 > 12, thread, thread + 3)],
+        votes(lane % 3 == 0) * everybody,
+        everybody.expand(ctas, threads),
+        (warp == 0).long() * everybody,
+        sum(votes(lane % 5 == r) * (lane % 5 == r) for r in range(5)) * everybody,
+        value[:, start + (lane ^ 1)],
+        value[:, torch.where(lane == 31, thread, thread + 1)],
+        value.flip(1),
+        (value + 1).view(ctas, 2, half).flip(2).reshape(ctas, threads),
+    ]
+    for number, (got, want) in enumerate(zip(out, expected, strict=False)):
+        assert torch.equal(got, as_int32(want)), number
+    total = ctas * threads
+    assert torch.all(out[13, :, :32].max(1).values <= total)
+    assert torch.all(out[13, :, :32] >= threads)
+    low = counters.tolist()
+    assert low[:4] == [2 * total, 7 * (threads - 1) + 1, -1, -1]
+    assert counters[4:6].view(torch.int64).item() == total << 31
+    assert low[6] == low[7] + 1
+    assert low[8] == total
+
+
+def test_conversions_round_as_torch_does(group):
+    bits = torch.arange(0, 1 << 32, 65519, dtype=torch.int64)
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    eighths = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    between = (eighths[None, :] + eighths[:, None]) / 2  # holds every tie
+    steps = torch.tensor([0.0, 1.0, -1.0, 1e-8, 448.0, 449.0, 463.9, 464.0, 480.0, 1e9, float("inf"), float("nan")])
+    x = torch.cat(
+        [as_int32(bits).view(torch.float32), halves, (halves[1:] + halves[:-1]) / 2, between.flatten(), steps]
+    )
+    out = torch.zeros(len(x), 7, dtype=torch.int32)
+    runtime(group).launch(
+        Kernel("convert", "convert.cu"),
+        Args(in_=x.data_ptr(), out=out.data_ptr(), count=len(x)),
+        ctas=2,
+        threads=64,
+        shared_bytes=0,
+    )
+
+    def same(got: torch.Tensor, want: torch.Tensor) -> None:
+        got, want = got.float(), want.float()
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.nan_to_num(nan=0).view(torch.int32), want.nan_to_num(nan=0).view(torch.int32))
+
+    bf16, half = out[:, 0].contiguous().view(torch.bfloat16), out[:, 1].contiguous().view(torch.float16)
+    same(bf16.view(-1, 2)[:, 0], x.bfloat16())
+    same(bf16.view(-1, 2)[:, 1], (-x).bfloat16())
+    same(half.view(-1, 2)[:, 0], (-x).half())
+    same(half.view(-1, 2)[:, 1], x.half())
+    fp8 = out[:, 2].contiguous().view(torch.float8_e4m3fn).view(-1, 4)
+    clamped = x.clamp(-448, 448).to(torch.float8_e4m3fn)
+    same(fp8[:, 0], clamped)
+    same(fp8[:, 1], (-x).clamp(-448, 448).to(torch.float8_e4m3fn))
+    assert torch.all(fp8[:, 2].float() == 1)
+    same(fp8[:, 3], clamped)
+    floats = out[:, 3:].contiguous().view(torch.float32)
+    for column, want in enumerate([x.bfloat16(), (-x).bfloat16(), (-x).half(), x.half()]):
+        same(floats[:, column], want)
+
+
+def ring(group: dist.ProcessGroup, mutant: str, seed: int) -> bool:
+    """Whether the ring's result is right."""
+    defines = (("MUTANT", mutant),)
+    x = torch.randint(0, 1 << 30, (40, 256), dtype=torch.int32)
+    y = torch.zeros_like(x)
+    runtime(group, seed).launch(
+        Kernel("ring", "ring.cu", defines=defines),
+        Args(in_=x.data_ptr(), out=y.data_ptr(), count=len(x)),
+        ctas=3,
+        threads=128,
+        shared_bytes=128 + 3 * 1024,
+    )
+    return torch.equal(y, x + 1)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_right_ring_is_right_in_any_order(group, seed):
+    assert ring(group, "0", seed)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "message"),
+    [
+        ("REFILL_BEFORE_USE", "in use by a bulk_load|deadlock"),
+        ("NO_WAIT_READ", "in use by a bulk_store"),
+        (
+            "WRONG_ARRIVALS",
+            r"deadlock:\n  CTAs 0 to 2: threads 0 to 127: mbarrier at 0, parity 0 \(phase 0, 1 of 2 arr",
+        ),
+        ("WRONG_PARITY", "deadlock|in use by a bulk_load"),
+        ("NO_WAIT_AT_END", "bulk stores not waited for"),
+        ("TOO_FEW_BYTES", "-512 bytes missing"),
+        ("NO_INIT_SYNC", "mbarrier at offset 0 was never initialised"),
+    ],
+)
+def test_a_wrong_ring_is_an_error(group, mutant, message):
+    for seed in range(SEEDS):
+        with pytest.raises(RuntimeError, match=message):
+            ring(group, mutant, seed)
+
+
+def test_a_missing_syncthreads_shows(group):
+    caught = 0
+    for seed in range(SEEDS):
+        try:
+            caught += not ring(group, "NO_SYNCTHREADS", seed)
+        except RuntimeError:
+            caught += 1
+    assert caught > SEEDS // 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        (0, r"barrier_sync\(1, \d+\): others wait there for \d+ threads"),
+        (1, r"deadlock(.|\n)*barrier 1 \(32 of 96 threads there\)"),
+        (2, "wait in __syncwarp|lanes 0x00000020 of the warp have returned"),
+        (3, "of the warp wait in __(ballot_sync|syncwarp)"),
+        (4, "__syncwarp: mask 0x0000ffff"),
+        (6, "mbarrier at offset 8 was never initialised"),
+        (7, "bulk_load: shared offset 136 is not 16-byte aligned"),
+        (8, "bulk_load: global address 0x[0-9a-f]+ is not 16-byte aligned"),
+        (9, "bulk_store: 24 bytes; must be a positive multiple of 16"),
+        (10, "bulk_store: 16 bytes at offset 1048704 are not within the 4000 bytes"),
+        (11, "nobody has waited for the last bulk_load on mbarrier 0"),
+        (12, "in use by a bulk_load of thread|nobody has waited"),
+        (13, "thread 3: segmentation fault: bad access at 0x40"),
+        (14, "peer 1; the window has 1"),
+        (15, "offset 1099511627776 in a window of 4096 bytes"),
+        (16, "12345 is no window"),
+        (17, r"still running after 0.5 s:(.|\n)*spins with pause\(\)"),
+        (18, "thread 0: returned with bulk stores not waited for"),
+        (19, "thread 0: returned with bulk stores not waited for"),
+        (20, r"barrier_sync\(2, 160\): threads must be"),
+        (21, r"deadlock:(.|\n)*threads 0 to 99: barrier 0 \(100 of 128 threads there\); threads 100 to 127: barrier 3"),
+        (22, "wrote behind its 4000 bytes of shared memory, at 4000"),
+        (23, "mbarrier at offset 0 was never initialised, or was overwritten"),
+        (24, "lanes of warp . take part"),
+    ],
+)
+def test_a_mistake_is_an_error(group, mode, message):
+    device = runtime(group, mode, limit_seconds=0.5)
+    window = device.window(4096)
+    out = torch.zeros(1024, dtype=torch.uint8)
+    args = Args(out=(out.data_ptr() + 15) // 16 * 16, window=window.handle, mode=mode, count=4000, ranks=1)
+    with pytest.raises(RuntimeError, match=message):
+        device.launch(Kernel("misuse", "misuse.cu"), args, ctas=2, threads=128, shared_bytes=4000)
+    # The process, and the next launch, are not hurt.
+    args.mode = -1
+    device.launch(Kernel("misuse", "misuse.cu"), args, ctas=2, threads=128, shared_bytes=4000)
+
+
+def test_a_refused_launch_says_why(group):
+    device = runtime(group)
+    kernel, args = Kernel("misuse", "misuse.cu"), Args(mode=-1)
+    for ctas, threads, shared_bytes, message in [
+        (9, 32, 256, "9 CTAs on a device of 8 SMs"),
+        (0, 32, 256, "0 CTAs"),
+        (1, 33, 256, "33 threads; must be a multiple of 32, at most 128"),
+        (1, 160, 256, "160 threads"),
+        (1, 128, 232449, "232449 bytes of shared memory"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            device.launch(kernel, args, ctas=ctas, threads=threads, shared_bytes=shared_bytes)
+    with pytest.raises(RuntimeError, match=r"args of 8 bytes, the kernel's have 40"):
+        device.launch(kernel, ctypes.c_uint64(), ctas=1, threads=32, shared_bytes=256)
+    device.launch(kernel, args, ctas=8, threads=128, shared_bytes=232448)
+    assert [(each.kernel, each.ctas) for each in device.launches][-1] == ("misuse", 8)
+
+
+def exchange(rank: int, size: int, mode: int, seed: int, turns: int = 4) -> tuple[list[int], int]:
+    device = runtime(dist.group.WORLD, seed)
+    window = device.window((1 + size) * 4096)
+    assert not window.tensor.any()
+    dist.barrier()
+    out = torch.zeros(turns, dtype=torch.int32)
+    args = Args(out=out.data_ptr(), window=window.handle, mode=mode, count=turns, rank=rank, ranks=size)
+    device.launch(Kernel("flags", "flags.cu"), args, ctas=1, threads=64, shared_bytes=4096)
+    dist.barrier()  # peers' kernels, which write here, have ended, too
+    assert mode or window.tensor[4096 * (1 + rank)] == turns * (rank + 1)
+    device.close()
+    return out.tolist(), window.tensor.data_ptr()
+
+
+def sums(size: int) -> list[int]:
+    return [sum(turn * (rank + 1) * 1024 + 1023 * 512 for rank in range(size)) for turn in range(1, 5)]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_flags_order_data_between_processes(pool, size):
+    for seed in range(4):
+        results = pool(size).run(exchange, 0, seed)
+        assert [sums_of_rank for sums_of_rank, _ in results] == [sums(size)] * size
+    assert len({address for _, address in results}) == size
+
+
+def test_a_flag_before_the_store_is_done_shows(pool):
+    wrong = 0
+    for seed in range(SEEDS):
+        wrong += any(sums_of_rank != sums(2) for sums_of_rank, _ in pool(2).run(exchange, 1, seed))
+    assert wrong > SEEDS // 4
+
+
+def window_of_unequal_size(rank: int, size: int) -> str:
+    try:
+        runtime(dist.group.WORLD).window(64 * rank)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_windows_must_be_equal(pool):
+    assert (
+        pool(2).run(window_of_unequal_size) == ["window sizes of the ranks are [0, 64]; must be equal and positive"] * 2
+    )
+
+
+def test_seeds_repeat_a_launch_and_time_is_short(group):
+    out = torch.zeros(2 * 768, dtype=torch.int32)
+    kernel = Kernel("many", "many.cu")
+    args = Args(out=out.data_ptr(), count=300)
+    device = runtime(group)
+    device.launch(kernel, args, ctas=2, threads=768, shared_bytes=0)  # compiles
+    start = time.monotonic()
+    device.launch(kernel, args, ctas=2, threads=768, shared_bytes=0)
+    assert time.monotonic() - start < 10  # 0.1 s; a busy machine is slower
