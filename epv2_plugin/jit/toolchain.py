@@ -94,7 +94,7 @@ def find_nvcc() -> Tool:
     """
     missed: list[str] = []
     for path, found in _nvcc_places():
-        if not os.access(path, os.X_OK) or not path.is_file():
+        if path is None or not path.is_file() or not os.access(path, os.X_OK):
             missed.append(f"{found} has none")
             continue
         lacking = _missing_parts(path.parent.parent) if found == "pip wheels" else []
@@ -177,16 +177,18 @@ def wheel_folders(name: str) -> list[Path]:
     return sorted((folder for place in places for folder in Path(place).glob(name)), key=_number, reverse=True)
 
 
-def _nvcc_places() -> list[tuple[Path, str]]:
-    places = [
-        (Path(os.environ[key]) / "bin/nvcc", f"{key}={os.environ[key]}") for key in _set("CUDA_HOME", "CUDA_PATH")
-    ]
-    places += [(folder / "bin/nvcc", "pip wheels") for folder in wheel_folders("cu[0-9]*")] or [
-        (Path("bin/nvcc"), "pip wheels")
-    ]
-    places.append((Path(shutil.which("nvcc") or "nvcc"), "PATH"))
+def _nvcc_places() -> list[tuple[Path | None, str]]:
+    """Where nvcc may be, in order, with words for it; `None` = nothing to look at there."""
+    named = [(Path(os.environ[key]) / "bin/nvcc", f"{key}={os.environ[key]}") for key in _set("CUDA_HOME", "CUDA_PATH")]
+    wheels: list[tuple[Path | None, str]] = [(f / "bin/nvcc", "pip wheels") for f in wheel_folders("cu[0-9]*")]
+    on_path = shutil.which("nvcc")
     local = [_LOCAL / "cuda", *sorted(_LOCAL.glob("cuda-*"), key=_number, reverse=True)]
-    return places + [(folder / "bin/nvcc", str(folder)) for folder in local]
+    return [
+        *named,
+        *(wheels or [(None, "pip wheels")]),
+        (Path(on_path) if on_path else None, "PATH"),
+        *((folder / "bin/nvcc", str(folder)) for folder in local),
+    ]
 
 
 def _nccl_places(library: NcclLibrary | None) -> list[tuple[Path, str]]:
