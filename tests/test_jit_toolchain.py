@@ -73,7 +73,8 @@ def test_nvcc_is_looked_for_in_this_order(bare, monkeypatch):
         if found.endswith("12.9"):
             assert toolchain.find_nvcc().version == "12.9.1"
         tool = toolchain.find_nvcc()
-        assert (tool.found, tool.path) == (found, path)
+        named = [f"{key} has none" for key in places if key.startswith("CUDA_") and not places[key].exists()]
+        assert (tool.found, tool.path) == ("; ".join([found, *named[::-1]]), path)
         path.unlink()
     with pytest.raises(ToolchainError) as caught:
         toolchain.find_nvcc()
@@ -100,7 +101,7 @@ def test_an_nvcc_that_can_not_run_is_passed_over(bare, monkeypatch):
     with pytest.raises(ToolchainError, match=f"{bare}/a/bin/nvcc does not run; "):
         toolchain.find_nvcc()
     nvcc(bare / "local/cuda")
-    assert toolchain.find_nvcc().found == str(bare / "local/cuda")
+    assert toolchain.find_nvcc().found == f"{bare}/local/cuda; {bare}/a/bin/nvcc does not run"
 
 
 def test_wheels_that_lack_a_part_name_it(bare):
@@ -142,13 +143,15 @@ def test_nccl_headers_are_looked_for_in_this_order(bare, monkeypatch):
     }
     for found, include in reversed(places.items()):
         nccl = toolchain.find_nccl()
-        assert (nccl.found, nccl.include, nccl.version) == (found, include, "2.30.7")
+        home = f"; NCCL_HOME={bare}/home has no nccl.h in {bare}/home/include"
+        passed_home = found in ("system", "pip wheel")
+        assert (nccl.found, nccl.include, nccl.version) == (found + home * passed_home, include, "2.30.7")
         shutil.rmtree(include)
     with pytest.raises(ToolchainError) as caught:
         toolchain.find_nccl()
     assert caught.value.mend == "pip install 'nvidia-nccl-cu13>=2.30.4'"
     for found, include in places.items():
-        assert f"{found}: no nccl.h in {include}" in caught.value.reason
+        assert f"{found} has no nccl.h in {include}" in caught.value.reason
 
 
 def test_nccl_that_is_too_old(bare, monkeypatch):
