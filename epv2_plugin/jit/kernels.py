@@ -55,13 +55,25 @@ def args_type(kernel: Kernel) -> type[ctypes.Structure]:
     """The struct that `kernel` takes: fields by keyword, zero if not given.
 
     Raises:
-        args.HeaderError: the header can't be read, or has no such struct.
+        HeaderError: see `args_of`.
+    """
+    return args_of(kernel)[kernel.args]
+
+
+def args_of(kernel: Kernel) -> dict[str, type[ctypes.Structure]]:
+    """All structs of the header that owns `kernel`'s.
+
+    Raises:
+        HeaderError: the header can't be read, or has no such struct.
     """
     header = source_root() / kernel.args_header
-    structs = _structs(header)
+    try:
+        structs = _structs(header)
+    except OSError as error:
+        raise args.HeaderError(f"{header}:1: can't be read: {error.strerror}") from None
     if kernel.args not in structs:
         raise args.HeaderError(f"{header}:1: has no struct {kernel.args}, only: {', '.join(structs)}")
-    return structs[kernel.args]
+    return structs
 
 
 @functools.cache
