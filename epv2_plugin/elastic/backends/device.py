@@ -117,6 +117,7 @@ class _DeviceBytes:
 class _CudaWindow:
     def __init__(self, raw: _C.Window, device: torch.device):
         self.handle, self.num_bytes = raw.handle, raw.num_bytes
+        self.peer_pointer = raw.lsa_pointer  # (rank, offset) -> address there, for copies without a kernel
         self.tensor = torch.as_tensor(_DeviceBytes(raw.pointer, raw.num_bytes, raw), device=device)
 
 
