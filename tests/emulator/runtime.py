@@ -152,6 +152,10 @@ class EmulatedRuntime:
         if failed:
             raise RuntimeError(f"rank {self.rank}: {message.value.decode(errors='replace')}")
 
+    def reseed(self, seed: int) -> None:
+        """Schedule what follows as `seed` says."""
+        self._random.seed(f"{seed}/{self.rank}")
+
     def comm_stream(self) -> Any:
         """None: there are no streams, launches run at once."""
 
