@@ -81,4 +81,4 @@ def _structs(header: Path) -> dict[str, type[ctypes.Structure]]:
     return args.load(header)
 
 
-KERNELS: tuple[Kernel, ...] = ()
+KERNELS: tuple[Kernel, ...] = (Kernel("epv2_sm_copy", "bench/sm_copy.cu", "SmCopyArgs"),)
