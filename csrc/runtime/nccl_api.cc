@@ -36,9 +36,9 @@ Library find_library(const std::vector<std::string>& paths) {
     throw Error("NCCL at " + path + " does not load: " + reason);
   }
   if (auto library = Library::open(kName, reason)) return *library;
-  throw Error("no NCCL: this process has not loaded " + std::string(kName) + ", and it is not at " +
-              (paths.empty() ? "any path given" : joined(paths)) + " (" + reason + "). Install it: pip install '" +
-              kWheel + ">=2.30.4', then rebuild: " + kRebuild);
+  throw Error("no NCCL: this process has not loaded " + std::string(kName) +
+              (paths.empty() ? "" : ", it is not at " + joined(paths)) + ", and the loader finds none (" + reason +
+              "). Install it: pip install '" + kWheel + ">=2.30.4', then rebuild: " + kRebuild);
 }
 
 // How to get another library than the loaded one in front of torch's.

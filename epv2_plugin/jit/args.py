@@ -1,7 +1,7 @@
 """Arguments of kernels: a C++ header owns each struct, Python reads it, and kernels are compiled against that reading.
 
-A header (`csrc/kernels/*/args.h`) holds structs of `uint64_t int64_t uint32_t int32_t float`, one field a line, and
-comments after `//`. Anything else is an error, because what this parser skipped a kernel might not.
+A header (`csrc/kernels/*/args.h`) holds structs of `uint64_t int64_t uint32_t int32_t float` and of structs above them,
+one field a line, and comments after `//`. Anything else is an error: a kernel might not skip what this parser skipped.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def load(path: Path) -> dict[str, type[ctypes.Structure]]:
     """
     structs: dict[str, type[ctypes.Structure]] = {}
     name, begun = "", 0
-    fields: dict[str, type[ctypes._SimpleCData]] = {}
+    fields: dict[str, type[ctypes._SimpleCData] | type[ctypes.Structure]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         text = line.split("//", 1)[0].strip()
 
@@ -91,13 +91,13 @@ def load(path: Path) -> dict[str, type[ctypes.Structure]]:
             field = _FIELD.fullmatch(text)
             if field is None:
                 raise fail(f"must be 'TYPE NAME;' or '}};' in struct {name}")
-            if field[1] not in TYPES:
-                raise fail(f"type {field[1]!r} is not one of {', '.join(TYPES)}")
+            if field[1] not in TYPES and field[1] not in structs:
+                raise fail(f"type {field[1]!r} is not one of {', '.join([*TYPES, *structs])}")
             if field[2] in fields:
                 raise fail(f"field {field[2]} of struct {name} is there already")
             if keyword.iskeyword(field[2]):
                 raise fail(f"{field[2]!r} is a word of Python's and can't be set as a field")
-            fields[field[2]] = TYPES[field[1]]
+            fields[field[2]] = TYPES[field[1]] if field[1] in TYPES else structs[field[1]]
     if name:
         raise HeaderError(f"{path}:{begun}: struct {name} is not closed by '}};'")
     return structs

@@ -81,4 +81,33 @@ def _structs(header: Path) -> dict[str, type[ctypes.Structure]]:
     return args.load(header)
 
 
-KERNELS: tuple[Kernel, ...] = (Kernel("epv2_sm_copy", "bench/sm_copy.cu", "SmCopyArgs"),)
+_DTYPES = {"bf16": "1", "fp16": "2", "fp32": "3"}  # as the macros EPV2_CAST and EPV2_DTYPE number them
+
+
+def _ep(name: str, struct: str, **defines: str) -> Kernel:
+    return Kernel(f"epv2_{name}", f"ep/{name}.cu", struct, tuple(defines.items()))
+
+
+# By the dtype that rows are cast from, "" = they are copied.
+DISPATCH_STAGE = {
+    dtype: _ep("dispatch_stage", "DispatchStageArgs", EPV2_CAST=code) for dtype, code in {"": "0", **_DTYPES}.items()
+}
+DISPATCH_ROUTE = _ep("dispatch_route", "DispatchRouteArgs")
+DISPATCH_PULL = _ep("dispatch_pull", "DispatchPullArgs")
+# By the dtype of rows.
+COMBINE_STAGE = {dtype: _ep("combine_stage", "CombineArgs", EPV2_DTYPE=code) for dtype, code in _DTYPES.items()}
+COMBINE_PULL = {dtype: _ep("combine_pull", "CombineArgs", EPV2_DTYPE=code) for dtype, code in _DTYPES.items()}
+COMBINE_IDLE = _ep("combine_idle", "BareArgs")
+BARRIER = _ep("barrier", "BareArgs")
+SM_COPY = Kernel("epv2_sm_copy", "bench/sm_copy.cu", "SmCopyArgs")
+
+KERNELS: tuple[Kernel, ...] = (
+    *DISPATCH_STAGE.values(),
+    DISPATCH_ROUTE,
+    DISPATCH_PULL,
+    *COMBINE_STAGE.values(),
+    *COMBINE_PULL.values(),
+    COMBINE_IDLE,
+    BARRIER,
+    SM_COPY,
+)

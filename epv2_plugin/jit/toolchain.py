@@ -94,7 +94,7 @@ def find_nvcc() -> Tool:
     """
     missed: list[str] = []
     for path, found in _nvcc_places():
-        if not os.access(path, os.X_OK) or not path.is_file():
+        if path is None or not path.is_file() or not os.access(path, os.X_OK):
             missed.append(f"{found} has none")
             continue
         lacking = _missing_parts(path.parent.parent) if found == "pip wheels" else []
@@ -102,7 +102,7 @@ def find_nvcc() -> Tool:
             missed.append(f"pip wheels lack {', '.join(lacking)}")
             continue
         if version := _version(path, "--version", r"V(\d+\.\d+\.\d+)"):
-            return Tool(path, version, found)
+            return Tool(path, version, _but(found, missed))
         missed.append(f"{path} does not run")
     raise ToolchainError(f"no nvcc ({'; '.join(missed)})", _nvcc_mend())
 
@@ -119,7 +119,7 @@ def find_gxx() -> Tool:
     if path is None:
         what = f"NVCC_CCBIN={named} is not a program" if named else "no g++ on PATH"
         raise ToolchainError(what, _GXX_MEND)
-    if version := _version(Path(path), "-dumpfullversion", r"(\d+(?:\.\d+)*)"):
+    if version := _version(Path(path), "--version", r"(\d+\.\d+\.\d+)"):
         return Tool(Path(path), version, found)
     raise ToolchainError(f"{path} ({found}) does not run", _GXX_MEND)
 
@@ -135,9 +135,9 @@ def find_nccl() -> NcclHeaders:
     for include, found in _nccl_places(library):
         code = _nccl_code(include)
         if code is None:
-            missed.append(f"{found}: no nccl.h in {include}")
+            missed.append(f"{found} has no nccl.h in {include}")
             continue
-        headers = NcclHeaders(include, code, found)
+        headers = NcclHeaders(include, code, _but(found, missed))
         if code < MIN_NCCL or not (include / "nccl_device.h").is_file():
             raise ToolchainError(
                 f"NCCL {headers.version} ({include}, {found}) has no device API for these kernels: "
@@ -160,7 +160,9 @@ def loaded_nccl() -> NcclLibrary | None:
     if path is None:
         return None
     code = ctypes.c_int()
-    if ctypes.CDLL(str(path)).ncclGetVersion(ctypes.byref(code)) != 0:
+    try:
+        ctypes.CDLL(str(path)).ncclGetVersion(ctypes.byref(code))
+    except (OSError, AttributeError):  # replaced on disk since, or not NCCL but something named like it
         return None
     return NcclLibrary(path, code.value)
 
@@ -177,16 +179,18 @@ def wheel_folders(name: str) -> list[Path]:
     return sorted((folder for place in places for folder in Path(place).glob(name)), key=_number, reverse=True)
 
 
-def _nvcc_places() -> list[tuple[Path, str]]:
-    places = [
-        (Path(os.environ[key]) / "bin/nvcc", f"{key}={os.environ[key]}") for key in _set("CUDA_HOME", "CUDA_PATH")
-    ]
-    places += [(folder / "bin/nvcc", "pip wheels") for folder in wheel_folders("cu[0-9]*")] or [
-        (Path("bin/nvcc"), "pip wheels")
-    ]
-    places.append((Path(shutil.which("nvcc") or "nvcc"), "PATH"))
+def _nvcc_places() -> list[tuple[Path | None, str]]:
+    """Where nvcc may be, in order, with words for it; `None` = nothing to look at there."""
+    named = [(Path(os.environ[key]) / "bin/nvcc", f"{key}={os.environ[key]}") for key in _set("CUDA_HOME", "CUDA_PATH")]
+    wheels: list[tuple[Path | None, str]] = [(f / "bin/nvcc", "pip wheels") for f in wheel_folders("cu[0-9]*")]
+    on_path = shutil.which("nvcc")
     local = [_LOCAL / "cuda", *sorted(_LOCAL.glob("cuda-*"), key=_number, reverse=True)]
-    return places + [(folder / "bin/nvcc", str(folder)) for folder in local]
+    return [
+        *named,
+        *(wheels or [(None, "pip wheels")]),
+        (Path(on_path) if on_path else None, "PATH"),
+        *((folder / "bin/nvcc", str(folder)) for folder in local),
+    ]
 
 
 def _nccl_places(library: NcclLibrary | None) -> list[tuple[Path, str]]:
@@ -198,6 +202,12 @@ def _nccl_places(library: NcclLibrary | None) -> list[tuple[Path, str]]:
     places += [(Path(os.environ[key]) / "include", f"{key}={os.environ[key]}") for key in _set("NCCL_HOME")]
     places += [(folder / "include", "pip wheel") for folder in wheel_folders("nccl")]
     return [*places, (SYSTEM_INCLUDE, "system")]
+
+
+def _but(found: str, missed: list[str]) -> str:
+    """`found`, with what the user named but does not hold what it should, and what is there but can't be used."""
+    odd = [what for what in missed if what.startswith(("CUDA_", "NCCL_")) or " has n" not in what]
+    return "; ".join([found, *odd])
 
 
 def _set(*keys: str) -> list[str]:

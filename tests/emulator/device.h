@@ -12,6 +12,7 @@
 #define __host__
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;

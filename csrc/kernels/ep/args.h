@@ -25,7 +25,7 @@ struct DispatchStageArgs {
   Common common;
   uint64_t x;               // [T, x_bytes]
   uint64_t scales;          // uint32 [T, scale_words]
-  uint64_t topk_idx;        // int64 [T, K]; 0 = the routing is known already
+  uint64_t topk_idx;        // int64 [T, K]
   uint64_t topk_weights;    // fp32 [T, K]
   uint64_t counts;          // int32 [counts_words(P, L)]: what arrives here, see protocol.cuh
   uint64_t host_counts;     // the same in mapped host memory, behind a word that becomes host_tag when they are there
@@ -35,6 +35,7 @@ struct DispatchStageArgs {
   uint64_t totals_offset;   // int32 [P, L + 1], then the number of tokens
   uint64_t rows_offset;     // [M, row_stride]
   uint32_t host_tag;
+  int32_t cached;           // 1 = the routing is known: only rows and weights
   int32_t num_tokens;       // T
   int32_t x_bytes;          // of a token in x
   int32_t data_bytes;       // of a token in the window: x_bytes, or half (a quarter) of it after a cast to e4m3
@@ -48,12 +49,13 @@ struct DispatchRouteArgs {
   Common common;
   uint64_t counts;
   uint64_t metadata;        // int32 [rows_capacity, 2 + K]
-  uint64_t recv_topk_idx;   // int64 [rows_capacity, K], compact layout only
+  uint64_t recv_topk_idx;   // int64 [rows_capacity, K], compact layout only; read if cached
   uint64_t recv_weights;    // fp32 [rows_capacity, K] compact, [expanded_capacity] expanded
   uint64_t statistics;      // int32 or int64 [L], added to
   uint64_t topk_offset;
   uint64_t weights_offset;
   uint64_t prefix_offset;
+  int32_t cached;           // 1 = the metadata is known: only weights
   int32_t statistics_wide;  // 1 = int64
   int32_t expand;           // 1 = expanded layout
   int32_t rows_capacity;
@@ -86,16 +88,15 @@ struct CombineArgs {
   Common common;
   uint64_t counts;
   uint64_t metadata;        // int32 [rows_capacity, 2 + K]
-  uint64_t x;               // [rows, row_bytes] that go back; 0 = they lie in the window already
+  uint64_t x;               // [rows, row_bytes] that go back
   uint64_t weights;         // fp32 [rows, K] compact, [rows] expanded
   uint64_t topk_idx;        // int64 [T, K]
   uint64_t bias_0;          // [T, row_bytes]
   uint64_t bias_1;
   uint64_t out;             // [T, row_bytes]
   uint64_t out_weights;     // fp32 [T, K]
-  uint64_t sums_offset;     // [P * M, row_bytes]: a row per (source rank, token), or
-  uint64_t rows_offset;     // [N, row_bytes]: a row per (token, expert) as they are
-  uint64_t table_offset;    // int32 [P * M, K]: where in the latter
+  uint64_t rows_offset;     // [P * M, row_bytes], a sum per (source rank, token); by_row: [N, row_bytes], expert rows
+  uint64_t table_offset;    // int32 [P * M, K]: by_row: which of them
   uint64_t weights_offset;  // fp32 [P * M, K]
   int32_t num_tokens;
   int32_t row_bytes;
@@ -104,8 +105,10 @@ struct CombineArgs {
   int32_t num_slots;        // pieces of a ring
   int32_t expand;
   int32_t by_row;           // 1 = the token's owner adds all expert rows itself, 0 = each rank's sum of them
+  int32_t in_window;        // 1 = the expert rows lie at rows_offset already, x does not matter
+  int32_t has_weights;
 };
 
-struct CombineIdleArgs {
+struct BareArgs {
   Common common;
 };

@@ -40,11 +40,11 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring, ui
     } else {
       const uint32_t same = __match_any_sync(0xffffffffu, rank < 0 ? -1 - lane : rank);
       if (rank >= 0 && (same >> lane) == 1u) {
-        from = peers[rank] + args.sums_offset +
+        from = peers[rank] + args.rows_offset +
                (static_cast<int64_t>(c.rank) * c.max_tokens + token) * args.row_bytes;
       }
     }
-    if (args.out_weights != 0 && lane < c.num_topk) {
+    if (args.has_weights && lane < c.num_topk) {
       const int64_t mine = static_cast<int64_t>(token) * c.num_topk + lane;
       const int64_t there = (static_cast<int64_t>(c.rank) * c.max_tokens + token) * c.num_topk + lane;
       reinterpret_cast<float*>(args.out_weights)[mine] =

@@ -37,7 +37,7 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring) {
     if (lane < c.num_topk) {
       const int64_t at = static_cast<int64_t>(slot) * c.num_topk + lane;
       if (args.by_row) reinterpret_cast<int32_t*>(window + args.table_offset)[at] = place;
-      if (args.weights != 0) {
+      if (args.has_weights) {
         const float* weights = reinterpret_cast<const float*>(args.weights);
         float weight = 0;
         if (!args.expand) weight = weights[static_cast<int64_t>(row) * c.num_topk + lane];
@@ -45,7 +45,7 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring) {
         reinterpret_cast<float*>(window + args.weights_offset)[at] = weight;
       }
     }
-    if (args.x == 0) continue;
+    if (args.in_window) continue;
     const uint32_t present = __ballot_sync(0xffffffffu, place >= 0);
     if (args.by_row) {
       for (uint32_t left = present; left != 0; left &= left - 1) {
@@ -56,7 +56,7 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring) {
         }
       }
     } else {
-      uint8_t* out = window + args.sums_offset + static_cast<int64_t>(slot) * args.row_bytes;
+      uint8_t* out = window + args.rows_offset + static_cast<int64_t>(slot) * args.row_bytes;
       for (int offset = 0; offset < args.row_bytes; offset += args.piece_bytes) {
         for (uint32_t left = present; left != 0; left &= left - 1) {
           const int64_t at = static_cast<int64_t>(__shfl_sync(0xffffffffu, place, __ffs(left) - 1)) * args.row_bytes;

@@ -2,7 +2,7 @@
 // them come here and numbers their rows by prefix sums alone: no row number depends on timing.
 //
 // Writes the metadata that dispatch_pull and combine follow, and everything small that is received: local experts and
-// weights. Repeating a dispatch needs only the metadata, not this kernel.
+// weights. A repeated dispatch has the metadata; then this kernel only brings new weights.
 #include "ep/protocol.cuh"
 
 using namespace epv2;
@@ -84,6 +84,25 @@ __device__ void route_chunk(const DispatchRouteArgs& args, int source, int chunk
   __syncwarp();
 }
 
+// One warp: the weights of one received row whose metadata is known.
+__device__ void bring_weights(const DispatchRouteArgs& args, int row) {
+  const Common& c = args.common;
+  const int k = threadIdx.x % kWarp;
+  if (k >= c.num_topk) return;
+  const int32_t* metadata =
+      reinterpret_cast<const int32_t*>(args.metadata) + static_cast<int64_t>(row) * (2 + c.num_topk);
+  const int source = metadata[0] / c.max_tokens, token = metadata[0] % c.max_tokens;
+  const float* weights = reinterpret_cast<const float*>(peer_pointer(c.window, args.weights_offset, source));
+  const float weight = weights[static_cast<int64_t>(token) * c.num_topk + k];
+  float* out = reinterpret_cast<float*>(args.recv_weights);
+  if (args.expand) {
+    if (metadata[2 + k] >= 0) out[metadata[2 + k]] = weight;
+  } else {
+    const int64_t at = static_cast<int64_t>(row) * c.num_topk + k;
+    out[at] = reinterpret_cast<const int64_t*>(args.recv_topk_idx)[at] >= 0 ? weight : 0.0f;
+  }
+}
+
 // What no row is routed to: -1 as expert and metadata, 0 as weight.
 __device__ void fill_rest(const DispatchRouteArgs& args) {
   const Common& c = args.common;
@@ -115,11 +134,22 @@ EPV2_KERNEL(epv2_dispatch_route, DispatchRouteArgs, 512) {
   const Common& c = args.common;
   const Counts counts(args.counts, c);
   const int warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
-  if (agree_failed(c, reinterpret_cast<uint32_t*>(shared_memory()))) {
+  uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
+  // The first dispatch of a routing has seen everybody's counts, which come after the weights; a repeated one has not.
+  const bool ready = args.cached ? wait_all(c, kRowsReady, operation_number(c), true, scratch) : !agree_failed(c, scratch);
+  if (!ready) {
     const int64_t rows = args.rows_capacity;
-    poison(args.metadata, rows * (2 + c.num_topk) * 4);
-    poison(args.recv_topk_idx, rows * c.num_topk * 8);
+    if (!args.cached) {
+      poison(args.metadata, rows * (2 + c.num_topk) * 4);
+      poison(args.recv_topk_idx, rows * c.num_topk * 8);
+    }
     poison(args.recv_weights, (args.expand ? args.expanded_capacity : rows * c.num_topk) * 4);
+    return;
+  }
+  if (args.cached) {
+    const int num_rows = min(counts.total(c.num_local_experts), args.rows_capacity);
+    for (int i = blockIdx.x + gridDim.x * warp; i < num_rows; i += gridDim.x * num_warps) bring_weights(args, i);
+    fill_rest(args);
     return;
   }
   int32_t* words = reinterpret_cast<int32_t*>(shared_memory()) + 4 + warp * (c.num_local_experts + kChunk);

@@ -251,7 +251,7 @@ EPV2_KERNEL(epv2_dispatch_stage, DispatchStageArgs, 896) {
     const int step = gridDim.x * blockDim.x;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.num_tokens * c.num_topk; i += step) to[i] = from[i];
   }
-  if (args.topk_idx != 0) {
+  if (!args.cached) {
     const int columns = c.num_local_experts + 1, width = c.num_ranks * columns;
     const int num_chunks = (args.num_tokens + kChunk - 1) / kChunk;
     int32_t* prefix = reinterpret_cast<int32_t*>(window + args.prefix_offset);
@@ -274,11 +274,11 @@ EPV2_KERNEL(epv2_dispatch_stage, DispatchStageArgs, 896) {
   }
 
   // The first CTA's last warp tells what arrives, all others stage rows.
-  const bool gathers = args.topk_idx != 0 && blockIdx.x == 0 && warp == num_warps - 1;
+  const bool gathers = !args.cached && blockIdx.x == 0 && warp == num_warps - 1;
   if (gathers) {
     gather_counts(args, number, warp_counts);
   } else {
-    const int absent = args.topk_idx != 0 ? 1 : 0;
+    const int absent = args.cached ? 0 : 1;
     const int workers = gridDim.x * num_warps - absent;
     int worker = blockIdx.x + gridDim.x * warp;  // neighbours in different CTAs
     if (absent && worker > static_cast<int>(gridDim.x) * (num_warps - 1)) worker--;

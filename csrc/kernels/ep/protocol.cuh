@@ -32,7 +32,8 @@ enum Flag {
   kDispatchDone = 2,  // dispatch: this rank has read what it needs
   kSumsReady = 3,     // combine: rows to return
   kCombineDone = 4,   // combine: this rank has read what it needs
-  kFlagKinds = 5,
+  kBarrier = 5,
+  kFlagKinds = 6,
 };
 
 // Words of `Common::error`; kErrorSet is written last.

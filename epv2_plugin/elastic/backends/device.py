@@ -86,6 +86,12 @@ class Runtime(Protocol):
     def on_comm_stream(self) -> AbstractContextManager[None]:
         """Make the stream set aside for communication the current one. It waits for nothing by itself."""
 
+    def current_stream(self) -> Any:
+        """The stream that `launch` uses; equal for the same stream."""
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph."""
+
     def record(self) -> Any:
         """An event after everything so far on the current stream."""
 
@@ -117,6 +123,7 @@ class _DeviceBytes:
 class _CudaWindow:
     def __init__(self, raw: _C.Window, device: torch.device):
         self.handle, self.num_bytes = raw.handle, raw.num_bytes
+        self.peer_pointer = raw.lsa_pointer  # (rank, offset) -> address there, for copies without a kernel
         self.tensor = torch.as_tensor(_DeviceBytes(raw.pointer, raw.num_bytes, raw), device=device)
 
 
@@ -267,6 +274,12 @@ class CudaRuntime:
     def on_comm_stream(self) -> Iterator[None]:
         with torch.cuda.stream(self._stream):
             yield
+
+    def current_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
     def record(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
