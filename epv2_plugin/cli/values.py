@@ -25,6 +25,28 @@ def positive(text: str) -> int:
     return value
 
 
+def positives(text: str) -> list[int]:
+    """Whole numbers of 1 or more with commas between them, each once, in ascending order."""
+    return sorted({positive(part) for part in text.split(",")})
+
+
+def check_file(option: str, path: Path) -> None:
+    """Make sure, before the work for it begins, that a file can be written.
+
+    Raises:
+        ConfigError: its folder is not there, or it can't be written.
+    """
+    if path.is_dir():
+        problem = "is a folder"
+    elif not path.parent.is_dir():
+        problem = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "can't be written to"
+    else:
+        return
+    raise ConfigError("epv2", option, str(path), problem)
+
+
 def make_folder(folder: Path) -> None:
     """Make the folder that a run writes to.
 

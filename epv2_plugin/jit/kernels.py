@@ -99,6 +99,7 @@ COMBINE_STAGE = {dtype: _ep("combine_stage", "CombineArgs", EPV2_DTYPE=code) for
 COMBINE_PULL = {dtype: _ep("combine_pull", "CombineArgs", EPV2_DTYPE=code) for dtype, code in _DTYPES.items()}
 COMBINE_IDLE = _ep("combine_idle", "BareArgs")
 BARRIER = _ep("barrier", "BareArgs")
+SM_COPY = Kernel("epv2_sm_copy", "bench/sm_copy.cu", "SmCopyArgs")
 
 KERNELS: tuple[Kernel, ...] = (
     *DISPATCH_STAGE.values(),
@@ -108,4 +109,5 @@ KERNELS: tuple[Kernel, ...] = (
     *COMBINE_PULL.values(),
     COMBINE_IDLE,
     BARRIER,
+    SM_COPY,
 )

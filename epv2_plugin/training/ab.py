@@ -9,10 +9,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from epv2_plugin.megatron.dispatcher import EpTokenDispatcher
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.launcher import INTERRUPTED
+from epv2_plugin.training.machine import machine, versions
 from epv2_plugin.training.recipe import Recipe, check_arms, parameter_count
 from epv2_plugin.training.report import write_report
 from epv2_plugin.training.stages import PeakMemory, StageClock, StockTraffic, moe_layers, skew_routing
@@ -160,29 +159,9 @@ def _meta(recipe: Recipe, arms: list[str], skew: float | None, command: str, str
         "processes": recipe.train.processes,
         "layout": f"{layout} DP{recipe.data_parallel}",
         "skew": skew,
-        "versions": {"python": platform.python_version(), **_versions()},
-        "machine": _machine(),
+        "versions": versions("epv2_plugin", "torch", "megatron-core", "numpy"),
+        "machine": machine(),
         "data": {"path": recipe.data.path, "tokens": stream.num_tokens, "digest": stream.digest},
         "precision": recipe.train.precision,
         "parameters": parameter_count(recipe).total,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("epv2_plugin", "torch", "megatron-core", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
-
-
-def _machine() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cpus": cores, "system": platform.platform()}

@@ -1,0 +1,92 @@
+"""`epv2 bench sm`: what each SM of a GPU can copy, by the number of SMs that do so at once."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from epv2_plugin.bench.timing import Stopwatch
+from epv2_plugin.elastic.backends.device import Runtime
+from epv2_plugin.elastic.model import Rate
+from epv2_plugin.jit import KERNELS, args_type
+
+KERNEL = next(kernel for kernel in KERNELS if kernel.name == "epv2_sm_copy")
+MODES = {"read": (1, 0), "write": (0, 1), "copy": (1, 1), "copy_twice": (1, 2)}  # (reads, writes) of each row
+ROW_BYTES, WARPS, STAGES = 7168, 8, 3  # fewer warps do not fill an SM's copy path
+BYTES_PER_SM = 64 << 20  # read or written by each SM in one launch: about a millisecond
+MOST_BYTES = 1 << 30  # far above what caches hold
+REPETITIONS = 7
+
+
+def default_sms(everything: int) -> list[int]:
+    """Numbers of busy SMs that show where the memory begins to limit, up to all of them."""
+    return [sms for sms in (4, 8, 16, 24, 32, 48, 64, 96) if sms < everything] + [everything]
+
+
+def measure(
+    runtime: Runtime, sms: Sequence[int], *, row_bytes: int = ROW_BYTES, bytes_per_sm: int = BYTES_PER_SM
+) -> dict[str, Any]:
+    """Measure every mode at each number of SMs (ascending) on an otherwise idle device.
+
+    Returns:
+        `rates`: for each number of SMs the fields of `model.Rate`, of the median; `samples_us`: {SMs: {mode: times}}.
+
+    Raises:
+        RuntimeError: the kernel did not copy what it was told to.
+    """
+    watch = Stopwatch(runtime.device)
+    most_rows = min(bytes_per_sm * max(sms), MOST_BYTES) // row_bytes
+    source = torch.randint(0, 256, (most_rows, row_bytes), dtype=torch.uint8, device=runtime.device)
+    target = torch.zeros(2 * most_rows, row_bytes, dtype=torch.uint8, device=runtime.device)
+
+    def launch(mode: str, ctas: int, rows: int) -> None:
+        reads, writes = MODES[mode]
+        args = args_type(KERNEL)(
+            source=source.data_ptr(),
+            target=target.data_ptr(),
+            rows=rows,
+            row_bytes=row_bytes,
+            reads=reads,
+            writes=writes,
+            stages=STAGES,
+        )
+        shared = WARPS * STAGES * (row_bytes + 8)
+        runtime.launch(KERNEL, args, ctas=ctas, threads=32 * WARPS, shared_bytes=shared)
+
+    rates: list[dict[str, Any]] = []
+    samples: dict[str, dict[str, list[float]]] = {}
+    for ctas in sms:
+        rows = min(bytes_per_sm * ctas // row_bytes, most_rows)
+        per_sm: dict[str, float] = {}
+        samples[str(ctas)] = {}
+        for mode, (_, writes) in MODES.items():
+            times = []
+            for _ in range(REPETITIONS):
+                watch.mark()
+                launch(mode, ctas, rows)
+                watch.mark()
+                times += watch.laps()
+            samples[str(ctas)][mode] = times[1:]  # the first builds the kernel, or wakes the device up
+            # Bytes a microsecond = 1e-3 GB/s.
+            per_sm[mode] = rows * row_bytes * max(writes, 1) / statistics.median(times[1:]) / 1e3 / ctas
+            _check(mode, source[:rows], target, writes)
+        rates.append({"sms": ctas, **per_sm})
+    return {"rates": rates, "samples_us": samples}
+
+
+def _check(mode: str, source: torch.Tensor, target: torch.Tensor, writes: int) -> None:
+    if mode.startswith("copy"):
+        rows, row_bytes = source.shape
+        copied = target[: rows * writes].view(rows, writes, row_bytes)
+        if not all(torch.equal(copied[:, w], source) for w in range(writes)):
+            raise RuntimeError(f"epv2_sm_copy, mode {mode}: the {rows} rows copied are not those of the source")
+        target[: rows * writes].zero_()
+
+
+def rates_line(points: Sequence[Rate]) -> str:
+    """The rates in one line, for notes."""
+    parts = (f"{p.sms} SMs {p.read:.0f}/{p.write:.0f}/{p.copy:.0f}" for p in points)
+    return ", ".join(parts) + " GB/s per SM (read/write/copy)"

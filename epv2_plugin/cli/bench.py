@@ -1,0 +1,190 @@
+"""`epv2 bench ep` and `epv2 bench sm`: what dispatch and combine take, and what one SM can copy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from epv2_plugin.cli.values import check_file, positive, positives
+from epv2_plugin.config import ConfigError
+from epv2_plugin.training.launcher import run_ranks
+
+RANKS = 4
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the `bench` command."""
+    parser = subparsers.add_parser(
+        "bench", help="measure dispatch and combine, or the copy rate of an SM", description="Measure."
+    )
+    kinds = parser.add_subparsers(metavar="WHAT", required=True)
+    ep = kinds.add_parser(
+        "ep",
+        help="dispatch and combine against the stock all-to-all, over SM budgets",
+        description="Measure dispatch and combine, the stock all-to-all and deep_ep (where installed) in turn, on "
+        "fresh random tokens in every repetition, each checked against plain torch. Starts its own ranks; under "
+        "torchrun it runs as one of its.",
+    )
+    ep.add_argument("--ranks", type=positive, help=f"expert-parallel ranks (default: {RANKS}, or torchrun's)")
+    ep.add_argument("--tokens", type=positive, default=4096, help="tokens of each rank (default: %(default)s)")
+    ep.add_argument("--hidden", type=positive, default=7168, help="values of a token (default: %(default)s)")
+    ep.add_argument("--topk", type=positive, default=8, help="experts of a token (default: %(default)s)")
+    ep.add_argument("--experts", type=positive, default=256, help="experts of all ranks (default: %(default)s)")
+    ep.add_argument(
+        "--sms", type=positives, default=[4, 8, 16, 24], metavar="N,N,...", help="budgets (default: 4,8,16,24)"
+    )
+    ep.add_argument("--dtype", choices=["bf16", "fp8"], default="fp8", help="of dispatch (default: %(default)s)")
+    ep.add_argument("--layout", choices=["expanded", "compact"], default="expanded", help="(default: %(default)s)")
+    ep.add_argument(
+        "--routing",
+        choices=["uniform", "skewed"],
+        default="uniform",
+        help="skewed: one expert gets 20 %% of the tokens (default: %(default)s)",
+    )
+    ep.add_argument("--iters", type=positive, default=30, help="repetitions (default: %(default)s)")
+    ep.add_argument("--zero-copy", action="store_true", help="also measure experts that write into the window")
+    ep.add_argument("--backend", choices=["auto", "cuda", "host"], default="auto", help="(default: %(default)s)")
+    ep.add_argument("--json", type=Path, metavar="FILE", help="write every sample, too")
+    ep.set_defaults(main=main_ep)
+    sm = kinds.add_parser(
+        "sm",
+        help="GB/s that each SM copies, by the number of SMs busy",
+        description="Measure what SMs read, write and copy, and keep the table for the model that chooses SM budgets.",
+    )
+    sm.add_argument("--json", type=Path, metavar="FILE", help="write every sample, too")
+    sm.set_defaults(main=main_sm)
+
+
+def main_ep(args: argparse.Namespace) -> int:
+    """Run `epv2 bench ep`; 0 = done and every result was right, 1 = a wrong result.
+
+    Raises:
+        ConfigError: arguments that do not go together, or with this machine.
+    """
+    from epv2_plugin.bench.paths import Setup
+
+    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    ranks = args.ranks or world or RANKS
+    if world not in (None, ranks):
+        raise _wrong("--ranks", ranks, f"the job was started with {world} ranks")
+    backend, device_sms = _backend(args.backend)
+    if args.experts % ranks:
+        raise _wrong("--experts", args.experts, f"must be a multiple of the {ranks} ranks")
+    if args.topk > args.experts:
+        raise _wrong("--topk", args.topk, f"must be at most the {args.experts} experts")
+    if args.routing == "skewed" and args.topk == args.experts:
+        raise _wrong(
+            "--routing", args.routing, "needs more experts than the top-k: now every token goes to all of them"
+        )
+    if backend == "host" and args.zero_copy:
+        raise _wrong("--zero-copy", True, "the host backend has no window that experts could write into")
+    if device_sms and max(args.sms) > device_sms:
+        raise _wrong("--sms", max(args.sms), f"must be at most the device's {device_sms} SMs")
+    if args.json is not None:
+        check_file("--json", args.json)
+    setup = Setup(
+        ranks=ranks,
+        tokens=args.tokens,
+        hidden=args.hidden,
+        topk=args.topk,
+        experts=args.experts,
+        dtype=args.dtype,
+        layout=args.layout,
+        routing=args.routing,
+        zero_copy=args.zero_copy,
+        iterations=args.iters,
+        backend=backend,
+        sms=tuple(args.sms) if backend == "cuda" else (0,),
+    )
+    words = ["bench", "ep", "--ranks", str(ranks), "--backend", backend]
+    words += ["--sms", ",".join(map(str, args.sms))] if backend == "cuda" else []
+    for name in ("tokens", "hidden", "topk", "experts", "dtype", "layout", "routing", "iters"):
+        words += [f"--{name}", str(getattr(args, name))]
+    words += ["--zero-copy"] if args.zero_copy else []
+    words += ["--json", str(args.json)] if args.json is not None else []
+    if world is None:
+        return run_ranks("epv2_plugin.cli", words, ranks, _environment(backend, ranks))
+    from epv2_plugin.bench.ep import run
+
+    return run(setup, shlex.join(["epv2", *words]), args.json)
+
+
+def main_sm(args: argparse.Namespace) -> int:
+    """Run `epv2 bench sm`.
+
+    Raises:
+        ConfigError: there is no GPU, or a file can't be written.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not torch.cuda.is_available():
+        raise ConfigError("epv2 bench sm", "device", None, "no CUDA device here: nothing to measure")
+    if args.json is not None:
+        check_file("--json", args.json)
+    from epv2_plugin.bench import report, sm
+    from epv2_plugin.elastic import model
+    from epv2_plugin.elastic.backends.device import CudaRuntime
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = torch.cuda.get_device_name(device)
+    timeout = timedelta(seconds=300)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    assert dist.group.WORLD is not None
+    runtime = CudaRuntime(dist.group.WORLD, timeout.total_seconds())
+    try:
+        measured = sm.measure(runtime, sm.default_sms(runtime.num_sms))
+    finally:
+        runtime.close()
+        dist.destroy_process_group()
+    document: dict[str, Any] = {
+        "schema": report.SCHEMA,
+        "kind": "bench sm",
+        **report.circumstances("epv2 bench sm", device),
+        "row_bytes": sm.ROW_BYTES,
+        "warps": sm.WARPS,
+        "stages": sm.STAGES,
+        "repetitions": sm.REPETITIONS - 1,
+        **measured,
+    }
+    points = [model.Rate(**rate) for rate in measured["rates"]]
+    document["stored"] = str(model.save_rates(gpu, points, document["date"]))
+    print(report.sm_text(document))
+    if args.json is not None:
+        args.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    return 0
+
+
+def _wrong(option: str, value: object, allowed: str) -> ConfigError:
+    return ConfigError("epv2 bench ep", option, value, allowed)
+
+
+def _backend(name: str) -> tuple[str, int | None]:
+    """The backend that `name` stands for here, and the SMs of the device."""
+    import torch
+
+    from epv2_plugin.elastic.buffer import resolve_backend
+
+    try:
+        backend: str = resolve_backend(name)
+    except RuntimeError as error:
+        raise _wrong("--backend", name, str(error)) from None
+    if backend == "host":
+        return backend, None
+    return backend, torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def _environment(backend: str, ranks: int) -> dict[str, str]:
+    """Variables of the ranks: ranks that share a GPU need NCCL's leave, and few enough channels to fit side by side."""
+    if backend == "host":
+        return {}
+    import torch
+
+    if ranks <= torch.cuda.device_count():
+        return {}
+    return {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": os.environ.get("NCCL_MAX_CTAS", "8")}
