@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from epv2_plugin.elastic.backends import device
 from epv2_plugin.elastic.backends.device import CudaRuntime
+from epv2_plugin.jit import Kernel
 from tests import harness
 
 ROOT = Path(__file__).parent.parent
@@ -604,8 +605,7 @@ def _launch_twice(runtime: CudaRuntime) -> list[str]:
         built.append((kernel.name, arch))
         return types.SimpleNamespace(path=cubin)
 
-    kernel: Any = types.SimpleNamespace(name="kernel_a")
-    kernel.__class__.__hash__ = object.__hash__
+    kernel = Kernel(name="kernel_a", source="ep/a.cu", args="Args")
     with mock.patch("epv2_plugin.jit.compiler.build", build):
         for number in (1, 2):
             runtime.launch(kernel, Args(number, 0, 9), ctas=4, threads=64, shared_bytes=256)
