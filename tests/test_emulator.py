@@ -188,11 +188,15 @@ def test_a_wrong_ring_is_an_error(group, mutant):
 
 def order(group: dist.ProcessGroup, mode: int, seed: int) -> None:
     flags, out = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 128, dtype=torch.int32)
-    args = Args(in_=flags.data_ptr(), out=out.data_ptr(), mode=mode)
-    runtime(group, seed).launch(Kernel("order", "order.cu"), args, ctas=2, threads=128, shared_bytes=1024)
+    device = runtime(group, seed)
+    window = device.window(512)
+    window.tensor[0] = 1
+    args = Args(in_=flags.data_ptr(), out=out.data_ptr(), window=window.handle, mode=mode)
+    device.launch(Kernel("order", "order.cu"), args, ctas=2, threads=128, shared_bytes=1024)
+    device.close()
 
 
-@pytest.mark.parametrize("mode", range(0, 16, 2))
+@pytest.mark.parametrize("mode", range(0, 18, 2))
 def test_ordered_accesses_are_no_race(group, mode):
     for seed in range(SEEDS):
         order(group, mode, seed)
@@ -207,6 +211,7 @@ RACES = {
     11: "race: a (load|store) .* shared memory offset [23]\\d\\d, which thread [3-9]\\d ",
     13: "race: a (store writes|load reads) shared memory offset 128",
     15: "race: a store writes shared memory offset 384, which a bulk_store of thread 0 read",
+    17: "bulk_load: reads a window after thread 40 acquired a flag there at .*order.cu:9\\d, without fence_proxy_async",
 }
 
 
@@ -248,6 +253,9 @@ MISTAKES = {
     27: "mbarrier_wait: parity 2",
     28: "atomic on 0x[0-9a-f]+, which is not 4-byte aligned",
     29: r"barrier_sync\(16, 32\): ids are 0 to 15",
+    30: "misuse.cu:.* is used as an address of something that is aligned to 16 bytes",
+    31: "misuse.cu:.* is used as an address of something that is aligned to 16 bytes",
+    32: "shift by 32 bits",
 }
 
 

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <unordered_map>
 #include <vector>
 
@@ -35,6 +37,7 @@ struct Channel {
   Clock collected;
   Known last;       // already in `collected`
   Known published;  // what an acquire gets
+  uint32_t value = 0;  // of a flag, when last acquired here
 };
 
 struct Access {
@@ -55,7 +58,11 @@ struct Conflict {
 class SharedOrder {
  public:
   SharedOrder(int threads, uint32_t shared_bytes)
-      : threads_(static_cast<size_t>(threads)), agents_(threads_), states_(threads_), words_((shared_bytes + 3) / 4) {
+      : threads_(static_cast<size_t>(threads)),
+        agents_(threads_),
+        states_(threads_),
+        words_(static_cast<Word*>(std::calloc(shared_bytes / 4 + 1, sizeof(Word))), &std::free) {
+    if (words_ == nullptr) throw std::bad_alloc();
     const auto nothing = std::make_shared<const Clock>();
     for (State& state : states_) state.known = nothing;
   }
@@ -163,11 +170,27 @@ class SharedOrder {
     state.known = after;
   }
   Channel& flag(const void* address) { return flags_[address]; }
+  // `thread` has acquired something new from a peer: bulk loads see the data behind it only after a fence_proxy.
+  void acquired_from_peer(int thread, int32_t place) {
+    State& state = states_[thread];
+    state.from_peer = {state.own, place, static_cast<uint16_t>(thread), 0, false};
+  }
+  // Whether `thread` knows of such data without a fence.
+  bool reads_unfenced_peer(int thread, Access& acquire) const {
+    for (const State& state : states_)
+      if (state.from_peer.clock != 0 && knows(thread, state.from_peer.agent, state.from_peer.clock) &&
+          !fenced(thread, state.from_peer)) {
+        acquire = state.from_peer;
+        return true;
+      }
+    return false;
+  }
 
  private:
   struct State {
     Known known;
     uint32_t own = 1, own_fenced = 0;  // this thread's entries, newer than those in `known`
+    Access from_peer;                  // the last acquire of a peer's flag that was news
   };
   struct Word {
     Access writes[4], reads[4];  // writes have different bytes; of many readers some are forgotten
@@ -233,7 +256,7 @@ class SharedOrder {
 
   size_t threads_, agents_;
   std::vector<State> states_;
-  std::vector<Word> words_;
+  std::unique_ptr<Word[], decltype(&std::free)> words_;  // calloc: pages that nobody touches cost nothing
   std::unordered_map<const void*, Channel> flags_;
   Known fence_before_, fence_after_, acquire_before_, acquired_, acquire_after_;
   uint32_t forget_ = 0;

@@ -36,8 +36,9 @@ COMPILE = [
     "-U_FORTIFY_SOURCE",
 ]
 COMPILE += ["-DEPV2_EMULATE", "-I", str(TESTS)]
-# Makes every load and store call scheduler.cc; libtsan is not linked.
+# Makes every load and store call scheduler.cc, and what a GPU would do otherwise than this CPU; no sanitizer is linked.
 WATCHED = ["-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+WATCHED += ["-fsanitize=alignment,shift-exponent"]
 MESSAGE_BYTES = 1 << 16
 
 

@@ -49,6 +49,8 @@ struct StoreGroup {
 
 struct Fiber {
   jmp_buf context;
+  jmp_buf begin;  // in entry()
+  bool begun = false;
   uint8_t* stack = nullptr;
   Cta* cta = nullptr;
   Warp* warp = nullptr;
@@ -408,6 +410,14 @@ bool passed(Mbarrier& bar, uint32_t parity) {
   return true;
 }
 
+bool in_window(const void* address) {
+  const auto* byte = static_cast<const uint8_t*>(address);
+  for (const auto& [handle, peers] : windows)
+    for (const auto& [base, bytes] : peers)
+      if (byte >= base && byte < base + bytes) return true;
+  return false;
+}
+
 void check_bulk(const char* what, const void* shared, const void* global, uint32_t bytes) {
   if (bytes == 0 || bytes % 16 != 0) fail("%s: %u bytes; must be a positive multiple of 16", what, bytes);
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0)
@@ -619,12 +629,16 @@ void on_fault(int signal, siginfo_t* info, void*) {
 // Switching.
 
 void entry() {
+  // Later launches come here at once: ucontext's functions make system calls.
+  run.current->begun = true;
+  _setjmp(run.current->begin);
   run.body(run.args);
   finish_fiber();
   _longjmp(run.scheduler, 1);
 }
 
 void start(Fiber& fiber) {
+  if (fiber.begun) _longjmp(fiber.begin, 1);
   static ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = fiber.stack + kPage;
@@ -774,7 +788,8 @@ void prepare(int ctas, int threads) {
         fiber.thread = static_cast<int>(w) * kWarp + lane;
         fiber.started = fiber.done = false;
         fiber.wait = Wait::nothing;
-        fiber.groups.assign(1, {});
+        fiber.groups.resize(1);
+        fiber.groups[0] = {};
         fiber.first_group = 0;
         fiber.store_agent = 0;
         fiber.place = nullptr;
@@ -1038,6 +1053,9 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* addre
   copy.global = static_cast<uint8_t*>(const_cast<void*>(global));
   check_overlap("bulk_load", true, copy.offset, bytes);
   if (!bar.init_fenced) fail("bulk_load: the mbarrier at %u was initialised without mbarrier_init_fence", bar.offset);
+  if (Access acquire; in_window(global) && run.current->cta->order->reads_unfenced_peer(run.current->thread, acquire))
+    fail("bulk_load: reads a window after thread %u acquired a flag there at %s, without fence_proxy_async between",
+         acquire.agent, source(acquire.place).c_str());
   Conflict conflict;
   if (run.current->cta->order->copy(run.current->thread, copy.offset, bytes, true, bar.agent,
                                     static_cast<uint32_t>(bar.phase + 1), relative(run.current->place), conflict))
@@ -1089,7 +1107,10 @@ uint32_t load_acquire_system(const uint32_t* address) {
   yield_one_in(4);
   const uint32_t value = __atomic_load_n(address, __ATOMIC_SEQ_CST);
   SharedOrder& order = *run.current->cta->order;
-  order.acquire(run.current->thread, order.flag(address));
+  Channel& flag = order.flag(address);
+  order.acquire(run.current->thread, flag);
+  if (value != flag.value && in_window(address)) order.acquired_from_peer(run.current->thread, relative(run.current->place));
+  flag.value = value;
   return value;
 }
 
@@ -1189,3 +1210,21 @@ extern "C" void __tsan_write_range(void* address, uint64_t bytes) {
   epv2::emulator::ordinary_access(address, bytes, true, __builtin_return_address(0));
 }
 extern "C" void __tsan_init() {}
+
+// Of -fsanitize=alignment and shift-exponent: a GPU faults, or shifts to 0, where this CPU does neither.
+struct UndefinedBehaviour {
+  const char* file;
+  uint32_t line, column;
+  const void* type;
+  uint8_t log2_alignment;
+};
+extern "C" void __ubsan_handle_type_mismatch_v1(UndefinedBehaviour* data, const void* address) {
+  using namespace epv2::emulator;
+  run.current->place = __builtin_return_address(0);
+  fail("%p is used as an address of something that is aligned to %d bytes", address, 1 << data->log2_alignment);
+}
+extern "C" void __ubsan_handle_shift_out_of_bounds(UndefinedBehaviour*, uint64_t, uint64_t bits) {
+  using namespace epv2::emulator;
+  run.current->place = __builtin_return_address(0);
+  fail("shift by %lld bits", static_cast<long long>(bits));
+}

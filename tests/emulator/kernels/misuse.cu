@@ -53,6 +53,9 @@ EPV2_KERNEL(misuse, TestArgs, 128) {
     case 27: if (thread == 9) epv2::mbarrier_wait(bar, 2); break;
     case 28: if (thread == 9) atomicAdd(reinterpret_cast<uint32_t*>(data + 2), 1); break;
     case 29: if (thread == 9) __syncthreads(); else epv2::barrier_sync(16, 32); break;
+    case 30: if (thread == 9) reinterpret_cast<uint4*>(global + 8)->y = 1; break;
+    case 31: if (thread == 9) epv2::store_streaming(global + 4, make_uint4(1, 2, 3, 4)); break;
+    case 32: if (thread == 9) *global = static_cast<uint8_t>(255u >> (args.mode + thread - 9)); break;
     default: break;
   }
 }

@@ -89,6 +89,22 @@ EPV2_KERNEL(order, TestArgs, 128) {
         epv2::bulk_wait_all();
       }
       break;
+    case 8: {  // a peer's flag, then a bulk load of its data
+      uint8_t* window = epv2::peer_pointer(args.window, 0, 0);
+      if (thread == 40)
+        while (epv2::load_acquire_system(reinterpret_cast<uint32_t*>(window)) == 0) epv2::pause();
+      __syncthreads();
+      if (good) epv2::fence_proxy_async();
+      if (thread == 0) {
+        epv2::mbarrier_arrive_expect(&full[0], 256);
+        epv2::bulk_load(words, window + 256, 256, &full[0]);
+      } else if (thread < 32) {
+        epv2::mbarrier_arrive(&full[0]);
+      }
+      epv2::mbarrier_wait(&full[0], 0);
+      *out = words[lane];
+      break;
+    }
     default: break;
   }
 }
