@@ -111,8 +111,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(*bits)
 
 
-def check(case: Case, results: list[dict[str, Any]]) -> None:
-    """Compare what every rank returned with the oracle."""
+def check(case: Case, results: list[dict[str, Any]], leftovers_are_zero: bool = True) -> None:
+    """Compare what every rank returned with the oracle. Only some backends zero what a worst-case size leaves over."""
     for rank, got in enumerate(results):
         want, handle = expected(case, rank), got["handle"]
         for name in ("aligned", "per_expert", "psum_rank", "psum_expert", "metadata"):
@@ -145,8 +145,9 @@ def check(case: Case, results: list[dict[str, Any]]) -> None:
             assert got["weights"] is None
             assert got["combined_weights"] is None
         gaps = sorted(set(range(allocated)) - set(want["x"]))
-        if case.zero_padding or not case.exact:
+        if case.zero_padding or (leftovers_are_zero and not case.exact):
             assert not got["x"][gaps].any()
+        if case.zero_padding or not case.exact:
             assert not case.weights or not got["weights"][gaps].any()
         if case.expand:
             assert got["idx"] is None

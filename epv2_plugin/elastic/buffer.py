@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import socket
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from epv2_plugin.elastic import sizing
-from epv2_plugin.elastic.backends.host import HostBackend, HostRoute, Traffic
+from epv2_plugin.elastic.backends.base import Backend, Traffic
+from epv2_plugin.elastic.backends.cuda import CudaBackend
+from epv2_plugin.elastic.backends.device import CudaRuntime
+from epv2_plugin.elastic.backends.host import HostBackend
 from epv2_plugin.elastic.errors import BufferSizeError
-from epv2_plugin.elastic.event import Event, EventOverlap, HostEvent
-from epv2_plugin.elastic.handle import EPHandle
+from epv2_plugin.elastic.event import Event, EventOverlap
+from epv2_plugin.elastic.handle import EPHandle, Route
 
 FP8 = torch.float8_e4m3fn
-_ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 4  # bytes per value of the widest dtype that the host backend takes
 
 Fp8Rows = tuple[torch.Tensor, torch.Tensor]
@@ -30,7 +31,8 @@ class ElasticBuffer:
 
     Args:
         group: ranks among which experts are spread; expert e lives on rank e // (num_experts / ranks).
-        num_bytes: size of the buffer. On the host backend a limit only: nothing is allocated ahead.
+        num_bytes: size of the buffer. On the host backend a limit only: nothing is allocated ahead. On the cuda backend
+            the bytes of the window; without it the MoE sizes below say how many, for rows of 2 bytes per value.
         num_cpu_bytes: part of `num_bytes` in CPU memory (unused by the host backend).
         num_max_tokens_per_rank: most tokens that any rank dispatches at once; 0 = the ranks agree at each dispatch
             (host backend, `do_cpu_sync=True` only).
@@ -96,18 +98,32 @@ class ElasticBuffer:
                 f"num_cpu_timeout_secs = {num_cpu_timeout_secs}, num_gpu_timeout_secs = {num_gpu_timeout_secs}: "
                 "must be positive"
             )
-        resolve_backend(backend)
+        kind = resolve_backend(backend)
         self.group = group
         self.rank_idx, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
         self.use_fp8_dispatch, self.explicitly_destroy = use_fp8_dispatch, explicitly_destroy
         self.allow_hybrid_mode, self.allow_multiple_reduction = allow_hybrid_mode, allow_multiple_reduction
         self.num_allocated_qps = num_allocated_qps
-        self._limit_bytes = num_bytes
-        self.num_bytes = num_bytes or sizing.buffer_bytes(
-            self.num_ranks, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch, _WIDEST
-        )
-        self._backend: HostBackend | None = HostBackend(group, num_cpu_timeout_secs, allow_multiple_reduction)
+        self._backend: Backend | None
+        if kind == "host":
+            self.num_bytes = num_bytes or sizing.buffer_bytes(
+                self.num_ranks, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch, _WIDEST
+            )
+            self._backend = HostBackend(group, num_cpu_timeout_secs, allow_multiple_reduction, num_bytes)
+        else:
+            self._backend = CudaBackend(
+                CudaRuntime(group, num_cpu_timeout_secs),
+                num_bytes=num_bytes,
+                max_tokens=num_max_tokens_per_rank,
+                hidden=hidden,
+                num_topk=num_topk,
+                use_fp8_dispatch=use_fp8_dispatch,
+                allow_multiple_reduction=allow_multiple_reduction,
+                host_timeout_seconds=num_cpu_timeout_secs,
+                gpu_timeout_seconds=num_gpu_timeout_secs,
+            )
+            self.num_bytes = self._backend.num_bytes
         self.num_scaleout_ranks, self.num_scaleup_ranks = 1, self.num_ranks
         self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
         self.num_rdma_ranks, self.num_nvlink_ranks = self._find_machines()
@@ -124,11 +140,15 @@ class ElasticBuffer:
         allow_hybrid_mode: bool = True,
         allow_multiple_reduction: bool = True,
     ) -> int:
-        """Bytes that a buffer for these sizes needs, a multiple of 2 MiB; `num_topk` 0 = unknown, sized for 32."""
-        del allow_hybrid_mode, allow_multiple_reduction  # the host backend needs the same either way
-        return sizing.buffer_bytes(
-            dist.get_world_size(group), num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch, _WIDEST
-        )
+        """Bytes that a buffer for these sizes needs, a multiple of 2 MiB; `num_topk` 0 = unknown, sized for 32.
+
+        For the backend that "auto" takes on this machine, with rows of at most 2 bytes per value on the cuda backend.
+        """
+        del allow_hybrid_mode, allow_multiple_reduction  # both backends need the same either way
+        size = dist.get_world_size(group)
+        if resolve_backend("auto") == "cuda":
+            return sizing.window_bytes(size, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch)[0]
+        return sizing.buffer_bytes(size, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch, _WIDEST)
 
     def get_physical_domain_size(self) -> tuple[int, int]:
         """(machines, ranks on each); (ranks, 1) where machines hold different numbers of them."""
@@ -140,15 +160,15 @@ class ElasticBuffer:
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int, **rates: float) -> int:
         """SMs that an operation should hold; the host backend holds none: 0."""
-        return 0
+        return 8 if self._open().num_sms else 0
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Queue pairs for `num_sms` SMs; the host backend has none: 0."""
         return 0
 
     def _find_machines(self) -> tuple[int, int]:
-        name = hashlib.sha256(socket.gethostname().encode()).digest()
-        machines = self._open().all_gather("creation of the buffer", int.from_bytes(name[:8], "big", signed=True))
+        machines: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(machines, socket.gethostname(), group=self.group)
         counts = {machines.count(machine) for machine in machines}
         return (len(set(machines)), counts.pop()) if len(counts) == 1 else (self.num_ranks, 1)
 
@@ -169,27 +189,55 @@ class ElasticBuffer:
         if dist.is_initialized():
             self.destroy()
 
-    def _open(self) -> HostBackend:
+    def _open(self) -> Backend:
         if self._backend is None:
             raise RuntimeError("this ElasticBuffer was destroyed")
         return self._backend
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
-        """Wait until every rank of the group is here. The arguments choose streams on a GPU.
+        """Wait until every rank of the group is here.
+
+        Args:
+            use_comm_stream, sequential: accepted for compatibility; operations of a buffer always run one by one.
+            with_cpu_sync: on a GPU, return only then; otherwise the current stream waits. The host always does.
 
         Raises:
             CommunicationError: a peer died or did not come within the timeout.
         """
-        self._open().barrier()
+        backend = self._open()
+        backend.barrier()
+        if with_cpu_sync and backend.device.type == "cuda":
+            torch.cuda.current_stream(backend.device).synchronize()
+            backend.capture().current_stream_wait()
 
-    @staticmethod
-    def capture() -> EventOverlap:
+    def capture(self) -> EventOverlap:
         """An event of what the current stream has been given so far; on the host that is done already."""
-        return EventOverlap(HostEvent())
+        return EventOverlap(self._open().capture())
 
-    def get_comm_stream(self) -> None:
-        """The stream that communication runs on: none on the host (`torch.cuda.stream(None)` does nothing)."""
-        self._open()
+    def get_comm_stream(self) -> Any:
+        """The stream of asynchronous operations: none on the host (`torch.cuda.stream(None)` does nothing)."""
+        return self._open().comm_stream()
+
+    def get_combine_buffer(self, handle: EPHandle, hidden: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """Where experts may write their output so that `combine` need not copy it; on the host, any tensor.
+
+        Combine then reads every expert row from where it lies and rounds once. One such buffer is in use at a time:
+        it holds data from this call to the end of the next combine.
+
+        Args:
+            handle: of a dispatch in the expanded layout. hidden: values per row.
+
+        Returns:
+            `[N, hidden]`, N as dispatch returned it; contents undefined.
+
+        Raises:
+            ValueError: the handle is of the compact layout. BufferSizeError: N rows do not fit.
+        """
+        backend = self._open()
+        route = self._check_handle(handle)
+        if not handle.do_expand:
+            raise ValueError("get_combine_buffer needs a handle of the expanded layout (do_expand=True)")
+        return backend.combine_buffer(route, hidden, dtype, handle.num_sms)
 
     # ---- operations ---------------------------------------------------------------------------------------------
 
@@ -215,6 +263,8 @@ class ElasticBuffer:
         do_expand: bool = False,
         do_zero_padding: bool = False,
         use_tma_aligned_col_major_sf: bool = False,
+        *,
+        use_fp8: bool = False,
     ) -> tuple[torch.Tensor | Fp8Rows, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]:
         """Send every token to the ranks of its experts, once per rank.
 
@@ -227,16 +277,20 @@ class ElasticBuffer:
             num_experts: experts over all ranks; needed without `handle`.
             num_max_tokens_per_rank: default: the buffer's.
             expert_alignment: rows of each local expert are counted (and, expanded, laid out) in multiples of this.
-            num_sms, num_qps, allocate_on_comm_stream: GPU tuning (unused by the host backend).
+            num_sms: most thread blocks of any kernel of this operation; 0 = `get_theoretical_num_sms`.
+            num_qps, allocate_on_comm_stream: accepted for compatibility.
             previous_event, previous_event_before_epilogue: waited for before the data is read, or written.
             async_with_compute_stream: return at once; the outputs hold data after `event.current_stream_wait()`.
             handle: repeat the routing of an earlier dispatch (same layout) with other data.
             do_handle_copy: keep a copy of `topk_idx` in the handle, so that the caller may overwrite it.
-            do_cpu_sync: True = outputs of exact size. False = worst-case size, real rows first, the rest zero (experts:
-                -1). Default: True without a handle; with one: as its dispatch had it.
+            do_cpu_sync: True = outputs of exact size. False = worst-case size, real rows first; the rest has experts -1
+                and weights 0, and holds zeros on the host backend, anything on the cuda backend. Default: True without
+                a handle; with one: as its dispatch had it.
             do_expand: a row per (token, local expert), in expert order, instead of one per token.
-            do_zero_padding: zero the alignment gaps of the expanded layout; otherwise they hold anything.
+            do_zero_padding: zero the rows of the expanded layout that belong to no token; otherwise they hold anything.
             use_tma_aligned_col_major_sf: return the scales column-major, columns padded to 16 bytes.
+            use_fp8: cast `x` (fp32, bf16 or fp16) to e4m3 on its way, as `quant.per_token_cast_to_fp8` does; recv_x is
+                then the pair of e4m3 rows and fp32 scales.
 
         Returns:
             recv_x: as `x`, `[R, H]` compact or `[N, H]` expanded.
@@ -252,6 +306,9 @@ class ElasticBuffer:
         """
         backend = self._open()
         x_TH, scales = self._check_rows(x)
+        if use_fp8 and scales is not None:
+            raise TypeError(f"use_fp8 = True: x is {x_TH.dtype} already")
+        route: Route | None
         if handle is None:
             topk_idx, num_experts = self._check_routing(x_TH, topk_idx, num_experts)
             alignment = 1 if expert_alignment is None else expert_alignment
@@ -265,8 +322,11 @@ class ElasticBuffer:
                     f"num_max_tokens_per_rank = {limit}: must be positive with do_cpu_sync=False, whose output sizes "
                     "follow from it"
                 )
-            if not exact:
-                _refuse_repeated_experts(topk_idx)
+            if backend.needs_limit and not limit:
+                raise ValueError(
+                    "num_max_tokens_per_rank = 0: the cuda backend needs the most tokens that any rank dispatches, "
+                    "here or when the buffer is made"
+                )
         else:
             route = self._check_handle(handle)
             same = {
@@ -285,14 +345,14 @@ class ElasticBuffer:
                     raise ValueError(f"{name} = {shown} with a cached handle: {allowed}")
             topk_idx, num_experts, alignment = handle.topk_idx, handle.num_experts, handle.expert_alignment
             limit, exact = handle.num_max_tokens_per_rank, handle._exact
-        self._check_size(x_TH, topk_idx, limit, "fp8" if scales is not None else "")
+        self._check_size(x_TH, topk_idx, limit, num_experts, FP8 if scales is not None or use_fp8 else x_TH.dtype)
         if x_TH.shape[0] != topk_idx.shape[0]:
             raise ValueError(f"x has {x_TH.shape[0]} tokens, topk_idx has {topk_idx.shape[0]}")
         if topk_weights is not None:
-            _check_tensor("topk_weights", topk_weights, (torch.float32,), tuple(topk_idx.shape))
+            self._check_tensor("topk_weights", topk_weights, (torch.float32,), tuple(topk_idx.shape))
         num_local_experts = num_experts // self.num_ranks
         if cumulative_local_expert_recv_stats is not None:
-            _check_tensor(
+            self._check_tensor(
                 "cumulative_local_expert_recv_stats",
                 cumulative_local_expert_recv_stats,
                 (torch.int32, torch.int64),
@@ -300,15 +360,13 @@ class ElasticBuffer:
             )
         if do_zero_padding and not do_expand:
             raise ValueError("do_zero_padding = True: only the expanded layout (do_expand=True) has gaps")
-        for event in (previous_event, previous_event_before_epilogue):
-            if event is not None:
-                event.current_stream_wait()
+        previous = [event for event in (previous_event, previous_event_before_epilogue) if event is not None]
 
         received = backend.dispatch(
             x_TH,
             scales,
             topk_idx.clone() if do_handle_copy and handle is None else topk_idx,
-            topk_weights,
+            topk_weights if topk_weights is None else _dense(topk_weights),
             num_experts=num_experts,
             num_max_tokens_per_rank=limit,
             alignment=alignment,
@@ -317,6 +375,11 @@ class ElasticBuffer:
             zero_padding=do_zero_padding,
             statistics=cumulative_local_expert_recv_stats,
             route=route,
+            use_fp8=use_fp8,
+            column_major_scales=use_tma_aligned_col_major_sf,
+            num_sms=self._sms(num_sms, num_experts, topk_idx.shape[1]),
+            previous=previous,
+            asynchronous=async_with_compute_stream,
         )
         if handle is None:
             handle = EPHandle(
@@ -332,24 +395,10 @@ class ElasticBuffer:
                 num_expanded_tokens=received.num_expanded_rows,
                 exact=exact,
             )
-        recv_topk_idx = None
-        finish: HostEvent = received.event
-        if not do_expand:
-            recv_topk_idx = torch.full((handle.num_recv_tokens, topk_idx.shape[1]), -1, dtype=torch.int64)
-            target, source = recv_topk_idx, received.route
-
-            def finish_all() -> None:
-                received.event.current_stream_wait()
-                target[: source.num_rows] = source.recv_topk_idx
-
-            finish = HostEvent(finish_all)
-        out_scales = received.scales
-        if out_scales is not None and use_tma_aligned_col_major_sf:
-            out_scales, finish = _column_major(out_scales, finish)
         if not async_with_compute_stream:
-            finish.current_stream_wait()
-        recv_x = received.x if out_scales is None else (received.x, out_scales)
-        return recv_x, recv_topk_idx, received.topk_weights, handle, EventOverlap(finish)
+            received.event.current_stream_wait()
+        recv_x = received.x if received.scales is None else (received.x, received.scales)
+        return recv_x, received.topk_idx, received.topk_weights, handle, EventOverlap(received.event)
 
     @torch.no_grad()
     def combine(
@@ -374,7 +423,8 @@ class ElasticBuffer:
             handle: what dispatch returned.
             topk_weights: fp32 `[R, K]` or `[N]`; each value goes back to the (token, top-k position) it belongs to.
             bias: one or two `[T, H]` of x's dtype, added to the result.
-            num_sms, num_qps, allocate_on_comm_stream: GPU tuning (unused by the host backend).
+            num_sms: most thread blocks of any kernel of this operation; 0 = `get_theoretical_num_sms`.
+            num_qps, allocate_on_comm_stream: accepted for compatibility.
             previous_event, previous_event_before_epilogue: waited for before the data is read, or written.
             async_with_compute_stream: return at once; the outputs hold data after `event.current_stream_wait()`.
 
@@ -389,26 +439,26 @@ class ElasticBuffer:
         route = self._check_handle(handle)
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        _check_tensor("x", x, _ROW_DTYPES, (handle.num_rows, None))
+        self._check_tensor("x", x, backend.dtypes, (handle.num_rows, None))
         num_tokens, num_topk = handle.topk_idx.shape
         if topk_weights is not None:
             rows = handle.num_rows
             shape = (rows,) if handle.do_expand else (rows, num_topk)
-            _check_tensor("topk_weights", topk_weights, (torch.float32,), shape)
+            self._check_tensor("topk_weights", topk_weights, (torch.float32,), shape)
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         if len(biases) > 2:
             raise ValueError(f"bias is a tuple of {len(biases)}: at most two tensors")
         for tensor in biases:
-            _check_tensor("bias", tensor, (x.dtype,), (num_tokens, x.shape[1]))
-        for event in (previous_event, previous_event_before_epilogue):
-            if event is not None:
-                event.current_stream_wait()
+            self._check_tensor("bias", tensor, (x.dtype,), (num_tokens, x.shape[1]))
         combined, weights, finish = backend.combine(
             _dense(x),
             None if topk_weights is None else _dense(topk_weights),
-            biases,
+            [_dense(tensor) for tensor in biases],
             route,
             expanded=handle.do_expand,
+            num_sms=self._sms(num_sms, handle.num_experts, num_topk),
+            previous=[event for event in (previous_event, previous_event_before_epilogue) if event is not None],
+            asynchronous=async_with_compute_stream,
         )
         if not async_with_compute_stream:
             finish.current_stream_wait()
@@ -416,21 +466,26 @@ class ElasticBuffer:
 
     # ---- checks -------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _check_rows(x: torch.Tensor | Fp8Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _sms(self, num_sms: int, num_experts: int, num_topk: int) -> int:
+        most = self._open().num_sms
+        if num_sms < 0 or (most and num_sms > most):
+            raise ValueError(f"num_sms = {num_sms}: must be 0 (by the model) to the device's {most}")
+        return num_sms or self.get_theoretical_num_sms(num_experts, num_topk)
+
+    def _check_rows(self, x: torch.Tensor | Fp8Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
         if isinstance(x, torch.Tensor):
-            _check_tensor("x", x, _ROW_DTYPES, (None, None))
+            self._check_tensor("x", x, self._open().dtypes, (None, None))
             if x.shape[1] == 0:
                 raise ValueError(f"x has shape {list(x.shape)}: the hidden size must be 1 or more")
             return _dense(x), None
         if not (isinstance(x, tuple) and len(x) == 2 and all(isinstance(t, torch.Tensor) for t in x)):
             raise TypeError(f"x must be a tensor or a pair of e4m3 tensor and scales, got {type(x).__name__}")
         rows, scales = x
-        _check_tensor("x[0]", rows, (FP8,), (None, None))
+        self._check_tensor("x[0]", rows, (FP8,), (None, None))
         if scales.dtype not in (torch.float32, torch.int32):
             raise TypeError(f"x[1] is {scales.dtype}: scales must be torch.float32 or torch.int32 (packed UE8M0)")
         columns = sizing.scale_columns(rows.shape[1], packed=scales.dtype == torch.int32)
-        _check_tensor("x[1]", scales, (scales.dtype,), (rows.shape[0], columns))
+        self._check_tensor("x[1]", scales, (scales.dtype,), (rows.shape[0], columns))
         return _dense(rows), _dense(scales)
 
     def _check_routing(
@@ -440,10 +495,11 @@ class ElasticBuffer:
             raise ValueError("dispatch needs topk_idx and num_experts, or a cached handle")
         if num_experts < 1 or num_experts % self.num_ranks:
             raise ValueError(f"num_experts = {num_experts}: must be a multiple of the {self.num_ranks} ranks")
-        _check_tensor("topk_idx", topk_idx, (torch.int64,), (x_TH.shape[0], None))
+        self._check_tensor("topk_idx", topk_idx, (torch.int64,), (x_TH.shape[0], None))
         if not 1 <= topk_idx.shape[1] <= num_experts:
             raise ValueError(f"topk_idx has top-k {topk_idx.shape[1]}: must be 1 to {num_experts} (num_experts)")
-        if topk_idx.numel():
+        # On a GPU the kernel looks at the values: reading them here would make the host wait.
+        if topk_idx.numel() and topk_idx.device.type == "cpu":
             smallest, largest = (int(v) for v in topk_idx.aminmax())
             if smallest < -1 or largest >= num_experts:
                 bad = (topk_idx < -1) | (topk_idx >= num_experts)
@@ -454,15 +510,16 @@ class ElasticBuffer:
                 )
         return _dense(topk_idx), num_experts
 
-    def _check_handle(self, handle: EPHandle) -> HostRoute:
+    def _check_handle(self, handle: EPHandle) -> Route:
         if not isinstance(handle, EPHandle):
             raise TypeError(f"handle must be an EPHandle, got {type(handle).__name__}")
         if handle._owner is not self._backend:
             raise ValueError("handle comes from another ElasticBuffer")
-        assert isinstance(handle._route, HostRoute)
         return handle._route
 
-    def _check_size(self, x_TH: torch.Tensor, topk_idx: torch.Tensor, limit: int, fp8: str) -> None:
+    def _check_size(
+        self, x_TH: torch.Tensor, topk_idx: torch.Tensor, limit: int, num_experts: int, row: torch.dtype
+    ) -> None:
         num_tokens, hidden = x_TH.shape
         num_topk = topk_idx.shape[1]
         if limit and num_tokens > limit:
@@ -474,14 +531,35 @@ class ElasticBuffer:
             raise BufferSizeError(f"x has hidden size {hidden}, the buffer was made for at most {self.hidden}")
         if self.num_topk and num_topk > self.num_topk:
             raise BufferSizeError(f"topk_idx has top-k {num_topk}, the buffer was made for at most {self.num_topk}")
-        if self._limit_bytes is not None:
-            itemsize = 2 if fp8 else x_TH.itemsize
-            needed = sizing.buffer_bytes(self.num_ranks, limit or num_tokens, hidden, num_topk, bool(fp8), itemsize)
-            if needed > self._limit_bytes:
-                raise BufferSizeError(f"the buffer has {self._limit_bytes} bytes, this dispatch needs {needed}")
+        self._open().check_size(
+            num_tokens=num_tokens,
+            max_tokens=limit,
+            num_topk=num_topk,
+            num_experts=num_experts,
+            hidden=hidden,
+            row=row,
+        )
+
+    def _check_tensor(
+        self, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]
+    ) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} is {tensor.dtype}: must be {' or '.join(str(d) for d in dtypes)}")
+        backend = self._open()
+        if tensor.device != backend.device:
+            takes = "CPU tensors" if backend.device.type == "cpu" else f"tensors on {backend.device}"
+            raise ValueError(f"{name} is on {tensor.device}: the {backend.name} backend takes {takes}")
+        fits = tensor.dim() == len(shape) and all(
+            want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if want is None else str(want) for want in shape)
+            raise ValueError(f"{name} has shape {list(tensor.shape)}: must be [{wanted}]")
 
 
-def resolve_backend(name: str) -> Literal["host"]:
+def resolve_backend(name: str) -> Literal["cuda", "host"]:
     """The backend that `name` ("auto", "cuda" or "host") stands for on this machine.
 
     Raises:
@@ -489,54 +567,16 @@ def resolve_backend(name: str) -> Literal["host"]:
     """
     if name not in ("auto", "cuda", "host"):
         raise ValueError(f"backend = {name!r}: must be 'auto', 'cuda' or 'host'")
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+    if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
-            "the cuda backend is not part of this version; backend='host' runs on CPU tensors on any machine"
+            "the cuda backend needs a CUDA device, and torch finds none; backend='host' takes CPU tensors anywhere"
         )
-    return "host"
-
-
-def _check_tensor(
-    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]
-) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} is {tensor.dtype}: must be {' or '.join(str(d) for d in dtypes)}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}: the host backend takes CPU tensors")
-    fits = tensor.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} has shape {list(tensor.shape)}: must be [{wanted}]")
-
-
-def _refuse_repeated_experts(topk_idx: torch.Tensor) -> None:
-    """The worst-case size counts an expert once per token."""
-    ordered = topk_idx.sort(1).values
-    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if repeated.any():
-        token, position = repeated.nonzero()[0].tolist()
-        raise ValueError(
-            f"topk_idx[{token}] names expert {int(ordered[token, position])} more than once: not with do_cpu_sync=False"
-        )
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "host"
+    return "cuda" if name == "cuda" else "host"
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` row-major in memory. A size-1 dimension may keep any stride in what torch calls contiguous."""
     tensor = tensor.contiguous()
     return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _column_major(scales: torch.Tensor, finish: HostEvent) -> tuple[torch.Tensor, HostEvent]:
-    """Scales `[R, C]` with stride (1, R rounded up to 16 bytes), filled when `finish` is done."""
-    rows, columns = scales.shape
-    target = torch.zeros(columns, sizing.align(rows, 4), dtype=scales.dtype).t()[:rows]
-
-    def finish_all() -> None:
-        finish.current_stream_wait()
-        target.copy_(scales)
-
-    return target, HostEvent(finish_all)

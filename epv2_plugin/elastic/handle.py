@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -12,17 +11,34 @@ from epv2_plugin.elastic.sizing import align
 
 
 class Route(Protocol):
-    """What a backend keeps of a routing: enough to repeat it and to reverse it."""
+    """What a backend keeps of a routing: enough to repeat it and to reverse it. Tensors lie on its device.
 
-    rows_per_source: list[int]
-    rows_per_expert: list[int]
+    Attributes:
+        topk_idx_TK: int64 `[T, K]`, as dispatched. num_max_tokens_per_rank: as agreed by the ranks.
+    """
+
+    topk_idx_TK: torch.Tensor
+    num_max_tokens_per_rank: int
 
     @property
-    def recv_topk_idx(self) -> torch.Tensor: ...
+    def rows_per_expert(self) -> list[int]:
+        """Rows of each local expert, on the host."""
+
     @property
-    def recv_src_metadata(self) -> torch.Tensor: ...
+    def received_per_source(self) -> torch.Tensor:
+        """int32 `[P]`: rows received from each rank, one per token."""
+
     @property
-    def dst_buffer_slot_idx(self) -> torch.Tensor: ...
+    def received_per_expert(self) -> torch.Tensor:
+        """int32 `[E_local]`: rows of each local expert."""
+
+    @property
+    def recv_src_metadata(self) -> torch.Tensor:
+        """See `EPHandle`."""
+
+    @property
+    def dst_buffer_slot_idx(self) -> torch.Tensor:
+        """See `EPHandle`."""
 
 
 class EPHandle:
@@ -75,24 +91,20 @@ class EPHandle:
     @cached_property
     def num_unaligned_recv_tokens_per_expert(self) -> torch.Tensor:
         """int32 `[E_local]`: rows of each local expert, without alignment."""
-        return torch.tensor(self._route.rows_per_expert, dtype=torch.int32)
+        return self._route.received_per_expert
 
     @cached_property
     def psum_num_recv_tokens_per_scaleup_rank(self) -> torch.Tensor:
         """int32 `[P]`: inclusive prefix sum of the rows from each source rank; the last is the total."""
-        return torch.tensor(list(accumulate(self._route.rows_per_source)), dtype=torch.int32)
+        return self._route.received_per_source.cumsum(0, dtype=torch.int32)
 
     @cached_property
     def psum_num_recv_tokens_per_expert(self) -> torch.Tensor:
         """int32 `[E_local]`. Compact: prefix sum (inclusive) of aligned counts. Expanded: end of each expert's rows."""
-        aligned_ends = accumulate(align(n, self.expert_alignment) for n in self._route.rows_per_expert)
-        if not self.do_expand:
-            return torch.tensor(list(aligned_ends), dtype=torch.int32)
-        ends = [
-            end - align(n, self.expert_alignment) + n
-            for end, n in zip(aligned_ends, self._route.rows_per_expert, strict=True)
-        ]
-        return torch.tensor(ends, dtype=torch.int32)
+        rows = self._route.received_per_expert
+        aligned = (rows + self.expert_alignment - 1) // self.expert_alignment * self.expert_alignment
+        ends = aligned.cumsum(0, dtype=torch.int32)
+        return ends - aligned + rows if self.do_expand else ends
 
     @cached_property
     def recv_src_metadata(self) -> torch.Tensor:

@@ -172,6 +172,13 @@ class EmulatedRuntime:
         """Changes nothing."""
         return contextlib.nullcontext()
 
+    def current_stream(self) -> Any:
+        """None: there are no streams."""
+
+    def is_capturing(self) -> bool:
+        """Never: there are no graphs."""
+        return False
+
     def record(self) -> Any:
         """An event that has happened."""
         return object()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -19,9 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.elastic.errors import CommunicationError, CommunicationTimeout
-from epv2_plugin.elastic.event import HostEvent
-from epv2_plugin.elastic.sizing import RowLayout, align, max_expanded_rows, max_received_rows
+from epv2_plugin.elastic.backends.base import Received, Traffic
+from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
+from epv2_plugin.elastic.event import Event, HostEvent
+from epv2_plugin.elastic.quant import per_token_cast_to_fp8
+from epv2_plugin.elastic.sizing import RowLayout, align, buffer_bytes, max_expanded_rows, max_received_rows
 
 # A gloo tag: 16 bits of sequence number, 11 of what the message is, 2 of its step. gloo ends the process when a message
 # is larger than its receiver expects; with unequal tags it does not match, and the wait times out.
@@ -323,6 +324,14 @@ class HostRoute:
         return sum(self.rows_per_source)
 
     @property
+    def received_per_source(self) -> torch.Tensor:
+        return torch.tensor(self.rows_per_source, dtype=torch.int32)
+
+    @property
+    def received_per_expert(self) -> torch.Tensor:
+        return torch.tensor(self.rows_per_expert, dtype=torch.int32)
+
+    @property
     def recv_topk_idx(self) -> torch.Tensor:
         return self._arrived()[0]
 
@@ -412,42 +421,56 @@ class HostRoute:
         return torch.cat([head, rows_RK], 1).to(torch.int32)
 
 
-@dataclass
-class Traffic:
-    """Bytes that one rank sent to other ranks.
+class HostBackend:
+    """`Backend` for one group of CPU processes.
 
-    Attributes:
-        sent_bytes: everything sent, headers included.
-        undeduplicated_bytes: what the same rows would have been with one copy per (token, expert) pair.
+    Args:
+        timeout_seconds: after which a wait for a peer gives up.
+        allow_multiple_reduction: see `ElasticBuffer`.
+        limit_bytes: size that no operation may exceed, None = any. Nothing is allocated ahead.
     """
 
-    sent_bytes: int = 0
-    undeduplicated_bytes: int = 0
-
-
-@dataclass
-class Received:
-    """Outputs of a dispatch; they hold no data before `event` was waited for."""
-
-    x: torch.Tensor
-    scales: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    route: HostRoute
-    num_recv_rows: int
-    num_expanded_rows: int
-    event: HostEvent
-
-
-class HostBackend:
-    """Dispatch and combine for one group of CPU processes. Arguments come checked from `ElasticBuffer`."""
-
     name = "host"
+    device = torch.device("cpu")
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    num_sms = 0
+    needs_limit = False
 
-    def __init__(self, group: dist.ProcessGroup, timeout_seconds: float, allow_multiple_reduction: bool):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        timeout_seconds: float,
+        allow_multiple_reduction: bool,
+        limit_bytes: int | None = None,
+    ):
         self.transport = Transport(group, timeout_seconds)
         self.traffic = Traffic()
-        self._allow_multiple_reduction = allow_multiple_reduction
+        self._allow_multiple_reduction, self._limit_bytes = allow_multiple_reduction, limit_bytes
         self._most_tokens = 0  # of any rank in any dispatch so far; every rank has seen the same
+
+    def describe(self) -> dict[str, Any]:
+        return {"transport": "gloo"}
+
+    def check_size(
+        self, *, num_tokens: int, max_tokens: int, num_topk: int, num_experts: int, hidden: int, row: torch.dtype
+    ) -> None:
+        if self._limit_bytes is None:
+            return
+        fp8 = row == torch.float8_e4m3fn
+        needed = buffer_bytes(
+            self.transport.size, max_tokens or num_tokens, hidden, num_topk, fp8, 2 if fp8 else row.itemsize
+        )
+        if needed > self._limit_bytes:
+            raise BufferSizeError(f"the buffer has {self._limit_bytes} bytes, this dispatch needs {needed}")
+
+    def capture(self) -> Event:
+        return HostEvent()
+
+    def comm_stream(self) -> None:
+        return None
+
+    def combine_buffer(self, route: HostRoute, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
+        return torch.empty(sum(align(n, route.expert_alignment) for n in route.rows_per_expert), hidden, dtype=dtype)
 
     def close(self) -> None:
         self.transport.close()
@@ -482,8 +505,19 @@ class HostBackend:
         zero_padding: bool,
         statistics: torch.Tensor | None,
         route: HostRoute | None,
+        use_fp8: bool,
+        column_major_scales: bool,
+        num_sms: int,
+        previous: Sequence[Event],
+        asynchronous: bool,
     ) -> Received:
-        """See `ElasticBuffer.dispatch`. `route` repeats a routing; `num_max_tokens_per_rank` 0 = the ranks agree."""
+        """See `Backend.dispatch`; `num_max_tokens_per_rank` 0 = the ranks agree."""
+        for earlier in previous:
+            earlier.current_stream_wait()
+        if not exact and route is None:
+            _refuse_repeated_experts(topk_idx_TK)
+        if use_fp8:
+            x_TH, scales = per_token_cast_to_fp8(x_TH)
         rank, size = self.transport.rank, self.transport.size
         cached = route is not None
         num_topk = topk_idx_TK.shape[1]
@@ -527,6 +561,9 @@ class HostBackend:
         make = torch.zeros if gaps and (zero_padding or not exact) else torch.empty
         out_x = make(num_out, x_TH.shape[1], dtype=x_TH.dtype)
         out_scales = None if scales is None else make(num_out, scales.shape[1], dtype=scales.dtype)
+        if out_scales is not None and column_major_scales:
+            out_scales = out_scales.new_zeros(out_scales.shape[1], align(num_out, 4)).t()[:num_out]
+        out_idx = None if expand else torch.full((num_out, num_topk), -1, dtype=torch.int64)
         out_weights = None
         if topk_weights_TK is not None:
             out_weights = make((num_out,) if expand else (num_out, route.num_topk), dtype=torch.float32)
@@ -539,7 +576,12 @@ class HostBackend:
             source = route.expanded_source_N if expand else None
             _unpack(received[:, : layout.data_bytes], source, place, out_x)
             if out_scales is not None:
-                _unpack(received[:, layout.scale_offset :][:, : layout.scale_bytes], source, place, out_scales)
+                arrived = out_scales.new_zeros(out_scales.shape) if column_major_scales else out_scales
+                _unpack(received[:, layout.scale_offset :][:, : layout.scale_bytes], source, place, arrived)
+                if arrived is not out_scales:
+                    out_scales.copy_(arrived)
+            if out_idx is not None:
+                out_idx[: route.num_rows] = route.recv_topk_idx
             if out_weights is not None:
                 weights_RK = received[:, layout.weights_offset :][:, : 4 * route.num_topk].view(torch.float32)
                 if not expand:
@@ -554,7 +596,7 @@ class HostBackend:
         event = HostEvent(finish)
         if not cached:
             route.pending = event
-        return Received(out_x, out_scales, out_weights, route, num_recv, num_expanded, event)
+        return Received(out_x, out_scales, out_idx, out_weights, route, num_recv, num_expanded, event)
 
     def combine(
         self,
@@ -564,8 +606,13 @@ class HostBackend:
         route: HostRoute,
         *,
         expanded: bool,
+        num_sms: int,
+        previous: Sequence[Event],
+        asynchronous: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, HostEvent]:
-        """See `ElasticBuffer.combine`."""
+        """See `Backend.combine`."""
+        for earlier in previous:
+            earlier.current_stream_wait()
         num_tokens, num_topk = route.topk_idx_TK.shape[0], route.num_topk
         operation = self.transport.begin("combine")
         by_pair = expanded and not self._allow_multiple_reduction
@@ -733,3 +780,14 @@ def _unpack(rows: torch.Tensor, source: torch.Tensor | None, place: torch.Tensor
         torch.index_select(words, 0, source, out=target)
     else:
         target.index_copy_(0, place, words.index_select(0, source))
+
+
+def _refuse_repeated_experts(topk_idx: torch.Tensor) -> None:
+    """The worst-case size counts an expert once per token."""
+    ordered = topk_idx.sort(1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if repeated.any():
+        token, position = repeated.nonzero()[0].tolist()
+        raise ValueError(
+            f"topk_idx[{token}] names expert {int(ordered[token, position])} more than once: not with do_cpu_sync=False"
+        )

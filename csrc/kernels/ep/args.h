@@ -1,0 +1,114 @@
+// Arguments of the expert-parallel kernels. Python reads this file (epv2_plugin/jit/args.py) and fills the structs in
+// elastic/backends/cuda.py: one field a line, in fixed-width types. Addresses are device addresses, 0 = absent;
+// offsets are bytes from the start of every rank's window.
+//
+// Legend: T tokens of this rank, M most tokens of any rank, K top-k, E experts, L experts of a rank, P ranks,
+// R received rows (one per token and rank), N rows in expert order.
+#pragma once
+#include <cstdint>
+
+// What every kernel needs to wait for others and to say why it gave up.
+struct Common {
+  uint64_t window;          // ncclWindow_t
+  uint64_t state;           // uint32 words of this rank's device memory, see protocol.cuh
+  uint64_t error;           // uint32 words of mapped host memory, see protocol.cuh
+  uint64_t timeout_ns;
+  uint32_t signature;       // of the operation's arguments: must be the same on all ranks
+  int32_t rank;
+  int32_t num_ranks;
+  int32_t max_tokens;       // M
+  int32_t num_topk;         // K
+  int32_t num_local_experts;  // L
+};
+
+struct DispatchStageArgs {
+  Common common;
+  uint64_t x;               // [T, x_bytes]
+  uint64_t scales;          // uint32 [T, scale_words]
+  uint64_t topk_idx;        // int64 [T, K]
+  uint64_t topk_weights;    // fp32 [T, K]
+  uint64_t counts;          // int32 [counts_words(P, L)]: what arrives here, see protocol.cuh
+  uint64_t host_counts;     // the same in mapped host memory, behind a word that becomes host_tag when they are there
+  uint64_t topk_offset;     // int16 [M, K]
+  uint64_t weights_offset;  // fp32 [M, K]
+  uint64_t prefix_offset;   // int32 [M / 32, P, L + 1]
+  uint64_t totals_offset;   // int32 [P, L + 1], then the number of tokens
+  uint64_t rows_offset;     // [M, row_stride]
+  uint32_t host_tag;
+  int32_t cached;           // 1 = the routing is known: only rows and weights
+  int32_t num_tokens;       // T
+  int32_t x_bytes;          // of a token in x
+  int32_t data_bytes;       // of a token in the window: x_bytes, or half (a quarter) of it after a cast to e4m3
+  int32_t scale_words;      // scale factors of a token
+  int32_t row_stride;
+  int32_t expert_alignment;
+  int32_t counting_warps;   // of a CTA that count tokens, each in P * (L + 1) words of shared memory
+};
+
+struct DispatchRouteArgs {
+  Common common;
+  uint64_t counts;
+  uint64_t metadata;        // int32 [rows_capacity, 2 + K]
+  uint64_t recv_topk_idx;   // int64 [rows_capacity, K], compact layout only; read if cached
+  uint64_t recv_weights;    // fp32 [rows_capacity, K] compact, [expanded_capacity] expanded
+  uint64_t statistics;      // int32 or int64 [L], added to
+  uint64_t topk_offset;
+  uint64_t weights_offset;
+  uint64_t prefix_offset;
+  int32_t cached;           // 1 = the metadata is known: only weights
+  int32_t statistics_wide;  // 1 = int64
+  int32_t expand;           // 1 = expanded layout
+  int32_t rows_capacity;
+  int32_t expanded_capacity;
+  int32_t expert_alignment;
+};
+
+struct DispatchPullArgs {
+  Common common;
+  uint64_t counts;
+  uint64_t metadata;
+  uint64_t out;             // [rows, data_bytes]
+  uint64_t out_scales;      // uint32, word (r, c) at r * scale_row_stride + c * scale_column_stride
+  uint64_t rows_offset;
+  int64_t scale_row_stride;
+  int64_t scale_column_stride;
+  int32_t data_bytes;
+  int32_t scale_words;
+  int32_t row_stride;
+  int32_t piece_bytes;      // of a row that travel at once
+  int32_t num_stages;       // pieces in flight per warp
+  int32_t expand;
+  int32_t rows_capacity;
+  int32_t expanded_capacity;
+  int32_t expert_alignment;
+  int32_t zero_padding;     // 1 = zero the rows that nothing is written to
+};
+
+struct CombineArgs {
+  Common common;
+  uint64_t counts;
+  uint64_t metadata;        // int32 [rows_capacity, 2 + K]
+  uint64_t x;               // [rows, row_bytes] that go back
+  uint64_t weights;         // fp32 [rows, K] compact, [rows] expanded
+  uint64_t topk_idx;        // int64 [T, K]
+  uint64_t bias_0;          // [T, row_bytes]
+  uint64_t bias_1;
+  uint64_t out;             // [T, row_bytes]
+  uint64_t out_weights;     // fp32 [T, K]
+  uint64_t rows_offset;     // [P * M, row_bytes], a sum per (source rank, token); by_row: [N, row_bytes], expert rows
+  uint64_t table_offset;    // int32 [P * M, K]: by_row: which of them
+  uint64_t weights_offset;  // fp32 [P * M, K]
+  int32_t num_tokens;
+  int32_t row_bytes;
+  int32_t piece_bytes;
+  int32_t num_groups;       // independent rings of a CTA
+  int32_t num_slots;        // pieces of a ring
+  int32_t expand;
+  int32_t by_row;           // 1 = the token's owner adds all expert rows itself, 0 = each rank's sum of them
+  int32_t in_window;        // 1 = the expert rows lie at rows_offset already, x does not matter
+  int32_t has_weights;
+};
+
+struct BareArgs {
+  Common common;
+};

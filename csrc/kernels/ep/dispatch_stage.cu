@@ -1,0 +1,289 @@
+// Dispatch, first kernel: put this rank's tokens, routing and counts where peers can read them.
+//
+// 1. Routing to int16, counts per chunk of 32 tokens. The last CTA to finish turns them into prefix sums and totals and
+//    raises kCountsReady.
+// 2. Rows go into the window: copied, or cast to e4m3 with a scale factor per 128 values (EPV2_CAST: 0 = copy,
+//    1 = from bf16, 2 = from fp16, 3 = from fp32). kRowsReady follows.
+// 3. Meanwhile one warp reads what all ranks counted and tells the host how many rows arrive.
+#include "ep/protocol.cuh"
+
+using namespace epv2;
+
+namespace {
+
+// ---- counts ---------------------------------------------------------------------------------------------------
+
+__device__ void count_chunk(const DispatchStageArgs& args, int chunk, int32_t* count, int16_t* topk_out,
+                            int32_t* counts_out) {
+  const Common& c = args.common;
+  const int lane = threadIdx.x % kWarp, columns = c.num_local_experts + 1, width = c.num_ranks * columns;
+  const int num_experts = c.num_ranks * c.num_local_experts;
+  for (int i = lane; i < width; i += kWarp) count[i] = 0;
+  __syncwarp();
+  const int token = chunk * kChunk + lane;
+  if (token < args.num_tokens) {
+    const int64_t* topk = reinterpret_cast<const int64_t*>(args.topk_idx) + static_cast<int64_t>(token) * c.num_topk;
+    for (int k = 0; k < c.num_topk; k++) {
+      int64_t expert = topk[k];
+      if (expert < -1 || expert >= num_experts) {
+        give_up(c, kBadExpert, c.rank, kCountsReady, static_cast<uint32_t>(expert), token, k);
+        expert = -1;
+      }
+      topk_out[static_cast<int64_t>(token) * c.num_topk + k] = static_cast<int16_t>(expert);
+      if (expert < 0) continue;
+      const int rank = static_cast<int>(expert) / c.num_local_experts;
+      atomicAdd(&count[rank * columns + static_cast<int>(expert) % c.num_local_experts], 1);
+      bool first = true;  // of this token's experts on that rank
+      for (int j = 0; j < k; j++) {
+        const int64_t other = topk[j];
+        if (other >= 0 && other < num_experts && static_cast<int>(other) / c.num_local_experts == rank) first = false;
+      }
+      if (first) atomicAdd(&count[rank * columns + c.num_local_experts], 1);
+    }
+  }
+  __syncwarp();
+  for (int i = lane; i < width; i += kWarp) counts_out[static_cast<int64_t>(chunk) * width + i] = count[i];
+  __syncwarp();
+}
+
+// One CTA: counts of every chunk -> what came before it, and the totals. `partial` holds blockDim.x words.
+__device__ void sum_chunks(int32_t* counts, int32_t* totals, int width, int num_chunks, int32_t* partial) {
+  const int segments = max(1, static_cast<int>(blockDim.x) / width);
+  const int length = (num_chunks + segments - 1) / segments;
+  for (int base = 0; base < width; base += blockDim.x) {
+    const int column = base + threadIdx.x % width, segment = threadIdx.x / width;
+    const bool active = segment < segments && column < width;
+    const int from = min(segment * length, num_chunks), to = min(from + length, num_chunks);
+    int sum = 0;
+    if (active) {
+#pragma unroll 4
+      for (int i = from; i < to; i++) sum += counts[static_cast<int64_t>(i) * width + column];
+      partial[threadIdx.x] = sum;
+    }
+    __syncthreads();
+    if (active) {
+      int before = 0;
+      for (int s = 0; s < segment; s++) before += partial[s * width + threadIdx.x % width];
+      if (segment == segments - 1) totals[column] = before + sum;
+#pragma unroll 4
+      for (int i = from; i < to; i++) {
+        const int64_t at = static_cast<int64_t>(i) * width + column;
+        const int here = counts[at];
+        counts[at] = before;
+        before += here;
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// One warp: what arrives here, from everybody's totals. `column_total` holds L + 1 words of shared memory.
+__device__ void gather_counts(const DispatchStageArgs& args, uint32_t number, int32_t* column_total) {
+  const Common& c = args.common;
+  const int lane = threadIdx.x % kWarp, columns = c.num_local_experts + 1;
+  bool here = true;
+  for (int p = lane; p < c.num_ranks; p += kWarp) here &= wait_flag(c, kCountsReady, p, number, true);
+  if (!__all_sync(0xffffffffu, here)) return;
+  const Counts counts(args.counts, c);
+  for (int column = lane; column < columns; column += kWarp) {
+    int sum = 0;
+    for (int p = 0; p < c.num_ranks; p++) {
+      const int32_t* totals = reinterpret_cast<const int32_t*>(peer_pointer(c.window, args.totals_offset, p));
+      const int rows = totals[c.rank * columns + column];
+      counts.from(p, column) = rows;
+      counts.begin(p, column) = sum;
+      sum += rows;
+    }
+    counts.total(column) = sum;
+    column_total[column] = sum;
+  }
+  for (int p = lane; p < c.num_ranks; p += kWarp) {
+    const int32_t* totals = reinterpret_cast<const int32_t*>(peer_pointer(c.window, args.totals_offset, p));
+    counts.tokens(p) = totals[c.num_ranks * columns];
+  }
+  __syncwarp();
+  // In expert order each expert's rows follow those of the experts before it, rounded up to the alignment.
+  int carry = 0;
+  for (int base = 0; base < c.num_local_experts; base += kWarp) {
+    const int expert = base + lane;
+    const int rows = expert < c.num_local_experts ? column_total[expert] : 0;
+    const int aligned = (rows + args.expert_alignment - 1) / args.expert_alignment * args.expert_alignment;
+    int sum = aligned;
+    for (int d = 1; d < kWarp; d *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, sum, d);
+      if (lane >= d) sum += other;
+    }
+    if (expert < c.num_local_experts) {
+      for (int p = 0; p < c.num_ranks; p++) counts.begin(p, expert) += carry + sum - aligned;
+    }
+    carry += __shfl_sync(0xffffffffu, sum, kWarp - 1);
+  }
+  __syncwarp();
+  if (args.host_counts == 0) return;
+  int32_t* host = reinterpret_cast<int32_t*>(args.host_counts);
+  for (int i = lane; i < counts.words(); i += kWarp) host[1 + i] = counts.memory[i];
+  __threadfence_system();
+  __syncwarp();
+  if (lane == 0) store_release_system(reinterpret_cast<uint32_t*>(host), args.host_tag);
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------------
+
+#if EPV2_CAST
+constexpr float kE4m3Max = 448.0f;
+constexpr float kSmallestAmax = 1e-4f;  // keeps the scale factor of an all-zero block finite
+constexpr int kScaleBlock = 128;
+constexpr int kSourceVectors = EPV2_CAST == 3 ? 2 : 1;  // of 16 bytes, for 8 values
+
+// 8 values as they came. They are widened twice, which costs less than the registers to keep them wide.
+struct Raw {
+  uint4 vector[kSourceVectors];
+
+  __device__ __forceinline__ void widen(float* out) const {
+#if EPV2_CAST == 3
+    const uint4 a = vector[0], b = vector[1];
+    const uint32_t words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) out[i] = __uint_as_float(words[i]);
+#else
+    const uint32_t words[4] = {vector[0].x, vector[0].y, vector[0].z, vector[0].w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      out[2 * i] = EPV2_CAST == 1 ? bf16_low(words[i]) : half_low(words[i]);
+      out[2 * i + 1] = EPV2_CAST == 1 ? bf16_high(words[i]) : half_high(words[i]);
+    }
+#endif
+  }
+};
+
+// One warp casts one row. 16 lanes hold one block of 128 values, 8 each, so that loads and stores are contiguous.
+__device__ void cast_row(const uint8_t* from, uint8_t* to, float* scales, int hidden) {
+  constexpr int kUnroll = 4 / kSourceVectors;
+  const int lane = threadIdx.x % kWarp;
+  for (int base = 0; base < hidden; base += kUnroll * kWarp * 8) {
+    Raw raw[kUnroll];
+    float amax[kUnroll];
+#pragma unroll
+    for (int j = 0; j < kUnroll; j++) {
+      const int at = base + (j * kWarp + lane) * 8;
+#pragma unroll
+      for (int i = 0; i < kSourceVectors; i++) {
+        raw[j].vector[i] =
+            at < hidden ? load_streaming(from + (at / 8 * kSourceVectors + i) * 16) : make_uint4(0, 0, 0, 0);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kUnroll; j++) {
+      float value[8];
+      raw[j].widen(value);
+      amax[j] = kSmallestAmax;
+#pragma unroll
+      for (int i = 0; i < 8; i++) amax[j] = fmaxf(amax[j], fabsf(value[i]));
+    }
+#pragma unroll
+    for (int d = 1; d < 16; d *= 2) {
+#pragma unroll
+      for (int j = 0; j < kUnroll; j++) amax[j] = fmaxf(amax[j], __shfl_xor_sync(0xffffffffu, amax[j], d));
+    }
+#pragma unroll
+    for (int j = 0; j < kUnroll; j++) {
+      const int at = base + (j * kWarp + lane) * 8;
+      if (at >= hidden) continue;
+      const float inverse = __fdiv_rn(kE4m3Max, amax[j]);
+      float v[8];
+      raw[j].widen(v);
+      *reinterpret_cast<uint2*>(to + at) =
+          make_uint2(pack_e4m3x4(v[0] * inverse, v[1] * inverse, v[2] * inverse, v[3] * inverse),
+                     pack_e4m3x4(v[4] * inverse, v[5] * inverse, v[6] * inverse, v[7] * inverse));
+      if (lane % 16 == 0) scales[at / kScaleBlock] = __fdiv_rn(amax[j], kE4m3Max);
+    }
+  }
+}
+#else
+// One warp copies one row of a multiple of 16 bytes.
+__device__ void copy_row(const uint8_t* from, uint8_t* to, int bytes) {
+  const int vectors = bytes / 16;
+  int i = threadIdx.x % kWarp;
+  for (; i + 3 * kWarp < vectors; i += 4 * kWarp) {
+    uint4 v[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = load_streaming(from + (i + j * kWarp) * 16);
+#pragma unroll
+    for (int j = 0; j < 4; j++) store_streaming(to + (i + j * kWarp) * 16, v[j]);
+  }
+  for (; i < vectors; i += kWarp) store_streaming(to + i * 16, load_streaming(from + i * 16));
+}
+#endif
+
+__device__ void stage_row(const DispatchStageArgs& args, uint8_t* rows, int token) {
+  const uint8_t* from = reinterpret_cast<const uint8_t*>(args.x) + static_cast<int64_t>(token) * args.x_bytes;
+  uint8_t* to = rows + static_cast<int64_t>(token) * args.row_stride;
+#if EPV2_CAST
+  cast_row(from, to, reinterpret_cast<float*>(to + args.data_bytes), args.data_bytes);
+#else
+  copy_row(from, to, args.x_bytes);
+  const uint32_t* scales = reinterpret_cast<const uint32_t*>(args.scales);
+  uint32_t* scales_out = reinterpret_cast<uint32_t*>(to + args.data_bytes);
+  for (int i = threadIdx.x % kWarp; i < args.scale_words; i += kWarp) {
+    scales_out[i] = scales[static_cast<int64_t>(token) * args.scale_words + i];
+  }
+#endif
+}
+
+}  // namespace
+
+// Shared memory: 1 word, blockDim.x words, then P * (L + 1) words for each of as many warps as fit, at least one.
+EPV2_KERNEL(epv2_dispatch_stage, DispatchStageArgs, 896) {
+  const Common& c = args.common;
+  const int warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
+  const uint32_t number = operation_number(c);
+  uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
+  int32_t* partial = reinterpret_cast<int32_t*>(scratch) + 4;
+  int32_t* warp_counts = partial + blockDim.x;
+  uint8_t* window = peer_pointer(c.window, 0, c.rank);
+
+  // Peers may still be reading what the last dispatch put there.
+  if (!wait_all(c, kDispatchDone, *state_word(c, kLastDispatch), false, scratch)) return;
+
+  if (args.topk_weights != 0) {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(args.topk_weights);
+    uint32_t* to = reinterpret_cast<uint32_t*>(window + args.weights_offset);
+    const int step = gridDim.x * blockDim.x;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.num_tokens * c.num_topk; i += step) to[i] = from[i];
+  }
+  if (!args.cached) {
+    const int columns = c.num_local_experts + 1, width = c.num_ranks * columns;
+    const int num_chunks = (args.num_tokens + kChunk - 1) / kChunk;
+    int32_t* prefix = reinterpret_cast<int32_t*>(window + args.prefix_offset);
+    int32_t* totals = reinterpret_cast<int32_t*>(window + args.totals_offset);
+    const int counting_warps = min(num_warps, args.counting_warps);
+    if (warp < counting_warps) {
+      for (int chunk = blockIdx.x + gridDim.x * warp; chunk < num_chunks; chunk += gridDim.x * counting_warps) {
+        count_chunk(args, chunk, warp_counts + warp * width, reinterpret_cast<int16_t*>(window + args.topk_offset),
+                    prefix);
+      }
+    }
+    if (last_to_arrive(c, kCounted, scratch)) {
+      __threadfence();
+      sum_chunks(prefix, totals, width, num_chunks, partial);
+      if (threadIdx.x == 0) totals[width] = args.num_tokens;
+      __syncthreads();
+      __threadfence_system();
+      signal_all(c, kCountsReady, number);
+    }
+  }
+
+  // The first CTA's last warp tells what arrives, all others stage rows.
+  const bool gathers = !args.cached && blockIdx.x == 0 && warp == num_warps - 1;
+  if (gathers) {
+    gather_counts(args, number, warp_counts);
+  } else {
+    const int absent = args.cached ? 0 : 1;
+    const int workers = gridDim.x * num_warps - absent;
+    int worker = blockIdx.x + gridDim.x * warp;  // neighbours in different CTAs
+    if (absent && worker > static_cast<int>(gridDim.x) * (num_warps - 1)) worker--;
+    uint8_t* rows = window + args.rows_offset;
+    for (int token = worker; token < args.num_tokens; token += workers) stage_row(args, rows, token);
+  }
+  if (last_to_arrive(c, kArrived, scratch)) signal_all(c, kRowsReady, number);
+}

@@ -1,0 +1,216 @@
+"""The compiled part (`csrc/runtime`): NCCL and the CUDA driver, loaded at run time. Pointers and handles are integers.
+
+Calls that wait release the interpreter lock. Everything here may be imported, and fail with a message, without a GPU.
+"""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+class Error(RuntimeError):
+    """A call of NCCL or of the CUDA driver failed, or there is none to call; the text says which and what mends it."""
+
+def built_against() -> dict[str, str]:
+    """Versions of the headers that this module was compiled with: {"nccl": "2.30.7", "cuda": "13.0"}."""
+
+def load_nccl(paths: Sequence[str] = ()) -> None:
+    """Take the `libnccl.so.2` that the process has loaded, else the first of `paths` that exists, else the system's.
+
+    Nothing if one was taken before.
+
+    Raises:
+        Error: there is none, or it is too old or not of the version that this module was compiled with.
+    """
+
+def nccl_version() -> tuple[str, str]:
+    """(version, path) of the NCCL in use.
+
+    Raises:
+        Error: as `load_nccl`.
+    """
+
+def driver_version() -> str:
+    """Newest CUDA version that the driver supports, such as "13.0".
+
+    Raises:
+        Error: there is no CUDA driver.
+    """
+
+def unique_id() -> bytes:
+    """What rank 0 makes and hands to every rank of a communicator to be created."""
+
+@final
+class Communicator:
+    """An NCCL communicator: torch's, borrowed, or one of our own. Every wait gives up after `timeout_seconds`.
+
+    Nothing is released by garbage collection, because NCCL wants its calls in step on all ranks: call `close`.
+    """
+
+    @staticmethod
+    def borrow(pointer: int, timeout_seconds: float) -> Communicator:
+        """Use somebody else's communicator, which stays theirs.
+
+        Raises:
+            Error: `pointer` is 0, because torch makes the communicator at the group's first collective.
+        """
+
+    @staticmethod
+    def create(unique_id: bytes, rank: int, size: int, cta_policy_zero: bool, timeout_seconds: float) -> Communicator:
+        """Make one, together with the other ranks; `cta_policy_zero` lets its collectives run on copy engines.
+
+        Raises:
+            Error: NCCL failed, or not every rank came in time. ValueError: rank, size or id is out of range.
+        """
+
+    @property
+    def pointer(self) -> int:
+        """`ncclComm_t`; 0 once closed."""
+
+    @property
+    def owned(self) -> bool:
+        """Made here, so that `close` destroys it."""
+
+    def properties(self) -> dict[str, Any]:
+        """What NCCL says it can do.
+
+        rank, n_ranks, cuda_device, nvml_device, n_lsa_teams, lsa_rank, lsa_size: int. device_api_support,
+        multimem_support, host_rma_support: bool. gin_type, railed_gin_type: "none", "proxy", "gdaki" or "gpi".
+        """
+
+    def async_error(self) -> str:
+        """An error that NCCL noticed in the background; "" when there is none."""
+
+    def allocate(self, num_bytes: int) -> Window:
+        """Memory for a window, zeroed; no rank reaches it before `Window.register`.
+
+        Raises:
+            Error: there is no such memory left. ValueError: `num_bytes` is not positive.
+        """
+
+    def device_communicator(
+        self,
+        lsa_barriers: int = 0,
+        gin_contexts: int = 0,
+        gin_signals: int = 0,
+        gin_counters: int = 0,
+        gin_connection: str = "none",
+    ) -> DeviceCommunicator:
+        """What kernels need for barriers and the network (collective); `gin_connection` is "none", "full" or "rail"."""
+
+    def close(self) -> None:
+        """Close what was made of it, newest first, then destroy it where it is ours. Nothing if closed."""
+
+    def abort(self) -> None:
+        """End it without waiting for peers, windows included; a borrowed one is only let go of."""
+
+    def forget(self) -> None:
+        """Its owner has destroyed it: free what is ours without another call on it."""
+
+@final
+class Window:
+    """Symmetric memory: `num_bytes` at `pointer` on this rank, reachable from the others through `handle`."""
+
+    def register(self) -> None:
+        """Make it reachable (collective, the same size on all ranks). A failure closes the window.
+
+        Raises:
+            Error: NCCL failed, can't do windows here, or not every rank came in time.
+        """
+
+    @property
+    def pointer(self) -> int:
+        """Address on this device; 0 once closed."""
+
+    @property
+    def handle(self) -> int:
+        """`ncclWindow_t`, for kernels.
+
+        Raises:
+            Error: not registered yet, or closed.
+        """
+
+    @property
+    def num_bytes(self) -> int: ...
+    def lsa_pointer(self, peer: int, offset: int = 0) -> int:
+        """Address of byte `offset` of LSA rank `peer`'s memory, as this device sees it."""
+
+    def close(self) -> None:
+        """Deregister, then free. Nothing if closed. No kernel may use it any more, here or on a peer."""
+
+@final
+class DeviceCommunicator:
+    """`ncclDevComm`: kernels take it by value."""
+
+    @property
+    def data(self) -> bytes:
+        """The struct's bytes."""
+
+    def close(self) -> None:
+        """Destroy it. Nothing if closed."""
+
+@final
+class Mapped:
+    """Page-locked host memory that kernels reach: `host_pointer` for the CPU, `pointer` for the device; zeroed."""
+
+    def __init__(self, num_bytes: int) -> None: ...
+    @property
+    def host_pointer(self) -> int: ...
+    @property
+    def pointer(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def close(self) -> None:
+        """Free it. Nothing if closed."""
+
+@final
+class Module:
+    """Device code loaded into the current context; unloaded when it and its functions are gone."""
+
+    @staticmethod
+    def load(cubin: bytes) -> Module:
+        """Raises: Error: the driver refuses the code, for instance because it is for another architecture."""
+
+    def function(self, name: str) -> Function:
+        """Raises: Error: the code has no kernel `name`."""
+
+@final
+class Function:
+    """One kernel, with its limits."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def registers(self) -> int: ...
+    @property
+    def static_shared_bytes(self) -> int: ...
+    @property
+    def local_bytes(self) -> int: ...
+    @property
+    def max_threads(self) -> int: ...
+    @property
+    def max_dynamic_shared_bytes(self) -> int:
+        """Most that a launch may ask for on this device."""
+
+    @property
+    def args_bytes(self) -> int:
+        """Size of the one struct that the kernel takes."""
+
+    def launch(
+        self,
+        grid: int,
+        block: int,
+        shared_bytes: int,
+        stream: int,
+        args: bytes,
+        cluster: int = 1,
+        programmatic: bool = False,
+    ) -> None:
+        """Launch on `stream`: `grid` CTAs of `block` threads, `args` as the kernel's one parameter.
+
+        Args:
+            cluster: CTAs that form a cluster; divides `grid`.
+            programmatic: may start before the kernel ahead of it on the stream ends (it must wait by itself).
+
+        Raises:
+            ValueError: a size is out of range for the kernel or the device, or `args` is not of the kernel's size.
+            Error: the driver refused the launch.
+        """

@@ -1,0 +1,126 @@
+"""What `ElasticBuffer` asks of a backend, and what passes between them.
+
+Legend: T tokens, H hidden, K top-k, E_local experts of a rank, R received rows (one per token and rank), N rows in
+expert order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from epv2_plugin.elastic.event import Event
+from epv2_plugin.elastic.handle import Route
+
+
+@dataclass
+class Traffic:
+    """Bytes that went to other ranks (host: sent, counted where they leave; cuda: pulled, counted where they arrive).
+
+    Attributes:
+        sent_bytes: everything, headers included.
+        undeduplicated_bytes: what the same rows would have been with one copy per (token, expert) pair.
+    """
+
+    sent_bytes: int = 0
+    undeduplicated_bytes: int = 0
+
+
+@dataclass
+class Received:
+    """Outputs of a dispatch; they hold no data before `event` was waited for.
+
+    Attributes:
+        x: `[R, H]` or `[N, H]`. scales: of FP8 rows. topk_idx: int64 `[R, K]`, compact layout only.
+        topk_weights: fp32 `[R, K]` or `[N]`.
+        num_recv_rows, num_expanded_rows: rows in either layout, as allocated.
+    """
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    route: Route
+    num_recv_rows: int
+    num_expanded_rows: int
+    event: Event
+
+
+class Backend(Protocol):
+    """Dispatch and combine for one group of ranks. Arguments come checked from `ElasticBuffer`.
+
+    Attributes:
+        name: "host" or "cuda". device: of the tensors it takes. dtypes: of rows, apart from e4m3 with scales.
+        num_sms: SMs of the device, 0 on the host. traffic: bytes so far.
+        needs_limit: True where every dispatch must name `num_max_tokens_per_rank`.
+    """
+
+    name: str
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    num_sms: int
+    needs_limit: bool
+    traffic: Traffic
+
+    def describe(self) -> dict[str, Any]:
+        """What carries the data, for `status()`: transport and versions."""
+
+    def check_size(
+        self, *, num_tokens: int, max_tokens: int, num_topk: int, num_experts: int, hidden: int, row: torch.dtype
+    ) -> None:
+        """Raise `BufferSizeError` with the needed size if such an operation does not fit."""
+
+    def dispatch(
+        self,
+        x_TH: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx_TK: torch.Tensor,
+        topk_weights_TK: torch.Tensor | None,
+        *,
+        num_experts: int,
+        num_max_tokens_per_rank: int,
+        alignment: int,
+        exact: bool,
+        expand: bool,
+        zero_padding: bool,
+        statistics: torch.Tensor | None,
+        route: Any,
+        use_fp8: bool,
+        column_major_scales: bool,
+        num_sms: int,
+        previous: Sequence[Event],
+        asynchronous: bool,
+    ) -> Received:
+        """See `ElasticBuffer.dispatch`. `route` repeats a routing."""
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        bias_TH: Sequence[torch.Tensor],
+        route: Any,
+        *,
+        expanded: bool,
+        num_sms: int,
+        previous: Sequence[Event],
+        asynchronous: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Event]:
+        """See `ElasticBuffer.combine`."""
+
+    def combine_buffer(self, route: Any, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
+        """See `ElasticBuffer.get_combine_buffer`."""
+
+    def barrier(self) -> None:
+        """Work submitted later starts once every rank has called this; on the host, return then."""
+
+    def capture(self) -> Event:
+        """The end of what the current stream has been given so far."""
+
+    def comm_stream(self) -> Any:
+        """The stream that asynchronous operations run on, None on the host."""
+
+    def close(self) -> None:
+        """Release everything."""

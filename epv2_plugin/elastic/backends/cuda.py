@@ -1,0 +1,680 @@
+"""The cuda backend: dispatch and combine between GPUs that reach each other's memory, by csrc/kernels/ep.
+
+A dispatch is three kernels: stage (tokens, routing and counts into this rank's window), route (which rows come here),
+pull (read them from the peers' windows into their final places). A combine is two: stage (sums of expert rows into the
+window), pull (owners read and add). Ranks wait for each other inside the kernels; see csrc/kernels/ep/protocol.cuh.
+
+Legend: T tokens of this rank, M most tokens of any rank, H hidden, K top-k, E_local experts of a rank, P ranks,
+R received rows (one per token and rank), N rows in expert order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from epv2_plugin.elastic import sizing
+from epv2_plugin.elastic.backends.base import Received, Traffic
+from epv2_plugin.elastic.backends.device import Runtime
+from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
+from epv2_plugin.elastic.event import Event
+from epv2_plugin.elastic.sizing import CombineLayout, DispatchLayout, LaunchShape, align
+from epv2_plugin.jit import kernels
+from epv2_plugin.jit.kernels import Kernel
+
+MAX_TOPK = 32  # one lane of a warp for each
+MAX_EXPERTS = 1 << 15  # an expert is an int16 on its way
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_STATE_WORDS, _ERROR_WORDS = 32, 16
+
+# What csrc/kernels/ep/protocol.cuh numbers: flags, which are what a wait is for, and reasons to give up.
+_PHASES = (
+    "dispatch, counts",
+    "dispatch, rows",
+    "dispatch, end of the one before",
+    "combine, rows",
+    "combine, end of the one before",
+    "barrier",
+)
+_TIMEOUT, _PEER_FAILED, _OTHER_ARGUMENTS, _BAD_EXPERT, _TOO_MANY_ROWS = range(1, 6)
+
+
+class CudaEvent:
+    """The end of an operation of the cuda backend. Waiting makes the current stream wait, not the host."""
+
+    def __init__(self, backend: CudaBackend):
+        self._backend = backend
+        self._event = backend.runtime.record()
+
+    def current_stream_wait(self) -> None:
+        """Make the current stream wait for the operation.
+
+        Raises:
+            CommunicationError: this rank gave up on a peer; known only once the operation ran.
+        """
+        self._backend.check()
+        self._backend.runtime.wait(self._event)
+
+
+class CudaRoute:
+    """One routing: what the kernels counted and where each received row comes from and goes to.
+
+    Attributes:
+        topk_idx_TK: int64 `[T, K]`. metadata: int32 `[rows, 2 + K]`, see `EPHandle.recv_src_metadata`; rows as
+        allocated. num_expanded_rows: likewise, in expert order. number: of the dispatch, the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        topk_idx_TK: torch.Tensor,
+        counts: torch.Tensor,
+        *,
+        num_ranks: int,
+        num_experts: int,
+        max_tokens: int,
+        alignment: int,
+        expanded: bool,
+        number: int,
+    ):
+        self.topk_idx_TK, self.counts = topk_idx_TK, counts
+        self.num_ranks, self.num_experts, self.num_local_experts = num_ranks, num_experts, num_experts // num_ranks
+        self.num_max_tokens_per_rank, self.expert_alignment, self.expanded = max_tokens, alignment, expanded
+        self.number = number
+        self.host_counts: list[list[int]] | None = None  # [P, E_local + 1] rows from each rank, if the host knows
+        self.metadata = counts.new_empty(0, 2 + topk_idx_TK.shape[1])
+        self.num_expanded_rows = 0
+        self.recv_topk_idx: torch.Tensor | None = None  # int64 [rows, K], compact layout only
+
+    @property
+    def num_topk(self) -> int:
+        return self.topk_idx_TK.shape[1]
+
+    @property
+    def _from(self) -> torch.Tensor:
+        """int32 `[P, E_local + 1]`: rows from each rank for each expert, and (last) in the compact layout."""
+        columns = self.num_local_experts + 1
+        return self.counts[self.num_ranks * columns : 2 * self.num_ranks * columns].view(self.num_ranks, columns)
+
+    @property
+    def received_per_source(self) -> torch.Tensor:
+        return self._from[:, -1].contiguous()
+
+    @cached_property
+    def received_per_expert(self) -> torch.Tensor:
+        return self._from[:, :-1].sum(0, dtype=torch.int32)
+
+    @cached_property
+    def rows_per_expert(self) -> list[int]:
+        if self.host_counts is None:
+            return self.received_per_expert.tolist()
+        return [sum(column) for column in list(zip(*self.host_counts, strict=True))[:-1]]
+
+    @cached_property
+    def recv_src_metadata(self) -> torch.Tensor:
+        if self.host_counts is not None:
+            return self.metadata
+        return self.metadata[: int(self._from[:, -1].sum())]
+
+    @cached_property
+    def dst_buffer_slot_idx(self) -> torch.Tensor:
+        rank_TK = self.topk_idx_TK.div(self.num_local_experts, rounding_mode="floor")  # -1 stays -1
+        goes_TP = rank_TK.new_zeros(rank_TK.shape[0], self.num_ranks + 1, dtype=torch.bool)
+        goes_TP.scatter_(1, rank_TK.masked_fill(rank_TK < 0, self.num_ranks), True)
+        slot_TK = (goes_TP.cumsum(0) - 1).gather(1, rank_TK.clamp(min=0))
+        return slot_TK.masked_fill_(rank_TK < 0, -1).to(torch.int32)
+
+
+class CudaBackend:
+    """`Backend` on one window of symmetric memory per rank. Collective.
+
+    Args:
+        runtime: the device. num_bytes: of the window; None = what the sizes below need.
+        max_tokens, hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction: see `ElasticBuffer`.
+        host_timeout_seconds, gpu_timeout_seconds: after which a wait on the host, in a kernel gives up.
+
+    Raises:
+        ValueError: neither bytes nor sizes are given. BufferSizeError: `num_bytes` is too small for any operation.
+    """
+
+    name = "cuda"
+    dtypes: tuple[torch.dtype, ...] = tuple(_DTYPES)
+    needs_limit = True
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        num_bytes: int | None,
+        max_tokens: int,
+        hidden: int,
+        num_topk: int,
+        use_fp8_dispatch: bool,
+        allow_multiple_reduction: bool,
+        host_timeout_seconds: float,
+        gpu_timeout_seconds: float,
+    ):
+        self.runtime, self.device, self.num_sms = runtime, runtime.device, runtime.num_sms
+        self.traffic = Traffic()
+        self._allow_multiple_reduction = allow_multiple_reduction
+        self._host_timeout, self._gpu_timeout = host_timeout_seconds, gpu_timeout_seconds
+        control = sizing.control_bytes(runtime.size)
+        if num_bytes is not None:
+            # Rows that go back need a place per source rank, rows to dispatch only one.
+            self.num_bytes = align(num_bytes, sizing.BUFFER_ALIGNMENT)
+            split = control + (self.num_bytes - control) // (runtime.size + 1)
+            self._combine_start = split // sizing.SECTION_ALIGNMENT * sizing.SECTION_ALIGNMENT
+        elif max_tokens and hidden:
+            self.num_bytes, self._combine_start = sizing.window_bytes(
+                runtime.size, max_tokens, hidden, num_topk, use_fp8_dispatch
+            )
+        else:
+            raise ValueError(
+                f"num_bytes is None, num_max_tokens_per_rank = {max_tokens} and hidden = {hidden}: the cuda backend "
+                "allocates its window when the buffer is made and needs num_bytes, or both of the others"
+            )
+        self._window = runtime.window(self.num_bytes)
+        self._state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=runtime.device)
+        self._error = runtime.mapped(4 * _ERROR_WORDS)
+        self._error_words = self._error.tensor.view(torch.int32).numpy()
+        self._host_counts: Any = None  # mapped memory that grows with the number of experts
+        self._tag = 0
+        self._dispatches = 0
+        self._last: tuple[Any, bool, Any] | None = None  # stream, being captured, event of the last operation
+        self._failure: CommunicationError | ValueError | None = None
+
+    # ---- what it is ---------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self.runtime.description)
+
+    def capture(self) -> Event:
+        return CudaEvent(self)
+
+    def comm_stream(self) -> Any:
+        return self.runtime.comm_stream()
+
+    def close(self) -> None:
+        self.runtime.close()
+
+    def check(self) -> None:
+        """Raise what made this rank give up, if anything did.
+
+        Raises:
+            CommunicationError: a peer did not come, gave up or came with other arguments.
+            ValueError: `topk_idx` of an operation named no expert.
+        """
+        if self._failure is None and int(self._error_words[0]):
+            self._failure = self._read_error()
+        if self._failure is not None:
+            raise self._failure
+
+    def _read_error(self) -> CommunicationError | ValueError:
+        code, peer, phase, expected, seen, extra = (int(word) for word in self._error_words[1:7])
+        rank, name = self.runtime.rank, _PHASES[phase]
+        if code == _BAD_EXPERT:
+            return ValueError(f"topk_idx[{seen}, {extra}] = {expected}: must be -1 (none) or an expert")
+        if code == _TIMEOUT:
+            wanted, got = f"operation {expected} within {self._gpu_timeout:g} s", f"operation {seen}"
+            return CommunicationTimeout(rank, peer, name, wanted, got)
+        if code == _PEER_FAILED:
+            return CommunicationError(rank, peer, name, f"operation {expected}", "that it gave up")
+        if code == _OTHER_ARGUMENTS:
+            wanted = f"a call with this rank's arguments (signature {expected & 0xFFFFFFFF:08x})"
+            return CommunicationError(rank, peer, name, wanted, f"signature {seen & 0xFFFFFFFF:08x}")
+        assert code == _TOO_MANY_ROWS
+        wanted = f"at most {expected} rows (with do_cpu_sync=False a token must not name an expert twice)"
+        return CommunicationError(rank, peer, name, wanted, f"row {seen}")
+
+    def check_size(
+        self, *, num_tokens: int, max_tokens: int, num_topk: int, num_experts: int, hidden: int, row: torch.dtype
+    ) -> None:
+        del num_tokens
+        if num_topk > MAX_TOPK:
+            raise ValueError(f"topk_idx has top-k {num_topk}: the cuda backend takes at most {MAX_TOPK}")
+        if num_experts > MAX_EXPERTS:
+            raise ValueError(f"num_experts = {num_experts}: the cuda backend takes at most {MAX_EXPERTS}")
+        _check_row(hidden, row)
+        fp8 = row.itemsize == 1
+        layout = self._dispatch_layout(
+            max_tokens,
+            num_topk,
+            num_experts // self.runtime.size,
+            hidden * row.itemsize,
+            sizing.scale_columns(hidden, packed=False) if fp8 else 0,
+        )
+        if layout.end > self._combine_start:
+            needed = layout.end - self._combine_start + self.num_bytes
+            raise BufferSizeError(
+                f"the buffer has {self._combine_start} of its {self.num_bytes} bytes for what is dispatched, this "
+                f"dispatch needs {layout.end}: make it with num_bytes = {needed * (self.runtime.size + 1)} or with "
+                "num_max_tokens_per_rank, hidden and num_topk"
+            )
+
+    def _dispatch_layout(
+        self, max_tokens: int, num_topk: int, num_local_experts: int, data_bytes: int, scale_words: int
+    ) -> DispatchLayout:
+        return DispatchLayout(
+            sizing.control_bytes(self.runtime.size),
+            num_ranks=self.runtime.size,
+            max_tokens=max_tokens,
+            num_topk=num_topk,
+            num_local_experts=num_local_experts,
+            data_bytes=data_bytes,
+            scale_words=scale_words,
+        )
+
+    def _combine_layout(self, route: CudaRoute, row_bytes: int, by_row: bool) -> CombineLayout:
+        layout = CombineLayout(
+            self._combine_start,
+            num_ranks=route.num_ranks,
+            max_tokens=route.num_max_tokens_per_rank,
+            num_topk=route.num_topk,
+            row_bytes=row_bytes,
+            num_rows=route.num_expanded_rows if by_row else None,
+        )
+        if layout.end > self.num_bytes:
+            raise BufferSizeError(
+                f"the buffer has {self.num_bytes - self._combine_start} of its {self.num_bytes} bytes for what is "
+                f"combined, this needs {layout.end - self._combine_start}"
+                + (f" for {route.num_expanded_rows} expert rows that travel as they are" if by_row else "")
+                + f": make it with num_bytes = {align(layout.end, sizing.BUFFER_ALIGNMENT)} or more"
+            )
+        return layout
+
+    # ---- launches -----------------------------------------------------------------------------------------------
+
+    def _arguments(self, kernel: Kernel, signature: int, route: CudaRoute | None = None, **fields: Any) -> Any:
+        arguments = kernels.args_type(kernel)()
+        common = arguments.common
+        common.window, common.state, common.error = self._window.handle, self._state.data_ptr(), self._error.pointer
+        common.timeout_ns = int(self._gpu_timeout * 1e9)
+        common.signature = signature
+        common.rank, common.num_ranks = self.runtime.rank, self.runtime.size
+        if route is not None:
+            common.max_tokens, common.num_topk = route.num_max_tokens_per_rank, route.num_topk
+            common.num_local_experts = route.num_local_experts
+        for name, value in fields.items():
+            setattr(arguments, name, value)
+        return arguments
+
+    def _launch(self, kernel: Kernel, arguments: ctypes.Structure, ctas: int, shape: LaunchShape) -> None:
+        self.runtime.launch(kernel, arguments, ctas=ctas, threads=shape.threads, shared_bytes=shape.shared_bytes)
+
+    @contextmanager
+    def _operation(self, previous: Sequence[Event], asynchronous: bool, inputs: Iterable[Any]) -> Iterator[_Stream]:
+        """Launch what follows on the right stream, after everything that it has to wait for."""
+        self.check()
+        runtime = self.runtime
+        if not asynchronous:
+            yield self._begin(previous, None)
+            return
+        caller = runtime.current_stream()
+        before = [] if previous else [CudaEvent(self)]
+        with runtime.on_comm_stream():
+            for tensor in inputs:
+                if tensor is not None and tensor.device.type == "cuda":
+                    tensor.record_stream(runtime.comm_stream())
+            yield self._begin([*previous, *before], caller)
+
+    def _begin(self, previous: Sequence[Event], caller: Any) -> _Stream:
+        runtime = self.runtime
+        for event in previous:
+            event.current_stream_wait()
+        # Operations of a buffer run one by one, whatever streams they are on. What a graph captured is ordered by it.
+        stream, capturing = runtime.current_stream(), runtime.is_capturing()
+        if self._last is not None and self._last[0] != stream and self._last[1] == capturing:
+            runtime.wait(self._last[2])
+        return _Stream(self, stream, capturing, caller)
+
+    # ---- dispatch -----------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x_TH: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx_TK: torch.Tensor,
+        topk_weights_TK: torch.Tensor | None,
+        *,
+        num_experts: int,
+        num_max_tokens_per_rank: int,
+        alignment: int,
+        exact: bool,
+        expand: bool,
+        zero_padding: bool,
+        statistics: torch.Tensor | None,
+        route: CudaRoute | None,
+        use_fp8: bool,
+        column_major_scales: bool,
+        num_sms: int,
+        previous: Sequence[Event],
+        asynchronous: bool,
+    ) -> Received:
+        runtime = self.runtime
+        num_tokens, hidden = x_TH.shape
+        out_dtype = torch.float8_e4m3fn if use_fp8 else x_TH.dtype
+        _check_row(hidden, out_dtype)
+        x_TH = _aligned(x_TH)
+        scale_words = sizing.scale_columns(hidden, packed=False) if use_fp8 else 0
+        scale_dtype = torch.float32
+        if scales is not None:
+            scale_words, scale_dtype = scales.shape[1], scales.dtype
+        cached = route is not None
+        with self._operation(previous, asynchronous, (x_TH, scales, topk_idx_TK, topk_weights_TK, statistics)) as place:
+            if route is None:
+                self._dispatches += 1
+                words = sizing.counts_words(runtime.size, num_experts // runtime.size)
+                route = CudaRoute(
+                    topk_idx_TK,
+                    torch.empty(words, dtype=torch.int32, device=self.device),
+                    num_ranks=runtime.size,
+                    num_experts=num_experts,
+                    max_tokens=num_max_tokens_per_rank,
+                    alignment=alignment,
+                    expanded=expand,
+                    number=self._dispatches,
+                )
+            layout = self._dispatch_layout(
+                route.num_max_tokens_per_rank,
+                route.num_topk,
+                route.num_local_experts,
+                hidden * out_dtype.itemsize,
+                scale_words,
+            )
+            signature = _signature(
+                "cached dispatch" if cached else "dispatch",
+                route.number,
+                hidden,
+                out_dtype,
+                scale_words,
+                route.num_topk,
+                num_experts,
+                route.num_max_tokens_per_rank,
+                topk_weights_TK is not None,
+            )
+            wants_counts = exact and not cached
+            if wants_counts:
+                self._make_host_counts(route)
+            shape = sizing.stage_shape(runtime.size, route.num_local_experts)
+            kernel = kernels.DISPATCH_STAGE[_DTYPES[x_TH.dtype] if use_fp8 else ""]
+            arguments = self._arguments(
+                kernel,
+                signature,
+                route,
+                x=_pointer(x_TH),
+                scales=_pointer(scales),
+                topk_idx=_pointer(topk_idx_TK),
+                cached=int(cached),
+                topk_weights=_pointer(topk_weights_TK),
+                counts=_pointer(route.counts),
+                host_counts=self._host_counts.pointer if wants_counts else 0,
+                host_tag=self._tag,
+                topk_offset=layout.topk,
+                weights_offset=layout.weights,
+                prefix_offset=layout.prefix,
+                totals_offset=layout.totals,
+                rows_offset=layout.rows,
+                num_tokens=num_tokens,
+                x_bytes=hidden * x_TH.itemsize,
+                data_bytes=hidden * out_dtype.itemsize,
+                scale_words=scale_words,
+                row_stride=layout.row_stride,
+                expert_alignment=alignment,
+                counting_warps=shape.counting_warps,
+            )
+            self._launch(kernel, arguments, num_sms, shape)
+
+            if not cached:
+                self._size_outputs(route, exact)
+            num_recv, num_expanded = route.metadata.shape[0], route.num_expanded_rows
+            num_out = num_expanded if expand else num_recv
+            out_x = torch.empty(num_out, hidden, dtype=out_dtype, device=self.device)
+            out_scales = None
+            if scale_words and column_major_scales:
+                out_scales = torch.empty(scale_words, align(num_out, 4), dtype=scale_dtype, device=self.device)
+                out_scales = out_scales.t()[:num_out]
+            elif scale_words:
+                out_scales = torch.empty(num_out, scale_words, dtype=scale_dtype, device=self.device)
+            if not expand and not cached:
+                route.recv_topk_idx = torch.empty(num_recv, route.num_topk, dtype=torch.int64, device=self.device)
+            out_weights = None
+            if topk_weights_TK is not None:
+                size = (num_expanded,) if expand else (num_recv, route.num_topk)
+                out_weights = torch.empty(size, dtype=torch.float32, device=self.device)
+            if not cached or out_weights is not None:
+                self._launch_route(route, layout, signature, cached, out_weights, statistics, num_sms)
+            shape = sizing.pull_shape(runtime.size, hidden * out_dtype.itemsize, scale_words)
+            arguments = self._arguments(
+                kernels.DISPATCH_PULL,
+                signature,
+                route,
+                counts=_pointer(route.counts),
+                metadata=_pointer(route.metadata),
+                out=_pointer(out_x),
+                out_scales=_pointer(out_scales),
+                rows_offset=layout.rows,
+                scale_row_stride=0 if out_scales is None else out_scales.stride(0),
+                scale_column_stride=0 if out_scales is None else out_scales.stride(1),
+                data_bytes=hidden * out_dtype.itemsize,
+                scale_words=scale_words,
+                row_stride=layout.row_stride,
+                piece_bytes=shape.piece_bytes,
+                num_stages=shape.stages,
+                expand=int(expand),
+                rows_capacity=num_recv,
+                expanded_capacity=num_expanded,
+                expert_alignment=route.expert_alignment,
+                zero_padding=int(zero_padding),
+            )
+            self._launch(kernels.DISPATCH_PULL, arguments, num_sms, shape)
+            event = place.end((out_x, out_scales, out_weights, route.recv_topk_idx, route.counts, route.metadata))
+        self._count(route, hidden * out_dtype.itemsize + 4 * scale_words + (4 if out_weights is not None else 0))
+        return Received(out_x, out_scales, route.recv_topk_idx, out_weights, route, num_recv, num_expanded, event)
+
+    def _launch_route(
+        self,
+        route: CudaRoute,
+        layout: DispatchLayout,
+        signature: int,
+        cached: bool,
+        out_weights: torch.Tensor | None,
+        statistics: torch.Tensor | None,
+        num_sms: int,
+    ) -> None:
+        arguments = self._arguments(
+            kernels.DISPATCH_ROUTE,
+            signature,
+            route,
+            counts=_pointer(route.counts),
+            metadata=_pointer(route.metadata),
+            recv_topk_idx=_pointer(route.recv_topk_idx),
+            recv_weights=_pointer(out_weights),
+            statistics=_pointer(statistics),
+            topk_offset=layout.topk,
+            weights_offset=layout.weights,
+            prefix_offset=layout.prefix,
+            cached=int(cached),
+            statistics_wide=int(statistics is not None and statistics.dtype == torch.int64),
+            expand=int(route.expanded),
+            rows_capacity=route.metadata.shape[0],
+            expanded_capacity=route.num_expanded_rows,
+            expert_alignment=route.expert_alignment,
+        )
+        self._launch(kernels.DISPATCH_ROUTE, arguments, num_sms, sizing.route_shape(route.num_local_experts))
+
+    def _make_host_counts(self, route: CudaRoute) -> None:
+        """Mapped memory in which the stage kernel tells what arrives, and the tag that will say that it has."""
+        num_bytes = 4 * (1 + route.counts.numel())
+        if self._host_counts is None or self._host_counts.tensor.numel() < num_bytes:
+            self._host_counts = self.runtime.mapped(num_bytes)
+        self._tag = self._tag % 0x7FFFFFFF + 1
+
+    def _size_outputs(self, route: CudaRoute, exact: bool) -> None:
+        """Allocate the metadata and say how many rows the outputs have."""
+        size, limit = self.runtime.size, route.num_max_tokens_per_rank
+        if exact:
+            route.host_counts = self._wait_for_counts(route)
+            num_rows = sum(row[-1] for row in route.host_counts)
+            route.num_expanded_rows = sum(align(n, route.expert_alignment) for n in route.rows_per_expert)
+        else:
+            num_rows = sizing.max_received_rows(size, limit)
+            route.num_expanded_rows = sizing.max_expanded_rows(
+                size, limit, route.num_topk, route.num_local_experts, route.expert_alignment
+            )
+        route.metadata = route.counts.new_empty(num_rows, 2 + route.num_topk)
+
+    def _wait_for_counts(self, route: CudaRoute) -> list[list[int]]:
+        words = self._host_counts.tensor.view(torch.int32).numpy()
+        deadline = time.monotonic() + self._host_timeout
+        while words[0] != self._tag:
+            self.check()
+            if time.monotonic() > deadline:
+                raise CommunicationTimeout(
+                    self.runtime.rank, -1, "dispatch, counts", f"counts within {self._host_timeout:g} s", "none"
+                )
+            time.sleep(0)  # other threads of this process need the interpreter
+        size, columns = self.runtime.size, route.num_local_experts + 1
+        return words[1 + size * columns : 1 + 2 * size * columns].reshape(size, columns).tolist()
+
+    def _count(self, route: CudaRoute, row_bytes: int) -> None:
+        """Count what was pulled from other ranks; unknown to the host after `do_cpu_sync=False`."""
+        if route.host_counts is None:
+            return
+        others = [row for source, row in enumerate(route.host_counts) if source != self.runtime.rank]
+        self.traffic.sent_bytes += row_bytes * sum(row[-1] for row in others)
+        self.traffic.undeduplicated_bytes += row_bytes * sum(sum(row[:-1]) for row in others)
+
+    # ---- combine ------------------------------------------------------------------------------------------------
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        bias_TH: Sequence[torch.Tensor],
+        route: CudaRoute,
+        *,
+        expanded: bool,
+        num_sms: int,
+        previous: Sequence[Event],
+        asynchronous: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Event]:
+        hidden = x.shape[1]
+        _check_row(hidden, x.dtype)
+        row_bytes = hidden * x.itemsize
+        in_window = expanded and self._lies_in_window(x, route, row_bytes)
+        by_row = expanded and (in_window or not self._allow_multiple_reduction)
+        layout = self._combine_layout(route, row_bytes, by_row)
+        if not in_window:
+            x = _aligned(x)
+        biases = [_aligned(bias) for bias in bias_TH]
+        num_tokens = route.topk_idx_TK.shape[0]
+        shape = sizing.sum_shape(self.runtime.size, row_bytes)
+        signature = _signature(
+            "combine", route.number, hidden, x.dtype, by_row, topk_weights is not None, route.num_max_tokens_per_rank
+        )
+        with self._operation(previous, asynchronous, (x, topk_weights, *biases, route.metadata, route.counts)) as place:
+            combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
+            combined_weights = None
+            if topk_weights is not None:
+                combined_weights = torch.empty(num_tokens, route.num_topk, dtype=torch.float32, device=self.device)
+            fields = {
+                "counts": _pointer(route.counts),
+                "metadata": _pointer(route.metadata),
+                "x": 0 if in_window else _pointer(x),
+                "weights": _pointer(topk_weights),
+                "topk_idx": _pointer(route.topk_idx_TK),
+                "bias_0": _pointer(biases[0]) if biases else 0,
+                "bias_1": _pointer(biases[1]) if len(biases) > 1 else 0,
+                "out": _pointer(combined),
+                "out_weights": _pointer(combined_weights),
+                "rows_offset": layout.rows,
+                "table_offset": layout.table,
+                "weights_offset": layout.weights,
+                "num_tokens": num_tokens,
+                "row_bytes": row_bytes,
+                "piece_bytes": shape.piece_bytes,
+                "num_groups": shape.groups,
+                "num_slots": shape.stages,
+                "expand": int(expanded),
+                "by_row": int(by_row),
+                "has_weights": int(topk_weights is not None),
+                "in_window": int(in_window),
+            }
+            for kernel in (kernels.COMBINE_STAGE, kernels.COMBINE_PULL):
+                variant = kernel[_DTYPES[x.dtype]]
+                self._launch(variant, self._arguments(variant, signature, route, **fields), num_sms, shape)
+            event = place.end((combined, combined_weights))
+        return combined, combined_weights, event
+
+    def _lies_in_window(self, x: torch.Tensor, route: CudaRoute, row_bytes: int) -> bool:
+        begin = self._window.tensor.data_ptr()
+        if not begin <= x.data_ptr() < begin + self.num_bytes or x.numel() == 0:
+            return False
+        if x.data_ptr() != begin + self._combine_layout(route, row_bytes, by_row=True).rows:
+            raise ValueError("x lies in the buffer's window, but is not what get_combine_buffer gave for this handle")
+        return True
+
+    def combine_buffer(self, route: CudaRoute, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype is {dtype}: must be {' or '.join(map(str, _DTYPES))}")
+        _check_row(hidden, dtype)
+        row_bytes = hidden * dtype.itemsize
+        layout = self._combine_layout(route, row_bytes, by_row=True)
+        with self._operation((), False, ()) as place:
+            arguments = self._arguments(kernels.COMBINE_IDLE, 0)
+            self._launch(kernels.COMBINE_IDLE, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
+            place.end(())
+        num_bytes = route.num_expanded_rows * row_bytes
+        return self._window.tensor[layout.rows : layout.rows + num_bytes].view(dtype).view(-1, hidden)
+
+    def barrier(self) -> None:
+        with self._operation((), False, ()) as place:
+            arguments = self._arguments(kernels.BARRIER, _signature("barrier"))
+            self._launch(kernels.BARRIER, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
+            place.end(())
+        self.check()
+
+
+class _Stream:
+    """Where an operation runs; `end` when all its kernels are launched."""
+
+    def __init__(self, backend: CudaBackend, stream: Any, capturing: bool, caller: Any):
+        self._backend, self._stream, self._capturing, self._caller = backend, stream, capturing, caller
+
+    def end(self, outputs: Iterable[torch.Tensor | None]) -> CudaEvent:
+        """The operation's event. `outputs` are used on the caller's stream from now on, whichever made them."""
+        if self._caller is not None:
+            for tensor in outputs:
+                if tensor is not None and tensor.device.type == "cuda":
+                    tensor.record_stream(self._caller)
+        event = CudaEvent(self._backend)
+        self._backend._last = (self._stream, self._capturing, event._event)
+        return event
+
+
+def _check_row(hidden: int, dtype: torch.dtype) -> None:
+    if hidden * dtype.itemsize % sizing.ROW_ALIGNMENT:
+        raise ValueError(
+            f"hidden size {hidden} in {dtype} is {hidden * dtype.itemsize} bytes a row: the cuda backend moves rows of "
+            f"multiples of {sizing.ROW_ALIGNMENT} bytes"
+        )
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` at an address that bulk copies take; a view into a larger tensor may begin anywhere."""
+    return tensor if tensor.data_ptr() % sizing.ROW_ALIGNMENT == 0 else tensor.clone()
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _signature(*arguments: object) -> int:
+    """32 bits that are the same on all ranks if their arguments are, and almost surely differ otherwise."""
+    return zlib.crc32(repr(arguments).encode())

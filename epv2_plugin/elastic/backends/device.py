@@ -1,0 +1,409 @@
+"""What the cuda backend asks of a device: symmetric windows, mapped host memory, launches, streams and events.
+
+`Runtime` is the interface; `CudaRuntime` is the real one, over `epv2_plugin._C` and torch.cuda. The tests have another
+that runs the same kernels on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from epv2_plugin.elastic.errors import CommunicationTimeout
+from epv2_plugin.jit import Kernel
+
+if TYPE_CHECKING:
+    from epv2_plugin import _C
+
+
+class Window(Protocol):
+    """Memory of this rank that every rank of the group can read and write. Gone after `close` of its runtime.
+
+    Attributes:
+        tensor: `[num_bytes]` uint8, this rank's memory. handle: what kernels get as `args.window`.
+    """
+
+    @property
+    def tensor(self) -> torch.Tensor: ...
+    @property
+    def handle(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class Mapped(Protocol):
+    """Host memory that kernels can write. Gone after `close` of its runtime.
+
+    Attributes:
+        tensor: `[num_bytes]` uint8 on the CPU. pointer: its address for kernels.
+    """
+
+    @property
+    def tensor(self) -> torch.Tensor: ...
+    @property
+    def pointer(self) -> int: ...
+
+
+class Runtime(Protocol):
+    """The device of one rank of a group. "Collective" = every rank calls it, in the same order.
+
+    Attributes:
+        rank, size: in the group. device: of tensors. num_sms: SMs of the device.
+        description: what `status()` shows: transport, NCCL version and so on.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    num_sms: int
+    description: dict[str, Any]
+
+    def window(self, num_bytes: int) -> Window:
+        """Zeroed memory that peers reach (collective)."""
+
+    def mapped(self, num_bytes: int) -> Mapped:
+        """Zeroed host memory that kernels reach."""
+
+    def launch(self, kernel: Kernel, args: ctypes.Structure, *, ctas: int, threads: int, shared_bytes: int) -> None:
+        """Launch on the current stream: `ctas` blocks of `threads`, with `shared_bytes` of dynamic shared memory."""
+
+    def comm_stream(self) -> Any:
+        """The stream of `on_comm_stream`, for `Tensor.record_stream`; None where the device has no streams."""
+
+    def on_comm_stream(self) -> AbstractContextManager[None]:
+        """Make the stream set aside for communication the current one. It waits for nothing by itself."""
+
+    def current_stream(self) -> Any:
+        """The stream that `launch` uses; equal for the same stream."""
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph."""
+
+    def record(self) -> Any:
+        """An event after everything so far on the current stream."""
+
+    def wait(self, event: Any) -> None:
+        """Make the current stream wait for `event`."""
+
+    def close(self) -> None:
+        """Wait for the device, then release windows, mapped memory and communicator (collective). Once is enough."""
+
+
+_PHASE = "creation of the buffer"
+_runtimes_made: dict[str, int] = {}
+_functions: dict[tuple[Kernel, int], _C.Function] = {}
+
+
+class _DeviceBytes:
+    """Memory at `pointer` as torch takes it over; a tensor made of this keeps `owner` alive."""
+
+    def __init__(self, pointer: int, num_bytes: int, owner: object):
+        self.owner = owner
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
+
+
+class _CudaWindow:
+    def __init__(self, raw: _C.Window, device: torch.device):
+        self.handle, self.num_bytes = raw.handle, raw.num_bytes
+        self.peer_pointer = raw.lsa_pointer  # (rank, offset) -> address there, for copies without a kernel
+        self.tensor = torch.as_tensor(_DeviceBytes(raw.pointer, raw.num_bytes, raw), device=device)
+
+
+class _CudaMapped:
+    def __init__(self, raw: _C.Mapped):
+        self.pointer = raw.pointer
+        memory = (ctypes.c_uint8 * raw.num_bytes).from_address(raw.host_pointer)
+        memory.owner = raw  # type: ignore[attr-defined]  # the tensor keeps `memory` alive, and that the mapping
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class CudaRuntime:
+    """`Runtime` on this process's CUDA device, among ranks that reach each other's memory (one NCCL LSA team).
+
+    Takes torch's NCCL communicator of `group` where every rank has one, and makes one of its own otherwise: `group` may
+    be gloo only. Collective.
+
+    Args:
+        group: its ranks; the device is `torch.cuda.current_device()`.
+        timeout_seconds: after which a wait of the host for other ranks gives up.
+
+    Raises:
+        RuntimeError: no device, no compiled part, NCCL too old or unable to share memory, a CUDA graph being captured;
+            on every rank if on one, with what mends it.
+        CommunicationTimeout: not every rank came in time.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout_seconds: float):
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._group, self._timeout = group, timeout_seconds
+        self._meeting = _Meeting(group, timeout_seconds)
+        self._closed = False
+        self._windows = 0
+        self._mapped: list[_C.Mapped] = []
+        self._communicator: _C.Communicator | None = None
+        states = self._meeting.agree("state", self._start)
+        if len(versions := {state.split()[0] for state in states}) > 1:
+            raise RuntimeError(
+                f"the ranks of this group have loaded different versions of NCCL ({', '.join(sorted(versions))}): "
+                "install the same nvidia-nccl package on all machines"
+            )
+        try:
+            if all(state.endswith(" torch") for state in states):
+                pointer = _torch_communicator(group, self.device)
+                self._communicator = self._library.Communicator.borrow(pointer, timeout_seconds)
+            self._meeting.agree("communicator", self._join)
+        except BaseException:
+            if self._communicator is not None:
+                self._communicator.abort()
+            raise
+        self._stream = torch.cuda.Stream(self.device, priority=-1)
+
+    def _start(self) -> str:
+        """Make the device and NCCL ready; what the other ranks must know: NCCL's version, who has a communicator."""
+        self._library = _check_device()
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.synchronize(self.device)  # makes the context where this is the first use of the device
+        self.num_sms: int = torch.cuda.get_device_properties(self.device).multi_processor_count
+        version, _ = self._library.nccl_version()
+        return f"{version} {'torch' if _torch_communicator(self._group, self.device) else 'none'}"
+
+    def _join(self) -> str:
+        """Make a communicator where torch has none, and see what it reaches."""
+        if self._communicator is None:
+            unique_id = self._meeting.agree("id", lambda: self._library.unique_id().hex() if self.rank == 0 else "")[0]
+            self._communicator = self._library.Communicator.create(
+                bytes.fromhex(unique_id), self.rank, self.size, True, self._timeout
+            )
+        properties = self._communicator.properties()
+        self._check_reach(properties)
+        version, path = self._library.nccl_version()
+        self.description: dict[str, Any] = {
+            "transport": "NCCL LSA windows",
+            "device": torch.cuda.get_device_name(self.device),
+            "sms": self.num_sms,
+            "cuda_driver": self._library.driver_version(),
+            "nccl": version,
+            "nccl_path": path,
+            "nccl_headers": self._library.built_against()["nccl"],
+            "communicator": "own" if self._communicator.owned else "torch's",
+            "lsa_ranks": properties["lsa_size"],
+            "gin": properties["gin_type"],
+        }
+        return ""
+
+    def _check_reach(self, properties: dict[str, Any]) -> None:
+        if not properties["device_api_support"]:
+            raise RuntimeError(
+                "NCCL can't make symmetric windows here (ncclCommQueryProperties: deviceApiSupport = 0). It needs a "
+                "driver for CUDA 12.5 or newer, memory by cuMem (unset NCCL_CUMEM_ENABLE=0) and GPUs of a node that "
+                "reach each other; NCCL_DEBUG=INFO says which is missing"
+            )
+        if (reach := properties["lsa_size"]) != self.size:
+            raise RuntimeError(
+                f"the cuda backend needs all {self.size} ranks of a group to reach each other's memory, but NCCL finds "
+                f"only {reach} that do (LSA size {reach}, {properties['n_lsa_teams']} teams). Ranks across nodes come "
+                "with the hybrid mode, which this version does not have: put expert-parallel groups inside a node, or "
+                'use backend "host"'
+            )
+
+    def window(self, num_bytes: int) -> _CudaWindow:
+        _refuse_capture("a window of symmetric memory")
+        made: list[_C.Window] = []
+
+        def allocate() -> str:
+            assert self._communicator is not None
+            made.append(self._communicator.allocate(num_bytes))
+            return str(num_bytes)
+
+        # NCCL's registration waits for all ranks, without an end where the communicator is torch's. So make sure first
+        # that all of them come, have the memory, and ask for the same.
+        self._windows += 1
+        try:
+            sizes = self._meeting.agree(f"window {self._windows}", allocate)
+            if len(set(sizes)) > 1:
+                raise ValueError(f"a window must have the same size on all ranks, got {', '.join(sizes)} bytes by rank")
+            made[0].register()
+        except BaseException:
+            for raw in made:
+                raw.close()
+            raise
+        return _CudaWindow(made[0], self.device)
+
+    def mapped(self, num_bytes: int) -> _CudaMapped:
+        _refuse_capture("mapped host memory")
+        self._mapped.append(self._library.Mapped(num_bytes))
+        return _CudaMapped(self._mapped[-1])
+
+    def launch(self, kernel: Kernel, args: ctypes.Structure, *, ctas: int, threads: int, shared_bytes: int) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        self._function(kernel).launch(ctas, threads, shared_bytes, stream, bytes(args))
+
+    def _function(self, kernel: Kernel) -> _C.Function:
+        """`kernel` built and loaded, once per process and device."""
+        key = (kernel, self.device.index)
+        if key not in _functions:
+            _refuse_capture(f"kernel {kernel.name}")
+            compiler = importlib.import_module("epv2_plugin.jit.compiler")
+            major, minor = torch.cuda.get_device_capability(self.device)
+            with open(compiler.build(kernel, f"sm_{major}{minor}a").path, "rb") as file:
+                _functions[key] = self._library.Module.load(file.read()).function(kernel.name)
+        return _functions[key]
+
+    def comm_stream(self) -> torch.cuda.Stream:
+        return self._stream
+
+    @contextlib.contextmanager
+    def on_comm_stream(self) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def current_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def record(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.ExitStack() as steps:  # a step that fails must not keep the others from happening
+            for mapped in self._mapped:
+                steps.callback(mapped.close)
+            steps.callback(self._release_communicator)
+            steps.callback(torch.cuda.synchronize, self.device)
+
+    def _release_communicator(self) -> None:
+        assert self._communicator is not None
+        ours = self._communicator.owned or self._communicator.pointer == _torch_communicator(self._group, self.device)
+        if ours:
+            self._communicator.close()
+        else:  # destroy_process_group came first and took torch's communicator with it
+            self._communicator.forget()
+
+
+class _Meeting:
+    """Short texts between the ranks of a group through torch's store: works before any of them can communicate."""
+
+    def __init__(self, group: dist.ProcessGroup, timeout_seconds: float):
+        self._ranks, self._rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+        self._timeout = timeout_seconds
+        key = ",".join(map(str, self._ranks))
+        # Every rank of a group makes the same runtimes in the same order: their number tells them apart.
+        number = _runtimes_made[key] = _runtimes_made.get(key, 0) + 1
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"epv2/device/{key}/{number}", store)
+
+    def agree(self, name: str, step: Callable[[], str]) -> list[str]:
+        """Do `step` on every rank and return what it gave, by rank. Where it raises on one rank, every rank raises.
+
+        Raises:
+            RuntimeError: it raised on another rank; the message names that and has its message.
+            CommunicationTimeout: a rank did not get here.
+        """
+        try:
+            mine = step()
+        except BaseException as error:
+            self._store.set(f"{name}/{self._rank}", f"error: {error}")
+            raise
+        self._store.set(f"{name}/{self._rank}", f"done: {mine}")
+        deadline, results = time.monotonic() + self._timeout, []
+        for peer in range(len(self._ranks)):
+            state, text = self._read(f"{name}/{peer}", peer, deadline).split(": ", 1)
+            if state == "error":
+                raise RuntimeError(f"rank {peer} of the group can't take part: {text}")
+            results.append(text)
+        return results
+
+    def _read(self, key: str, peer: int, deadline: float) -> str:
+        try:
+            self._store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        except RuntimeError as error:
+            expected = f"all of ranks {self._ranks} within {self._timeout:g} s"
+            raise CommunicationTimeout(self._rank, peer, _PHASE, expected, "nothing of that rank") from error
+        return self._store.get(key).decode()
+
+
+def _check_device() -> Any:
+    """The compiled part with NCCL loaded, where this process can use a device."""
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"no CUDA device: torch {torch.__version__} finds none on this machine")
+    _refuse_capture("an ElasticBuffer")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 9:
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name()} is sm_{major}{minor}: the cuda backend needs sm_90 (Hopper) or newer"
+        )
+    library = load_compiled()
+    library.load_nccl(_nccl_candidates())
+    return library
+
+
+def load_compiled() -> ModuleType:
+    """`epv2_plugin._C`.
+
+    Raises:
+        RuntimeError: it was not built when the package was installed, or does not load.
+    """
+    try:
+        return importlib.import_module("epv2_plugin._C")
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "epv2_plugin was installed without its compiled part, because the headers of NCCL or CUDA were not found. "
+            "Install them (pip install 'nvidia-nccl-cu13>=2.30.4' nvidia-cuda-runtime nvidia-cuda-crt pybind11, or set "
+            "NCCL_HOME and CUDA_HOME), then rebuild in the checkout: pip install --no-build-isolation --no-deps -e ."
+        ) from error
+    except ImportError as error:
+        raise RuntimeError(f"epv2_plugin's compiled part does not load: {error}") from error
+
+
+def _nccl_candidates() -> list[str]:
+    """Where an NCCL may lie that the process has not loaded, best first."""
+    home = os.environ.get("NCCL_HOME")
+    paths = [os.path.join(home, "lib", "libnccl.so.2")] if home else []
+    for folder in sys.path:
+        paths += sorted(glob.glob(os.path.join(folder, "nvidia", "nccl", "lib", "libnccl.so.2")))
+    return paths
+
+
+def _torch_communicator(group: dist.ProcessGroup, device: torch.device) -> int:
+    """torch's `ncclComm_t` of `group`; 0 where there is none (gloo, or no collective yet, or already destroyed)."""
+    try:
+        pointer = getattr(group._get_backend(device), "_comm_ptr", None)
+        return int(pointer()) if pointer is not None else 0
+    except RuntimeError:
+        return 0
+
+
+def _refuse_capture(what: str) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} can't be made while a CUDA graph is being captured: make the buffer, and run the operation once, "
+            "before torch.cuda.graph(...) begins"
+        )

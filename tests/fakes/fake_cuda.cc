@@ -1,0 +1,143 @@
+// A stand-in for libcuda.so.1: "device memory" is the host's, a "kernel" is any name that starts with "kernel".
+// FAKE_CUDA_VERSION chooses what it claims to be, FAKE_NO_CONTEXT leaves the thread without a context.
+#include <cuda.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "fake.h"
+
+namespace {
+
+int context, module_handle, function, stream;  // their addresses are the handles
+
+CUresult answer(const char* name) { return listed("FAKE_FAIL", name) ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS; }
+
+}  // namespace
+
+extern "C" {
+
+CUresult cuInit(unsigned) { return answer("cuInit"); }
+
+CUresult cuDriverGetVersion(int* version) {
+  *version = *setting("FAKE_CUDA_VERSION") ? std::atoi(setting("FAKE_CUDA_VERSION")) : CUDA_VERSION;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuGetErrorName(CUresult result, const char** name) {
+  *name = result == CUDA_ERROR_OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_NOT_FOUND";
+  return CUDA_SUCCESS;
+}
+
+CUresult cuGetErrorString(CUresult, const char** words) {
+  *words = "in words";
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetCurrent(CUcontext* current) {
+  *current = *setting("FAKE_NO_CONTEXT") ? nullptr : reinterpret_cast<CUcontext>(&context);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetDevice(CUdevice* device) {
+  *device = 0;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute, CUdevice) {
+  *value = 232448;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamCreate(CUstream* made, unsigned flags) {
+  note("cuStreamCreate %u", flags);
+  *made = reinterpret_cast<CUstream>(&stream);
+  return answer("cuStreamCreate");
+}
+
+CUresult cuStreamSynchronize(CUstream) {
+  note("cuStreamSynchronize");
+  return answer("cuStreamSynchronize");
+}
+
+CUresult cuStreamDestroy(CUstream) {
+  note("cuStreamDestroy");
+  return CUDA_SUCCESS;
+}
+
+CUresult cuMemsetD8Async(CUdeviceptr memory, unsigned char value, size_t size, CUstream) {
+  note("cuMemsetD8Async %zu", size);
+  const CUresult result = answer("cuMemsetD8Async");
+  if (result == CUDA_SUCCESS) std::memset(reinterpret_cast<void*>(memory), value, size);
+  return result;
+}
+
+CUresult cuMemHostAlloc(void** memory, size_t size, unsigned flags) {
+  note("cuMemHostAlloc %zu flags=%u", size, flags);
+  if (const CUresult result = answer("cuMemHostAlloc")) return result;
+  *memory = std::malloc(size);
+  std::memset(*memory, 0xab, size);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuMemHostGetDevicePointer(CUdeviceptr* device, void* host, unsigned) {
+  *device = reinterpret_cast<CUdeviceptr>(host) + (uint64_t{1} << 48);
+  return answer("cuMemHostGetDevicePointer");
+}
+
+CUresult cuMemFreeHost(void* memory) {
+  note("cuMemFreeHost");
+  std::free(memory);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuModuleLoadData(CUmodule* made, const void* image) {
+  note("cuModuleLoadData %.4s", static_cast<const char*>(image));
+  *made = reinterpret_cast<CUmodule>(&module_handle);
+  return answer("cuModuleLoadData");
+}
+
+CUresult cuModuleUnload(CUmodule) {
+  note("cuModuleUnload");
+  return CUDA_SUCCESS;
+}
+
+CUresult cuModuleGetFunction(CUfunction* made, CUmodule, const char* name) {
+  *made = reinterpret_cast<CUfunction>(&function);
+  return std::strncmp(name, "kernel", 6) == 0 ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}
+
+CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfunction) {
+  *value = which == CU_FUNC_ATTRIBUTE_NUM_REGS                ? 64
+           : which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 512
+           : which == CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES     ? 16
+                                                              : 0;
+  return answer("cuFuncGetAttribute");
+}
+
+CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int value) {
+  note("cuFuncSetAttribute %d", value);
+  return answer("cuFuncSetAttribute");
+}
+
+CUresult cuFuncGetParamInfo(CUfunction, size_t index, size_t* offset, size_t* size) {
+  if (index > (*setting("FAKE_TWO_PARAMETERS") ? 1 : 0)) return CUDA_ERROR_INVALID_VALUE;
+  *offset = 0;
+  *size = 12;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void** parameters, void**) {
+  const auto* words = static_cast<const uint32_t*>(parameters[0]);
+  note("cuLaunchKernelEx grid=%u block=%u shared=%u stream=%zu args=%u,%u,%u", config->gridDimX, config->blockDimX,
+       config->sharedMemBytes, reinterpret_cast<size_t>(config->hStream), words[0], words[1], words[2]);
+  for (unsigned i = 0; i < config->numAttrs; i++)
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+      note("cluster %u %u %u", config->attrs[i].value.clusterDim.x, config->attrs[i].value.clusterDim.y,
+           config->attrs[i].value.clusterDim.z);
+    else if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+      note("programmatic %d", config->attrs[i].value.programmaticStreamSerializationAllowed);
+  return answer("cuLaunchKernelEx");
+}
+
+}  // extern "C"

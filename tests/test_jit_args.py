@@ -1,0 +1,166 @@
+"""Argument headers: what is read, what is refused and how, and that g++ lays structs out as Python does."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epv2_plugin.jit import args, kernels
+
+HEADER = """#pragma once
+#include <cstdint>
+// Stage.
+struct DispatchStageArgs {
+  uint64_t window;   // ncclWindow_t
+  int32_t num_tokens;
+
+  float scale;
+};
+
+struct Second { // with a comment
+  uint32_t a;
+  int64_t b;
+};
+"""
+
+
+@pytest.fixture
+def header(tmp_path: Path) -> Path:
+    path = tmp_path / "args.h"
+    path.write_text(HEADER)
+    return path
+
+
+def test_structs_are_read_in_order(header):
+    structs = args.load(header)
+    assert list(structs) == ["DispatchStageArgs", "Second"]
+    stage, second = structs.values()
+    assert issubclass(stage, ctypes.Structure)
+    assert [name for name, _ in stage._fields_] == ["window", "num_tokens", "scale"]
+    assert (ctypes.sizeof(stage), ctypes.sizeof(second), second.b.offset) == (16, 16, 8)
+    made = stage(window=2**64 - 1, num_tokens=-3, scale=0.5)
+    assert (made.window, made.num_tokens, made.scale) == (2**64 - 1, -3, 0.5)
+    assert bytes(stage()) == bytes(16)
+
+
+def test_wrong_values_are_refused(header):
+    stage = args.load(header)["DispatchStageArgs"]
+    with pytest.raises(AttributeError, match="DispatchStageArgs has no field 'num_tokns'"):
+        stage(num_tokns=3)
+    made = stage()
+    with pytest.raises(AttributeError, match="has no field 'other'"):
+        made.other = 1
+    with pytest.raises(OverflowError, match=re.escape("DispatchStageArgs.num_tokens = 2147483648: must be from -2147")):
+        made.num_tokens = 2**31
+    with pytest.raises(OverflowError, match="window = -1: must be from 0 to"):
+        stage(window=-1)
+    with pytest.raises(TypeError):
+        made.num_tokens = 1.5
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("struct A {\n  double x;\n};", 2, "type 'double' is not one of uint64_t, int64_t, uint32_t, int32_t, float"),
+        ("struct A {\n  int32_t x, y;\n};", 2, "must be 'TYPE NAME;'"),
+        ("struct A {\n  int32_t x[4];\n};", 2, "must be 'TYPE NAME;'"),
+        ("struct A {\n  int32_t x = 4;\n};", 2, "must be 'TYPE NAME;'"),
+        ("struct A {\n  int32_t x\n};", 2, "must be 'TYPE NAME;'"),
+        ("struct A {\n  int32_t* x;\n};", 2, "must be 'TYPE NAME;'"),
+        ("struct A {\n  float x;\n  float x;\n};", 3, "field x of struct A is there already"),
+        ("struct A {\n  float lambda;\n};", 2, "'lambda' is a word of Python's"),
+        ("struct A {\n  float _fields_;\n};", 2, "must be 'TYPE NAME;'"),
+        ("struct A {\n};", 2, "struct A has no fields"),
+        ("struct A {\n  float x;\n};\nstruct A {\n", 4, "struct A is there already"),
+        ("\nstruct A {\n  float x;\n", 2, "struct A is not closed"),
+        ("struct A { float x; };", 1, "must be '#pragma once'"),
+        ("struct A\n{", 1, "must be '#pragma once'"),
+        ("#ifdef B", 1, "must be '#pragma once'"),
+        ("/* note */", 1, "must be '#pragma once'"),
+        ("struct __attribute__((packed)) A {", 1, "must be '#pragma once'"),
+    ],
+)
+def test_lines_that_are_not_understood_are_named(tmp_path, text, line, what):
+    path = tmp_path / "args.h"
+    path.write_text(text)
+    with pytest.raises(args.HeaderError, match=re.escape(f"{path}:{line}: ")) as caught:
+        args.load(path)
+    assert what in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    return tmp_path_factory.mktemp("layout")
+
+
+fields_of_struct = st.lists(st.sampled_from(list(args.TYPES)), min_size=1, max_size=12)
+
+
+@given(structs=st.lists(fields_of_struct, min_size=1, max_size=8))
+@settings(max_examples=12)
+def test_layout_is_that_of_a_compiler(scratch, structs):
+    text = "#include <cstdint>\n"
+    for number, fields in enumerate(structs):
+        lines = [f"  {kind} f{index};\n" for index, kind in enumerate(fields)]
+        text += f"struct S{number} {{\n{''.join(lines)}}};\n"
+    header = scratch / "args.h"
+    header.write_text(text)
+    read = args.load(header)
+    words, ours = [], []
+    for name, struct in read.items():
+        words += [f"sizeof({name})", *(f"offsetof({name}, {field})" for field, _ in struct._fields_)]
+        ours += [ctypes.sizeof(struct), *(getattr(struct, field).offset for field, _ in struct._fields_)]
+    program = f'#include <cstdio>\n#include "args.h"\n{args.layout_asserts(read)}'
+    program += "int main() {\n" + "".join(f'  printf("%zu\\n", {word});\n' for word in words) + "}\n"
+    (scratch / "layout.cc").write_text(program)
+    subprocess.run(["g++", "-std=c++17", "-o", "layout", "layout.cc"], cwd=scratch, check=True, timeout=60)
+    printed = subprocess.run([scratch / "layout"], check=True, capture_output=True, text=True, timeout=60).stdout
+    assert [int(line) for line in printed.split()] == ours
+
+
+def test_another_layout_does_not_compile(header):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    asserts = args.layout_asserts(args.load(header))
+    for ours, theirs in (("float scale", "uint64_t scale"), ("int32_t num_tokens", "int64_t num_tokens")):
+        header.write_text(HEADER.replace(ours, theirs))
+        source = header.with_name("check.cc")
+        source.write_text(f'#include "args.h"\n{asserts}')
+        run = subprocess.run(
+            ["g++", "-fsyntax-only", source.name], cwd=header.parent, capture_output=True, text=True, timeout=60
+        )
+        assert run.returncode != 0
+        assert "DispatchStageArgs: C++ and Python differ" in run.stderr
+
+
+def test_a_kernel_names_its_struct(tmp_path, monkeypatch):
+    (tmp_path / "ep").mkdir()
+    (tmp_path / "ep" / "args.h").write_text(HEADER)
+    monkeypatch.setattr(kernels, "source_root", lambda: tmp_path)
+    kernel = kernels.Kernel("epv2_stage", "ep/stage.cu", "Second", (("EPV2_DTYPE", "bf16"), ("EPV2_FP8", "1")))
+    assert kernel.label == "epv2_stage EPV2_DTYPE=bf16 EPV2_FP8=1"
+    assert kernels.args_type(kernel)(a=3).a == 3
+    assert kernels.args_type(kernel) is kernels.args_type(kernel)
+    missing = kernels.Kernel("epv2_stage", "ep/stage.cu", "Third")
+    with pytest.raises(args.HeaderError, match="has no struct Third, only: DispatchStageArgs, Second"):
+        kernels.args_type(missing)
+
+
+def test_device_code_is_found_in_the_package_or_beside_it(tmp_path, monkeypatch):
+    package = tmp_path / "epv2_plugin"
+    package.mkdir()
+    monkeypatch.setattr(kernels.epv2_plugin, "__file__", str(package / "__init__.py"))
+    with pytest.raises(FileNotFoundError, match="no device code"):
+        kernels.source_root()
+    (tmp_path / "csrc").mkdir()
+    assert kernels.source_root() == tmp_path / "csrc" / "kernels"
+    (package / "csrc").mkdir()
+    assert kernels.source_root() == package / "csrc" / "kernels"

@@ -1,0 +1,789 @@
+"""The compiled part and the runtime over it: on a machine without a GPU against stand-ins for NCCL and the driver.
+
+The stand-ins (`tests/fakes`) write down every call, so that orders and cleanups can be read back. A process can load
+only one NCCL, so each case is a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from epv2_plugin.elastic.backends import device
+from epv2_plugin.elastic.backends.device import CudaRuntime
+from tests import harness
+
+ROOT = Path(__file__).parent.parent
+PRELUDE = """
+import ctypes, importlib.util, sys
+spec = importlib.util.spec_from_file_location("epv2_plugin._C", {module!r})
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+
+def refused(call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        print(f"{{type(error).__name__}}: {{error}}")
+    else:
+        print("no error")
+"""
+
+
+def _setup_script() -> Any:
+    spec = importlib.util.spec_from_file_location("epv2_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+setup_script = _setup_script()
+HEADERS, MISSING = setup_script.find_headers()
+
+
+class Fakes:
+    """The stand-ins as libraries, and processes that find them instead of the real ones."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.nccl, self.cuda = folder / "lib" / "libnccl.so.2", folder / "cuda" / "libcuda.so.1"
+        includes = [flag for header in HEADERS for flag in ("-isystem", str(header))]
+        for library, source in ((self.nccl, "fake_nccl.cc"), (self.cuda, "fake_cuda.cc")):
+            library.parent.mkdir()
+            command = ["g++", "-std=c++17", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", *includes]
+            subprocess.run([*command, str(ROOT / "tests" / "fakes" / source), "-o", str(library)], check=True)
+
+    def run(self, script: str, nccl: bool = True, cuda: bool = True, **env: str) -> tuple[list[str], list[str]]:
+        """Run `script` with `_C` at hand; returns (lines that it printed, calls that the stand-ins saw)."""
+        module = importlib.util.find_spec("epv2_plugin._C")
+        assert module is not None, "not built: python setup.py build_ext --inplace"
+        paths = [str(library.parent) for library, there in ((self.nccl, nccl), (self.cuda, cuda)) if there]
+        log = self._folder / "log"
+        log.write_text("")
+        result = subprocess.run(
+            [sys.executable, "-c", PRELUDE.format(module=module.origin) + script],
+            env={"LD_LIBRARY_PATH": ":".join(paths), "FAKE_LOG": str(log), **env},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines(), log.read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def fakes(tmp_path_factory: pytest.TempPathFactory) -> Fakes:
+    if not HEADERS:
+        pytest.skip(f"epv2_plugin._C can't be built here: {MISSING}")
+    return Fakes(tmp_path_factory.mktemp("fakes"))
+
+
+def _no_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    return False
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_imports_without_gpu_or_nccl(fakes: Fakes) -> None:
+    lines, _ = fakes.run("print(_C.built_against(), issubclass(_C.Error, RuntimeError))", nccl=False, cuda=False)
+    assert re.fullmatch(r"\{'cuda': '1\d\.\d', 'nccl': '2\.3\d\.\d+'\} True", lines[0])
+
+
+@pytest.mark.skipif(not _no_driver(), reason="there is a CUDA driver here")
+def test_no_driver(fakes: Fakes) -> None:
+    script = "refused(_C.driver_version); refused(_C.Mapped, 64); refused(_C.Module.load, b'ELF')"
+    lines, _ = fakes.run(script, cuda=False)
+    assert len(lines) == 3
+    for line in lines:
+        assert line.startswith("Error: no CUDA driver: libcuda.so.1: cannot open")
+
+
+def test_no_nccl(fakes: Fakes) -> None:
+    script = "refused(_C.load_nccl, ['/nowhere/libnccl.so.2']); refused(_C.unique_id); refused(_C.nccl_version)"
+    lines, _ = fakes.run(script, nccl=False)
+    assert "has not loaded libnccl.so.2, it is not at /nowhere/libnccl.so.2, and the loader finds none (lib" in lines[0]
+    assert re.search(r"pip install 'nvidia-nccl-cu1\d>=2.30.4', then rebuild: pip install --no-build-isol", lines[0])
+    assert "has not loaded libnccl.so.2, and the loader finds none" in lines[1]
+    assert lines[1] == lines[2]
+
+
+def test_nccl_of_the_process_comes_first(fakes: Fakes, tmp_path: Path) -> None:
+    other = tmp_path / "libnccl.so.2"
+    other.write_bytes(fakes.nccl.read_bytes())
+    script = f"ctypes.CDLL({str(other)!r}); _C.load_nccl([{str(fakes.nccl)!r}]); print(*_C.nccl_version())"
+    assert fakes.run(script, nccl=False)[0] == [f"{_built()} {other}"]
+    script = f"_C.load_nccl(['/nowhere', {str(other)!r}]); _C.load_nccl([]); print(*_C.nccl_version())"
+    assert fakes.run(script)[0] == [f"{_built()} {other}"]  # a path given comes before the loader's
+
+
+def _built() -> str:
+    from epv2_plugin import _C
+
+    return _C.built_against()["nccl"]
+
+
+def _code(version: str) -> int:
+    major, minor, patch = map(int, version.split("."))
+    return major * 10000 + minor * 100 + patch
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (2708, r"NCCL 2\.7\.8 \(.*lib/libnccl\.so\.2\) is too old: 2\.30 or newer is needed\. Install it: pip install"),
+        (22907, r"NCCL 2\.29\.7 \(.*\) is too old.*Where torch brings another one, start with LD_PRELOAD=/path/to/lib"),
+        (
+            23001,
+            r"NCCL 2\.30\.1 \(.*\) does not fit: .*headers of NCCL \S+, and before 2\.31 both must be the same ver",
+        ),
+        (
+            23001,
+            r"Rebuild against the loaded one: pip install --no-deps 'nvidia-nccl-cu1\d==2\.30\.1', then pip instal",
+        ),
+    ],
+)
+def test_nccl_that_does_not_fit(fakes: Fakes, code: int, message: str) -> None:
+    lines, calls = fakes.run("refused(_C.nccl_version)", FAKE_NCCL_VERSION=str(code))
+    assert re.search(message, lines[0]), lines
+    assert not calls
+
+
+def test_preload_names_a_library_that_is_there(fakes: Fakes, tmp_path: Path) -> None:
+    newer = tmp_path / "libnccl.so.2"
+    newer.write_bytes(b"")
+    script = f"ctypes.CDLL({str(fakes.nccl)!r}); refused(_C.load_nccl, ['/nowhere', {str(newer)!r}])"
+    lines, _ = fakes.run(script, FAKE_NCCL_VERSION="22907")
+    assert lines[0].endswith(f"start with LD_PRELOAD={newer}")
+
+
+def test_nccl_newer_than_its_headers(fakes: Fakes) -> None:
+    """From 2.31 on NCCL translates for older headers."""
+    lines, _ = fakes.run("print(_C.nccl_version()[0])", FAKE_NCCL_VERSION="23204")
+    assert lines == ["2.32.4"]
+
+
+@pytest.mark.parametrize("library", ["libm.so.6", "text"])
+def test_not_an_nccl(fakes: Fakes, tmp_path: Path, library: str) -> None:
+    path = tmp_path / "libnccl.so.2"
+    if library == "text":
+        path.write_text("not a library")
+    else:
+        path.write_bytes(Path(_path_of(library)).read_bytes())
+    lines, _ = fakes.run(f"refused(_C.load_nccl, [{str(path)!r}])", nccl=False)
+    expected = "does not load: .*invalid ELF|file too short" if library == "text" else "is not NCCL: no ncclGetVersion"
+    assert re.search(expected, lines[0]), lines
+
+
+def _path_of(library: str) -> str:
+    maps = subprocess.run(["ldd", sys.executable], capture_output=True, text=True, check=True).stdout
+    return re.search(rf"{re.escape(library)} => (\S+)", maps)[1]  # type: ignore[index]
+
+
+def test_driver_too_old(fakes: Fakes) -> None:
+    lines, _ = fakes.run("refused(_C.driver_version)", FAKE_CUDA_VERSION="12020")
+    assert re.search(r"driver \(.*libcuda.so.1\) is too old: it supports CUDA 12\.2, and 12\.4 or newer", lines[0])
+    lines, _ = fakes.run("refused(_C.driver_version)", FAKE_FAIL="cuInit")
+    assert lines == ["Error: cuInit: CUDA_ERROR_OUT_OF_MEMORY (in words)"]
+    assert fakes.run("print(_C.driver_version())", FAKE_CUDA_VERSION="12080")[0] == ["12.8"]
+
+
+# ---- communicator ----------------------------------------------------------------------------------------------------
+
+OWN = "own = lambda seconds=30.0: _C.Communicator.create(_C.unique_id(), 0, 2, True, seconds)\n"
+
+
+def test_communicator_of_our_own(fakes: Fakes) -> None:
+    script = """
+comm = own()
+print(comm.pointer != 0, comm.owned, len(_C.unique_id()))
+print(comm.properties())
+print(repr(comm.async_error()))
+comm.close(); comm.close(); comm.abort(); comm.forget()
+print(comm.pointer)
+refused(comm.properties)
+"""
+    lines, calls = fakes.run(OWN + script, FAKE_RANKS="4", FAKE_LSA="2", FAKE_LATE="ncclCommInitRankConfig")
+    properties = {"rank": 0, "n_ranks": 4, "n_lsa_teams": 2, "lsa_rank": 0, "lsa_size": 2, "gin_type": "proxy"}
+    flags = {"device_api_support": True, "host_rma_support": True, "railed_gin_type": "none"}
+    assert lines[0] == "True True 128"
+    assert (properties | flags).items() <= eval(lines[1]).items()
+    assert lines[2:] == ["''", "0", "Error: the communicator is closed"]
+    assert calls == [
+        "ncclGetUniqueId",
+        "ncclCommInitRankConfig 0/2 id=7 blocking=0 policy=2",
+        "ncclGetUniqueId",
+        "ncclCommFinalize",
+        "ncclCommDestroy",
+    ]
+
+
+def test_borrowed_communicator_is_never_ended(fakes: Fakes) -> None:
+    script = """
+refused(_C.Communicator.borrow, 0, 1.0)
+for end in ("close", "abort", "forget"):
+    comm = _C.Communicator.borrow(4096, 1.0)
+    print(comm.owned, comm.pointer)
+    comm.allocate(64).register()
+    getattr(comm, end)()
+"""
+    lines, calls = fakes.run(script)
+    assert "the process group has no NCCL communicator yet" in lines[0]
+    assert 'device_id=torch.device("cuda", LOCAL_RANK)' in lines[0]
+    assert lines[1:] == ["False 4096"] * 3
+    ends = [[c for c in block.split() if "Dereg" in c or "Free" in c] for block in _blocks(calls, "ncclMemAlloc 64")]
+    assert ends == [["ncclCommWindowDeregister", "ncclMemFree"]] * 2 + [["ncclMemFree"]]
+    assert not any(("Destroy" in call and "Stream" not in call) or "Abort" in call for call in calls)
+
+
+def _blocks(calls: list[str], first: str) -> list[str]:
+    return " ".join(calls).split(first)[1:]
+
+
+def test_creation_that_fails(fakes: Fakes) -> None:
+    env = {"FAKE_FAIL": "ncclCommInitRankConfig", "FAKE_LAST_ERROR": "no route to peer"}
+    lines, calls = fakes.run(OWN + "refused(own)", **env)
+    version = _built()
+    assert lines == [f"Error: ncclCommInitRankConfig: invalid usage (NCCL {version} says: no route to peer)"]
+    assert calls[-1] == "ncclCommAbort"
+    lines, calls = fakes.run(OWN + "refused(own)", FAKE_FAIL="background", FAKE_LATE="ncclCommInitRankConfig")
+    assert lines == [
+        f"Error: ncclCommInitRankConfig: invalid usage (NCCL {version} says: nothing more; NCCL_DEBUG=WARN may)"
+    ]
+    assert calls[-1] == "ncclCommAbort"
+
+
+def test_creation_that_nobody_joins(fakes: Fakes) -> None:
+    lines, calls = fakes.run(OWN + "refused(own, 0.05)", FAKE_NEVER="ncclCommInitRankConfig")
+    assert lines[0].startswith("Error: ncclCommInitRankConfig: not every rank came within 0.05 s")
+    assert calls.count("ncclCommAbort") == 1
+
+
+def test_creation_checks_its_arguments(fakes: Fakes) -> None:
+    script = """
+create = lambda id, rank, size: refused(_C.Communicator.create, id, rank, size, False, 1.0)
+create(b"short", 0, 1); create(bytes(128), 2, 2); create(bytes(128), -1, 2); create(bytes(128), 0, 0)
+"""
+    lines, calls = fakes.run(script)
+    assert lines[0] == "ValueError: unique_id has 5 bytes: must be 128"
+    assert lines[1:] == [
+        f"ValueError: rank {rank}: must be 0 or more and below the number of ranks"
+        for rank in ("2 of 2", "-1 of 2", "0 of 0")
+    ]
+    assert not calls
+    lines, calls = fakes.run(OWN + "refused(own)", FAKE_NO_CONTEXT="1")
+    assert lines[0].startswith("Error: no CUDA context on this thread: call torch.cuda.set_device")
+    assert calls == ["ncclGetUniqueId"]
+
+
+def test_close_goes_on_after_a_failure(fakes: Fakes) -> None:
+    script = "comm = own(); a = comm.allocate(64); a.register(); comm.device_communicator(1); refused(comm.close)"
+    lines, calls = fakes.run(OWN + script, FAKE_FAIL="ncclCommWindowDeregister")
+    assert lines[0].startswith("Error: ncclCommWindowDeregister: invalid usage")
+    order = ["ncclDevCommDestroy", "ncclCommWindowDeregister", "ncclMemFree", "ncclCommFinalize", "ncclCommDestroy"]
+    assert calls[-5:] == order
+    lines, calls = fakes.run(OWN + "comm = own(0.05); refused(comm.close)", FAKE_NEVER="ncclCommFinalize")
+    assert lines[0].startswith("Error: ncclCommFinalize: not every rank came within 0.05 s")
+    assert calls[-2:] == ["ncclCommFinalize", "ncclCommAbort"]
+
+
+def test_background_error_and_junk_team(fakes: Fakes) -> None:
+    script = "comm = own(); print(comm.async_error()); refused(comm.properties)"
+    lines, _ = fakes.run(OWN + script, FAKE_FAIL="background,ncclTeamLsa", FAKE_LAST_ERROR="peer 3 is gone")
+    assert lines[0] == f"an earlier call: invalid usage (NCCL {_built()} says: peer 3 is gone)"
+    assert lines[1].startswith("Error: ncclTeamLsa: ")
+
+
+# ---- windows, device communicators, mapped memory --------------------------------------------------------------------
+
+
+def test_window(fakes: Fakes) -> None:
+    script = """
+comm = own()
+window = comm.allocate(4096)
+refused(lambda: window.handle)
+window.register(); window.register()
+print(window.num_bytes, window.handle != 0, any(ctypes.string_at(window.pointer, 4096)))
+print(hex(window.lsa_pointer(1, 16)), hex(window.lsa_pointer(0)))
+refused(window.lsa_pointer, 2); refused(window.lsa_pointer, -1); refused(window.lsa_pointer, 0, 4096)
+window.close(); window.close()
+print(window.pointer)
+refused(lambda: window.handle); refused(window.register); refused(comm.allocate, 0); refused(comm.allocate, -4)
+comm.close()
+"""
+    lines, calls = fakes.run(OWN + script, FAKE_RANKS="2", FAKE_LATE="ncclCommWindowRegister")
+    assert lines == [
+        "Error: the window is not registered yet",
+        "4096 True False",
+        "0x20000000010 0x10000000000",
+        "ValueError: peer 2: must be 0 or more and below the LSA size 2",
+        "ValueError: peer -1: must be 0 or more and below the LSA size 2",
+        "ValueError: offset 4096: must be below the window's 4096 bytes",
+        "0",
+        "Error: the window is closed",
+        "Error: the window is closed",
+        "ValueError: num_bytes = 0: must be positive",
+        "ValueError: num_bytes = -4: must be positive",
+    ]
+    assert calls[2:] == [
+        "ncclMemAlloc 4096",
+        "cuStreamCreate 1",
+        "cuMemsetD8Async 4096",
+        "cuStreamSynchronize",
+        "cuStreamDestroy",
+        "ncclCommWindowRegister 4096 flags=1",
+        "ncclCommWindowDeregister",
+        "ncclMemFree",
+        "ncclCommFinalize",
+        "ncclCommDestroy",
+    ]
+
+
+def test_windows_close_newest_first_with_their_communicator(fakes: Fakes) -> None:
+    script = """
+comm = own()
+a, b = comm.allocate(64), comm.allocate(128)
+a.register(); b.register()
+unregistered = comm.allocate(256)
+device = comm.device_communicator(4)
+comm.close()
+print(a.pointer, b.pointer, unregistered.pointer)
+a.close(); device.close(); refused(lambda: device.data)
+"""
+    lines, calls = fakes.run(OWN + script)
+    assert lines == ["0 0 0", "Error: the device communicator is closed"]
+    window = ["ncclCommWindowDeregister", "ncclMemFree"]
+    assert calls[-8:] == ["ncclDevCommDestroy", "ncclMemFree", *window, *window, "ncclCommFinalize", "ncclCommDestroy"]
+
+
+@pytest.mark.parametrize(
+    ("env", "message", "freed"),
+    [
+        ({"FAKE_FAIL": "ncclMemAlloc"}, "ncclMemAlloc: invalid usage .*; a window of 64 bytes was asked for", 0),
+        ({"FAKE_FAIL": "cuStreamCreate"}, "cuStreamCreate: CUDA_ERROR_OUT_OF_MEMORY", 1),
+        ({"FAKE_FAIL": "cuMemsetD8Async"}, r"cuMemsetD8Async \(zeroing a window\): CUDA_ERROR_OUT_OF_MEMORY", 1),
+        ({"FAKE_FAIL": "cuStreamSynchronize"}, r"cuStreamSynchronize \(zeroing a window\): CUDA_ERROR", 1),
+        ({"FAKE_FAIL": "ncclCommWindowRegister"}, "ncclCommWindowRegister: invalid usage", 1),
+        ({"FAKE_NO_WINDOWS": "1"}, "ncclCommWindowRegister: made no window, .*driver for CUDA 12.5", 1),
+        ({"FAKE_NEVER": "ncclCommWindowRegister"}, "ncclCommWindowRegister: not every rank came within 0.05 s", 1),
+    ],
+)
+def test_window_that_fails_gives_its_memory_back(fakes: Fakes, env: dict[str, str], message: str, freed: int) -> None:
+    script = "comm = own(0.05)\ndef make():\n    comm.allocate(64).register()\nrefused(make); comm.close()"
+    lines, calls = fakes.run(OWN + script, **env)
+    assert re.match(f"Error: {message}", lines[0]), lines
+    assert calls.count("ncclMemFree") == freed
+    assert calls.count("cuStreamDestroy") == calls.count("cuStreamCreate 1") - (
+        env.get("FAKE_FAIL") == "cuStreamCreate"
+    )
+    assert "ncclCommWindowDeregister" not in calls
+    assert calls[-1] == "ncclMemFree" if "FAKE_NEVER" in env else "ncclCommDestroy"
+    if "FAKE_NEVER" in env:  # freed only after nothing of the registration runs any more
+        assert calls[-2:] == ["ncclCommAbort", "ncclMemFree"]
+
+
+def test_device_communicator(fakes: Fakes) -> None:
+    script = """
+import struct
+comm = own()
+device = comm.device_communicator(2, 4, 8, 16, "rail")
+print(struct.unpack_from("i", device.data, 8)[0], len(device.data) % 8)
+device.close(); device.close()
+comm.device_communicator(lsa_barriers=3).close()
+refused(comm.device_communicator, -1); refused(comm.device_communicator, gin_contexts=1)
+refused(comm.device_communicator, gin_connection="star")
+comm.close()
+"""
+    lines, calls = fakes.run(OWN + script, FAKE_LATE="ncclDevCommCreate")
+    assert lines == [
+        "5 0",
+        "ValueError: lsa_barriers = -1: must be 0 or more",
+        'ValueError: gin_contexts, gin_signals and gin_counters need gin_connection "full" or "rail"',
+        'ValueError: gin_connection = "star": must be "none", "full" or "rail"',
+    ]
+    assert calls[2:6] == [
+        "ncclDevCommCreate lsa=2 contexts=4 signals=8 counters=16 connection=2",
+        "ncclDevCommDestroy",
+        "ncclDevCommCreate lsa=3 contexts=0 signals=0 counters=0 connection=0",
+        "ncclDevCommDestroy",
+    ]
+    lines, calls = fakes.run(
+        OWN + "c = own(); refused(c.device_communicator); c.close()", FAKE_FAIL="ncclDevCommCreate"
+    )
+    assert lines[0].startswith("Error: ncclDevCommCreate: invalid usage")
+    assert "ncclDevCommDestroy" not in calls
+
+
+def test_mapped(fakes: Fakes) -> None:
+    script = """
+mapped = _C.Mapped(64)
+print(mapped.num_bytes, mapped.pointer - mapped.host_pointer == 1 << 48, any(ctypes.string_at(mapped.host_pointer, 64)))
+mapped.close(); mapped.close()
+print(mapped.pointer, mapped.host_pointer)
+forgotten = _C.Mapped(8); del forgotten
+refused(_C.Mapped, 0)
+"""
+    lines, calls = fakes.run(script, nccl=False)
+    assert lines == ["64 True False", "0 0", "ValueError: num_bytes = 0: must be positive"]
+    assert calls == ["cuMemHostAlloc 64 flags=3", "cuMemFreeHost", "cuMemHostAlloc 8 flags=3", "cuMemFreeHost"]
+    lines, calls = fakes.run("refused(_C.Mapped, 64)", FAKE_FAIL="cuMemHostGetDevicePointer")
+    assert lines == ["Error: cuMemHostGetDevicePointer (64 bytes): CUDA_ERROR_OUT_OF_MEMORY (in words)"]
+    assert calls[-1] == "cuMemFreeHost"
+    lines, calls = fakes.run("refused(_C.Mapped, 64)", FAKE_FAIL="cuMemHostAlloc")
+    assert lines[0].startswith("Error: cuMemHostAlloc (64 bytes): CUDA_ERROR_OUT_OF_MEMORY")
+    lines, calls = fakes.run("refused(_C.Mapped, 64); refused(_C.Module.load, b'code')", FAKE_NO_CONTEXT="1")
+    assert all(line.startswith("Error: no CUDA context") for line in lines)
+    assert not calls
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+KERNEL = "import struct; args = struct.pack('III', 1, 2, 3); f = _C.Module.load(b'code').function('kernel_a')\n"
+
+
+def test_launch(fakes: Fakes) -> None:
+    script = """
+print(f.name, f.registers, f.static_shared_bytes, f.local_bytes, f.max_threads)
+print(f.max_dynamic_shared_bytes, f.args_bytes)
+f.launch(8, 256, 1024, 77, args)
+f.launch(grid=4, block=512, shared_bytes=0, stream=0, args=args, cluster=2, programmatic=True)
+f.launch(1, 1, f.max_dynamic_shared_bytes, 0, args)
+del f
+"""
+    lines, calls = fakes.run(KERNEL + script, nccl=False)
+    assert lines == ["kernel_a 64 16 0 512", "232432 12"]
+    assert calls == [
+        "cuModuleLoadData code",
+        "cuFuncSetAttribute 232432",
+        "cuLaunchKernelEx grid=8 block=256 shared=1024 stream=77 args=1,2,3",
+        "cuLaunchKernelEx grid=4 block=512 shared=0 stream=0 args=1,2,3",
+        "cluster 2 1 1",
+        "programmatic 1",
+        "cuLaunchKernelEx grid=1 block=1 shared=232432 stream=0 args=1,2,3",
+        "cuModuleUnload",
+    ]
+
+
+def test_launch_checks_sizes(fakes: Fakes) -> None:
+    script = """
+for shape in ((0, 32, 0), (1 << 31, 32, 0), (1, 0, 0), (1, 1024, 0), (1, 32, -1), (1, 32, 232433)):
+    refused(f.launch, *shape, 0, args)
+refused(f.launch, 1, 32, 0, 0, args[:8])
+refused(f.launch, 3, 32, 0, 0, args, cluster=2); refused(f.launch, 16, 32, 0, 0, args, cluster=16)
+"""
+    lines, calls = fakes.run(KERNEL + script)
+    assert lines == [
+        "ValueError: kernel kernel_a: grid = 0: must be from 1 to 2147483647",
+        "ValueError: kernel kernel_a: grid = 2147483648: must be from 1 to 2147483647",
+        "ValueError: kernel kernel_a: block = 0: must be from 1 to 512",
+        "ValueError: kernel kernel_a: block = 1024: must be from 1 to 512",
+        "ValueError: kernel kernel_a: shared_bytes = -1: must be from 0 to 232432 on this device",
+        "ValueError: kernel kernel_a: shared_bytes = 232433: must be from 0 to 232432 on this device",
+        "ValueError: kernel kernel_a: size of args = 8: must be the 12 bytes of the kernel's struct",
+        "ValueError: kernel kernel_a: cluster = 2: must be from 1 to 8 and divide grid = 3",
+        "ValueError: kernel kernel_a: cluster = 16: must be from 1 to 8 and divide grid = 16",
+    ]
+    assert not any("Launch" in call for call in calls)
+
+
+def test_code_and_launches_that_the_driver_refuses(fakes: Fakes) -> None:
+    oom = "CUDA_ERROR_OUT_OF_MEMORY (in words)"
+    lines, calls = fakes.run(
+        "refused(_C.Module.load, b'code'); refused(_C.Module.load, b'')", FAKE_FAIL="cuModuleLoadData"
+    )
+    assert lines == [
+        f"Error: cuModuleLoadData (device code of 4 bytes): {oom}",
+        "ValueError: the cubin is empty",
+    ]
+    lines, calls = fakes.run("refused(_C.Module.load(b'code').function, 'other')")
+    assert lines == ["Error: cuModuleGetFunction (kernel other): CUDA_ERROR_NOT_FOUND (in words)"]
+    assert calls[-1] == "cuModuleUnload"
+    for call in ("cuFuncGetAttribute", "cuFuncSetAttribute"):
+        lines, calls = fakes.run("refused(_C.Module.load(b'code').function, 'kernel_a')", FAKE_FAIL=call)
+        assert lines == [f"Error: {call} (kernel kernel_a): {oom}"]
+        assert calls[-1] == "cuModuleUnload"
+    lines, calls = fakes.run("refused(_C.Module.load(b'code').function, 'kernel_a')", FAKE_TWO_PARAMETERS="1")
+    assert lines == ["Error: kernel kernel_a takes more than one parameter: must take one struct"]
+    lines, calls = fakes.run(KERNEL + "refused(f.launch, 8, 256, 64, 0, args)", FAKE_FAIL="cuLaunchKernelEx")
+    what = "kernel kernel_a, 8 CTAs of 256 threads, 64 bytes of shared memory"
+    assert lines == [f"Error: cuLaunchKernelEx ({what}): {oom}"]
+
+
+# ---- CudaRuntime, between processes ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _pretend_cuda(cuda: str, **cuda_functions: Any) -> Iterator[None]:
+    """A torch with one sm_90 device, over the stand-in for the driver."""
+    ctypes.CDLL(cuda)
+    functions: dict[str, Callable] = {
+        "is_available": lambda: True,
+        "is_current_stream_capturing": lambda: False,
+        "current_device": lambda: 0,
+        "get_device_capability": lambda *_: (9, 0),
+        "get_device_name": lambda *_: "pretended",
+        "get_device_properties": lambda *_: types.SimpleNamespace(multi_processor_count=132),
+        "synchronize": lambda *_: None,
+        "Stream": lambda *_, **__: types.SimpleNamespace(),
+        "current_stream": lambda *_: types.SimpleNamespace(cuda_stream=77),
+    }
+    with mock.patch.multiple("torch.cuda", **(functions | cuda_functions)):
+        yield
+
+
+def runtime_case(rank: int, size: int, cuda: str, case: str) -> Any:
+    """One case on one rank; the stand-in for NCCL is found through NCCL_HOME."""
+    os.environ["FAKE_LOG"] += f".{rank}"
+    os.environ["FAKE_RANKS"] = str(size)
+    changes: dict[str, Any] = {}
+    if case == "old device" and rank == 1:
+        changes["get_device_capability"] = lambda *_: (8, 0)
+    if case == "capture":
+        changes["is_current_stream_capturing"] = lambda: True
+    if case == "versions" and rank == 1:
+        os.environ["FAKE_NCCL_VERSION"] = "23204"
+    if case == "no memory" and rank == 1:
+        os.environ["FAKE_FAIL"] = "ncclMemAlloc"
+    if case == "init fails" and rank == 1:
+        os.environ["FAKE_FAIL"] = "ncclCommInitRankConfig"
+    if case == "lsa":
+        os.environ["FAKE_LSA"] = "1"
+    if case == "no windows":
+        os.environ["FAKE_NO_WINDOWS"] = "1"
+    pointers = {0: 4096, 1: 4096 if case.startswith("torch") else 0}
+    communicator = mock.patch.object(device, "_torch_communicator", side_effect=lambda *_: pointers[rank])
+    window_type = mock.patch.object(device, "_CudaWindow", lambda raw, _: raw)
+    with _pretend_cuda(cuda, **changes), communicator, window_type:
+        runtime = CudaRuntime(dist.group.WORLD, 1 if case == "late" else 20)
+        result: Any = runtime.description
+        if case == "late" and rank == 1:
+            return "never comes"
+        mapped = runtime.mapped(64)
+        assert mapped.tensor.shape == (64,)
+        assert not mapped.tensor.any()
+        window = runtime.window(1024 + (case == "sizes") * rank)
+        assert window.num_bytes == 1024
+        if case == "launch":
+            result = _launch_twice(runtime)
+        if case == "torch's, destroyed":
+            pointers[rank] = 0
+        runtime.close()
+        runtime.close()
+    return result
+
+
+def _launch_twice(runtime: CudaRuntime) -> list[str]:
+    class Args(ctypes.Structure):
+        _fields_ = (("a", ctypes.c_uint32), ("b", ctypes.c_uint32), ("c", ctypes.c_uint32))
+
+    cubin = Path(os.environ["FAKE_LOG"] + ".cubin")
+    cubin.write_bytes(b"code")
+    built: list[tuple[str, str]] = []
+
+    def build(kernel: Any, arch: str) -> Any:
+        built.append((kernel.name, arch))
+        return types.SimpleNamespace(path=cubin)
+
+    kernel: Any = types.SimpleNamespace(name="kernel_a")
+    kernel.__class__.__hash__ = object.__hash__
+    with mock.patch("epv2_plugin.jit.compiler.build", build):
+        for number in (1, 2):
+            runtime.launch(kernel, Args(number, 0, 9), ctas=4, threads=64, shared_bytes=256)
+    assert built == [("kernel_a", "sm_90a")]
+    return [line for line in Path(os.environ["FAKE_LOG"]).read_text().splitlines() if "Launch" in line]
+
+
+def _ranks(fakes: Fakes, case: str, tmp_path: Path) -> tuple[list[harness.Outcome], list[list[str]]]:
+    env = {"NCCL_HOME": str(fakes.nccl.parent.parent), "FAKE_LOG": str(tmp_path / "log")}
+    results = harness.outcomes(2, runtime_case, str(fakes.cuda), case, env=env)
+    logs = [tmp_path / f"log.{rank}" for rank in range(2)]
+    return results, [log.read_text().splitlines() if log.exists() else [] for log in logs]
+
+
+def test_runtime_with_own_communicator(fakes: Fakes, tmp_path: Path) -> None:
+    """One rank has torch's communicator, the other none: all must take the same way."""
+    results, logs = _ranks(fakes, "own", tmp_path)
+    assert not any(r.error for r in results), results
+    expected = {"communicator": "own", "nccl": _built(), "nccl_path": str(fakes.nccl), "sms": 132, "lsa_ranks": 2}
+    assert all(expected.items() <= r.value.items() for r in results)
+    for rank, log in enumerate(logs):
+        assert [call for call in log if "cuStream" not in call] == [
+            *(["ncclGetUniqueId"] if rank == 0 else []),
+            f"ncclCommInitRankConfig {rank}/2 id=7 blocking=0 policy=2",
+            "cuMemHostAlloc 64 flags=3",
+            "ncclMemAlloc 1024",
+            "cuMemsetD8Async 1024",
+            "ncclCommWindowRegister 1024 flags=1",
+            "ncclCommWindowDeregister",
+            "ncclMemFree",
+            "ncclCommFinalize",
+            "ncclCommDestroy",
+            "cuMemFreeHost",
+        ]
+
+
+@pytest.mark.parametrize("case", ["torch's", "torch's, destroyed"])
+def test_runtime_with_torch_communicator(fakes: Fakes, tmp_path: Path, case: str) -> None:
+    results, logs = _ranks(fakes, case, tmp_path)
+    assert not any(r.error for r in results), results
+    assert all(r.value["communicator"] == "torch's" for r in results)
+    gone = case == "torch's, destroyed"  # destroy_process_group came before close
+    for log in logs:
+        assert [c for c in log if "nccl" in c] == [
+            "ncclMemAlloc 1024",
+            "ncclCommWindowRegister 1024 flags=1",
+            *([] if gone else ["ncclCommWindowDeregister"]),
+            "ncclMemFree",
+        ]
+
+
+def test_runtime_launches(fakes: Fakes, tmp_path: Path) -> None:
+    results, _ = _ranks(fakes, "launch", tmp_path)
+    assert not any(r.error for r in results), results
+    lines = [f"cuLaunchKernelEx grid=4 block=64 shared=256 stream=77 args={number},0,9" for number in (1, 2)]
+    assert [r.value for r in results] == [lines, lines]
+
+
+@pytest.mark.parametrize(
+    ("case", "messages"),
+    [
+        (
+            "old device",
+            (
+                r"RuntimeError: rank 1 of the group can't take part: pretended is sm_80",
+                r"RuntimeError: pretended is sm_80: the cuda backend needs sm_90 \(Hopper\) or newer",
+            ),
+        ),
+        (
+            "capture",
+            (r"RuntimeError: an ElasticBuffer can't be made while a CUDA graph is being captured: make the",) * 2,
+        ),
+        (
+            "versions",
+            (r"RuntimeError: the ranks of this group have loaded different versions of NCCL \(2\.30\.\d, 2\.32",) * 2,
+        ),
+        (
+            "lsa",
+            (r"RuntimeError: the cuda backend needs all 2 ranks .* only 1 that do \(LSA size 1, 2 teams\).*hybrid",)
+            * 2,
+        ),
+        (
+            "no windows",
+            (r"RuntimeError: NCCL can't make symmetric windows here \(.*deviceApiSupport = 0\).*12\.5",) * 2,
+        ),
+        ("sizes", (r"ValueError: a window must have the same size on all ranks, got 1024, 1025 bytes by rank",) * 2),
+        (
+            "no memory",
+            (
+                r"RuntimeError: rank 1 of the group can't take part: ncclMemAlloc: invalid usage",
+                r"Error: ncclMemAlloc: invalid usage .*; a window of 1024 bytes was asked for",
+            ),
+        ),
+        (
+            "init fails",
+            (
+                r"RuntimeError: rank 1 of the group can't take part: ncclCommInitRankConfig: invalid usage",
+                r"Error: ncclCommInitRankConfig: invalid usage",
+            ),
+        ),
+        (
+            "late",
+            (
+                r"CommunicationTimeout: rank 0, waiting for rank 1 in creation of the buffer: expected all of ranks "
+                r"\[0, 1\] within 1 s, seen nothing of that rank",
+                None,
+            ),
+        ),
+    ],
+)
+def test_runtime_refuses_on_every_rank(
+    fakes: Fakes, tmp_path: Path, case: str, messages: tuple[str | None, ...]
+) -> None:
+    results, logs = _ranks(fakes, case, tmp_path)
+    for result, message in zip(results, messages, strict=True):
+        text = f"{result.error_type}: {result.error}" if result.error else None
+        assert (text is None) == (message is None), text
+        assert message is None or re.match(message, str(text), re.DOTALL), text
+    for log in logs:  # whatever was made before is given back
+        allocated = [call for call in log if call.startswith("ncclMemAlloc")]
+        assert log.count("ncclMemFree") == len(allocated) or case == "no memory"
+        assert "ncclCommWindowRegister 1024 flags=1" not in log or case == "late"
+
+
+def test_capture_is_refused_later_too() -> None:
+    capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
+    with capturing, pytest.raises(RuntimeError, match="kernel x can't be made while a CUDA graph is being captured"):
+        device._refuse_capture("kernel x")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_no_device(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"no CUDA device: torch \S+ finds none on this machine"):
+        device._check_device()
+
+
+def test_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "epv2_plugin._C", None)
+    with pytest.raises(RuntimeError, match=r"installed without its compiled part.*pip install --no-build-isolation"):
+        device.load_compiled()
+
+
+# ---- setup.py --------------------------------------------------------------------------------------------------------
+
+
+def _headers(folder: Path, names: tuple[str, ...], version: tuple[int, int] | None = None) -> Path:
+    for name in names:
+        file = folder / "include" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("#define NCCL_MAJOR {}\n#define NCCL_MINOR {}\n".format(*version) if version else "")
+    return folder
+
+
+def test_headers_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complete and new enough comes before first; a folder with a part of CUDA's headers is passed by."""
+    site = tmp_path / "site"
+    old = _headers(tmp_path / "old", setup_script.NCCL_HEADERS, (2, 29))
+    new = _headers(site / "nvidia" / "nccl", setup_script.NCCL_HEADERS, (2, 30))
+    part = _headers(tmp_path / "part", ("cuda.h",))
+    whole = _headers(site / "nvidia" / "cu13", (*setup_script.CUDA_HEADERS, "cccl/nv/target"))
+    monkeypatch.setenv("NCCL_HOME", str(old))
+    monkeypatch.setenv("CUDA_HOME", str(part))
+    monkeypatch.setattr(sys, "path", [str(site), *sys.path])
+    monkeypatch.setattr(setup_script.sysconfig, "get_path", lambda name: str(tmp_path / "empty"))
+    found, missing = setup_script.find_headers()
+    assert missing == ""
+    assert found == [new / "include", whole / "include", whole / "include" / "cccl"]
+    monkeypatch.setenv("CUDA_HOME", str(_headers(tmp_path / "cuda12", (*setup_script.CUDA_HEADERS, "nv/target"))))
+    assert setup_script.find_headers()[0][1:] == [tmp_path / "cuda12" / "include"]
+
+
+def test_headers_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = _headers(tmp_path, setup_script.NCCL_HEADERS, (2, 29))
+    monkeypatch.setattr(setup_script, "include_folders", lambda variable, _: [old / "include"])
+    assert setup_script.find_headers() == (
+        [],
+        f"no headers of NCCL 2.30 or newer, only 2.29 in {old / 'include'}",
+    )
+    assert setup_script.extensions() == []
+    monkeypatch.setattr(setup_script, "nccl_version", lambda _: (2, 30))
+    assert setup_script.find_headers()[1].startswith("no headers of CUDA (all of cuda.h, cuda_runtime.h")
