@@ -1,4 +1,4 @@
-"""The cuda backend on the emulator: its Python and its kernels without a GPU, against the oracle of the host's tests."""
+"""The cuda backend on the emulator: its Python and kernels without a GPU, against the oracle of the host's tests."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ R received rows (one per token and rank), N rows in expert order.
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from epv2_plugin.elastic import sizing
+from epv2_plugin.elastic import model, sizing
 from epv2_plugin.elastic.backends.base import Received, Traffic
 from epv2_plugin.elastic.backends.device import Runtime
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
@@ -253,6 +254,18 @@ class CudaBackend:
         assert code == _TOO_MANY_ROWS
         wanted = f"at most {expected} rows (with do_cpu_sync=False a token must not name an expert twice)"
         return CommunicationError(rank, peer, name, wanted, f"row {seen}")
+
+    def theoretical_sms(
+        self, num_experts: int, num_topk: int, hidden: int, num_tokens: int, use_fp8: bool, scale_up: float | None
+    ) -> int:
+        gpu, sharing = self.runtime.description["device"], self.runtime.description["ranks_on_device"]
+        if sharing == self.runtime.size > 1:
+            link = math.inf  # their memory is one
+        else:
+            link = model.scale_up_rate(gpu, "auto" if scale_up is None else scale_up)
+        shape = model.Shape(num_tokens, hidden, num_topk, num_experts, self.runtime.size, fp8=use_fp8)
+        machine = model.Machine(gpu, self.num_sms, model.load_rates(gpu), link, sharing)
+        return min(model.num_sms(shape, machine), self.num_sms)
 
     def check_size(
         self, *, num_tokens: int, max_tokens: int, num_topk: int, num_experts: int, hidden: int, row: torch.dtype
