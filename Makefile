@@ -2,18 +2,28 @@
 # make test    every test that this machine can run
 # make lint    ruff and mypy
 # Another Python: make test PYTHON=python3.12 (gets an environment of its own)
+#
+# make cuda-headers    headers of NCCL and CUDA, and nvcc, from PyPI into build/cuda; the targets above do it by themselves.
+# CUDA_HOME and NCCL_HOME tell setup.py and the kernels' compiler where these lie. Set both, and your own are used
+# and nothing is downloaded.
 PYTHON ?= python3
 VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COMPILED := $(VENV)/.compiled
+CUDA := build/cuda
+HEADERS := $(if $(and $(CUDA_HOME),$(NCCL_HOME)),,$(CUDA)/.installed)
+export CUDA_HOME ?= $(CURDIR)/$(CUDA)/nvidia/cu13
+export NCCL_HOME ?= $(CURDIR)/$(CUDA)/nvidia/nccl
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: ab test lint clean
+.PHONY: ab test lint cuda-headers clean
 .DELETE_ON_ERROR:
 
 ab: $(STAMP)
 	$(BIN)/epv2 ab recipes/deepseek_v3_tiny.yaml
 
-test: $(STAMP)
+test: $(COMPILED)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
@@ -21,10 +31,27 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(STAMP): pyproject.toml constraints.txt
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[megatron,report,test]'
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(HEADERS) | $(BIN)/python
+	$(PIP) -c constraints.txt -e '.[megatron,report,test]'
+	touch $@
+
+# Compiled again where only csrc/runtime changed, which the line above does not see.
+$(COMPILED): $(STAMP) $(wildcard csrc/runtime/*)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -c 'from epv2_plugin import _C; print("compiled part:", _C.built_against())'
+	touch $@
+
+cuda-headers: $(HEADERS)
+
+# The library itself (400 MB) is not needed: nothing is linked, and at run time it is torch's or the environment's.
+$(CUDA)/.installed: cuda-wheels.txt | $(BIN)/python
+	rm -rf $(CUDA)
+	$(PIP) --no-deps --target $(CUDA) -r cuda-wheels.txt
+	rm -rf $(CUDA)/nvidia/nccl/lib
 	touch $@
 
 clean:
-	rm -rf .venv-* runs build dist *.egg-info
+	rm -rf .venv-* runs build dist *.egg-info epv2_plugin/_C.*.so

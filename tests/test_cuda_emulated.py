@@ -1,29 +1,36 @@
-"""The cuda backend on the emulator: its Python and its kernels, without a GPU, against the same oracle as the host's."""
+"""The cuda backend on the emulator: its Python and its kernels without a GPU, against the oracle of the host's tests."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic import ElasticBuffer, buffer
-from tests import test_elastic
+from epv2_plugin.elastic.quant import per_token_cast_to_fp8
+from tests import harness, test_elastic
 from tests.emulator.runtime import EmulatedRuntime
 from tests.harness import Pool
-from tests.oracle import Case
+from tests.oracle import Case, expected, inputs
 
-WINDOW = 32 << 20
+WINDOW = 48 << 20
 SMS = 3
+TOKENS, HIDDEN, EXPERTS, TOPK = 5, 32, 12, 2
 _buffers: dict[tuple[int, bool], ElasticBuffer] = {}
 
 
-def emulated_buffer(seed: int = 0, **options: Any) -> ElasticBuffer:
-    """An `ElasticBuffer` whose device is the emulator."""
+def emulated_buffer(seed: int = 0, seconds: float = 60, **options: Any) -> ElasticBuffer:
+    """An `ElasticBuffer` whose device is the emulator: `made.runtime`."""
     runtimes: list[EmulatedRuntime] = []
 
     def make(group: dist.ProcessGroup, timeout_seconds: float) -> EmulatedRuntime:
@@ -33,7 +40,7 @@ def emulated_buffer(seed: int = 0, **options: Any) -> ElasticBuffer:
     real = buffer.CudaRuntime, buffer.resolve_backend
     buffer.CudaRuntime, buffer.resolve_backend = make, lambda name: "cuda"
     try:
-        made = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=60, num_gpu_timeout_secs=60, **options)
+        made = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=60, num_gpu_timeout_secs=seconds, **options)
     finally:
         buffer.CudaRuntime, buffer.resolve_backend = real
     made.runtime = runtimes[0]
@@ -41,21 +48,22 @@ def emulated_buffer(seed: int = 0, **options: Any) -> ElasticBuffer:
 
 
 def round_trip(rank: int, size: int, case: Case) -> dict[str, Any]:
-    """`test_elastic.round_trip` on the emulated cuda backend, at most SMS blocks a kernel."""
+    """`test_elastic.round_trip` on the emulated cuda backend; no kernel has more blocks than the budget."""
     key = (size, case.multiple_reduction)
     if key not in _buffers:
         _buffers[key] = emulated_buffer(num_bytes=WINDOW, allow_multiple_reduction=case.multiple_reduction)
-    made = _buffers[key]
+    made, budget = _buffers[key], 1 + case.seed % SMS
     test_elastic._buffers[case.multiple_reduction] = made
-    made.get_theoretical_num_sms = lambda *_: 1 + case.seed % SMS
-    result = test_elastic.round_trip(rank, size, case)
-    assert all(launch.ctas <= 1 + case.seed % SMS for launch in made.runtime.launches)
+    made.get_theoretical_num_sms = lambda *_: budget
     made.runtime.launches.clear()
+    result = test_elastic.round_trip(rank, size, case)
+    assert 7 <= len(made.runtime.launches) <= 8  # dispatch 3, the same again 2 or 3 (weights), combine 2
+    assert all(launch.ctas == budget for launch in made.runtime.launches)
     return result
 
 
 def on_cuda(case: Case) -> Case:
-    """`case` with what the cuda backend wants: rows of multiples of 16 bytes, a limit of tokens."""
+    """`case` with what the cuda backend wants: rows of multiples of 16 bytes, a limit of tokens, top-k up to 32."""
     step = 16 if case.scales else {"fp32": 4, "bf16": 8, "fp16": 8}[case.dtype]
     return dataclasses.replace(
         case,
@@ -65,18 +73,225 @@ def on_cuda(case: Case) -> Case:
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_any_shape(pool: Callable[[int], Pool], ranks: int) -> None:
-    @settings(max_examples=15)
-    @given(st.composite(test_elastic.layouts)(ranks))
-    def compare(case: Case) -> None:
-        case = on_cuda(case)
-        test_elastic.check(case, pool(ranks).run(round_trip, case), leftovers_are_zero=False)
+def compare(pool: Callable[[int], Pool], case: Case) -> None:
+    case = on_cuda(case)
+    test_elastic.check(case, pool(case.ranks).run(round_trip, case, timeout=120), leftovers_are_zero=False)
 
-    compare()
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_any_shape(pool: Callable[[int], Pool], ranks: int) -> None:
+    @settings(max_examples=20)
+    @given(st.composite(test_elastic.layouts)(ranks))
+    def draw(case: Case) -> None:
+        compare(pool, case)
+
+    draw()
 
 
 @pytest.mark.parametrize("name", test_elastic.EDGE_CASES)
 def test_edge_case(pool: Callable[[int], Pool], name: str) -> None:
-    case = on_cuda(test_elastic.EDGE_CASES[name])
-    test_elastic.check(case, pool(4).run(round_trip, case), leftovers_are_zero=False)
+    compare(pool, test_elastic.EDGE_CASES[name])
+
+
+# Beyond one chunk of tokens, one piece of a row, one turn of a ring, one vector of a lane, 32 experts of a rank.
+LARGE_CASES = {
+    "many tokens": Case((130, 33, 64, 1), hidden=64, local_experts=8, topk=6, dtype="bf16", seed=1),
+    "compact, many tokens": Case((65, 100, 31), hidden=48, local_experts=3, topk=4, expand=False, seed=2),
+    "many experts": Case((40, 50), hidden=16, local_experts=70, topk=12, alignment=4, zero_padding=True, seed=3),
+    "top-k 32": Case((20, 35), hidden=16, local_experts=20, topk=32, dtype="fp16", masked=0.2, seed=4),
+    "wide rows": Case((9, 4), hidden=11016, topk=3, biases=2, seed=5),
+    "wide rows, each sent": Case((5, 9), hidden=9000, topk=3, multiple_reduction=False, dtype="bf16", biases=1, seed=8),
+    "V3's row": Case((6, 7), hidden=7168, local_experts=4, topk=4, dtype="bf16", seed=6),
+    "V3's row in FP8": Case((6, 7), hidden=7168, local_experts=4, topk=4, scales="fp32", dtype="bf16", seed=7),
+    "scales that no bulk copy takes": Case((40, 3), hidden=400, scales="fp32", dtype="bf16", seed=9),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_CASES)
+def test_large_case(pool: Callable[[int], Pool], name: str) -> None:
+    compare(pool, LARGE_CASES[name])
+
+
+def repeated(rank: int, size: int, seeds: range) -> None:
+    """One routing under many schedules of the kernels' threads: always the same bits."""
+    case = Case((37, 70, 5), hidden=32, local_experts=4, topk=5, dtype="bf16")
+    mine, want = inputs(case, rank), expected(case, rank)
+    made = emulated_buffer(num_bytes=WINDOW)
+    for seed in seeds:
+        made.runtime.reseed(seed)
+        rows, _, _, handle, _ = made.dispatch(
+            mine.x, mine.topk_idx, num_experts=case.experts, num_max_tokens_per_rank=70, do_expand=True, num_sms=SMS
+        )
+        assert all(torch.equal(rows[row], value) for row, value in want["x"].items())
+        assert handle.recv_src_metadata.tolist() == [
+            [s * 70 + t, *rest] for (s, t), (_, *rest) in zip(want["rows"], want["metadata"], strict=True)
+        ]
+        combined, _, _ = made.combine(rows, handle, num_sms=1 + seed % SMS)
+        times = (mine.topk_idx >= 0).sum(1, keepdim=True)
+        torch.testing.assert_close(combined.float(), mine.x.float() * times, rtol=2e-2, atol=2e-2)
+
+
+def test_no_schedule_changes_a_bit(pool: Callable[[int], Pool]) -> None:
+    pool(3).run(repeated, range(25), timeout=240)
+
+
+def cast_on_the_way(rank: int, size: int, dtype: torch.dtype) -> None:
+    made = emulated_buffer(num_bytes=WINDOW, num_max_tokens_per_rank=8)
+    gen = torch.Generator().manual_seed(rank)
+    x = (torch.randn(7, 400, generator=gen) * torch.rand(7, 1, generator=gen) * 100).to(dtype)
+    x[3] = 0
+    x[4, :128] *= 1e-8
+    idx = torch.full((7, 1), 1 - rank)
+    (rows, scales), *_ = made.dispatch(x, idx, num_experts=2, use_fp8=True)
+    gen = torch.Generator().manual_seed(1 - rank)
+    sent = (torch.randn(7, 400, generator=gen) * torch.rand(7, 1, generator=gen) * 100).to(dtype)
+    sent[3] = 0
+    sent[4, :128] *= 1e-8
+    want_rows, want_scales = per_token_cast_to_fp8(sent)
+    assert torch.equal(rows.view(torch.uint8), want_rows.view(torch.uint8))
+    assert torch.equal(scales, want_scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_cast_on_the_way_has_the_host_casts_bits(pool: Callable[[int], Pool], dtype: torch.dtype) -> None:
+    pool(2).run(cast_on_the_way, dtype)
+
+
+def written_in_place(rank: int, size: int) -> None:
+    """Expert output written into the window: combine reads it there, sums every row once."""
+    case = Case((11, 40, 7), hidden=32, local_experts=3, topk=4, dtype="bf16", multiple_reduction=False)
+    made = emulated_buffer(num_bytes=WINDOW, num_max_tokens_per_rank=40)
+    mine = inputs(case, rank)
+    everyone = [inputs(case, r) for r in range(size)]
+    for _ in range(3):  # the next round must not overwrite what a peer still reads
+        _, _, weights, handle, _ = made.dispatch(
+            mine.x, mine.topk_idx, mine.topk_weights, num_experts=case.experts, do_expand=True
+        )
+        out = made.get_combine_buffer(handle, case.hidden)
+        assert out.shape == (handle.num_rows, case.hidden)
+        for source_token, _, *places in handle.recv_src_metadata.tolist():
+            source, token = divmod(source_token, 40)
+            for position, place in enumerate(places):
+                if place >= 0:
+                    out[place] = everyone[source].y[token, position]
+        combined, combined_weights, _ = made.combine(out, handle, topk_weights=weights)
+        assert torch.equal(combined, expected(case, rank)["combined"])
+        assert torch.equal(combined_weights, mine.topk_weights)
+    with pytest.raises(ValueError, match="not what get_combine_buffer gave"):
+        made.combine(out[1:], _with_rows(handle, out.shape[0] - 1))
+
+
+def _with_rows(handle: Any, rows: int) -> Any:
+    handle.num_expanded_tokens = rows
+    return handle
+
+
+def test_expert_output_written_into_the_window(pool: Callable[[int], Pool]) -> None:
+    pool(3).run(written_in_place)
+
+
+def _routing(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    gen = torch.Generator().manual_seed(rank)
+    return torch.randn(TOKENS, HIDDEN, generator=gen), torch.rand(TOKENS, EXPERTS, generator=gen).argsort(1)[:, :TOPK]
+
+
+def gives_up(rank: int, size: int, what: str) -> str:
+    """Rank 1 dies, stays away or comes with something else; what every other rank says."""
+    made = emulated_buffer(num_bytes=WINDOW, num_max_tokens_per_rank=8, seconds=3)
+    x, idx = _routing(rank)
+    rows, _, _, handle, _ = made.dispatch(x, idx, num_experts=EXPERTS)
+    made.barrier()
+    if rank == 1 and what == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and what == "absent":
+        time.sleep(6)
+    x = x.bfloat16() if what == "dtype" and rank == 1 else x
+    idx = idx[:, :1] if what == "top-k" and rank == 1 else idx
+    begin = time.monotonic()
+    try:
+        if what == "operation" and rank == 1:
+            made.combine(rows, handle)
+        elif what == "combine":
+            if rank == 1:
+                rows = torch.cat([rows, rows], 1)
+            combined, _, _ = made.combine(rows, handle)
+            assert combined.isnan().all()  # nothing that looks like a result
+        else:
+            made.dispatch(x, idx, num_experts=EXPERTS)
+        made.barrier()
+    except CommunicationError as error:
+        assert time.monotonic() - begin < 20
+        with pytest.raises(CommunicationError):  # it stays unusable, at once
+            made.dispatch(x, idx, num_experts=EXPERTS)
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("what", ["dies", "absent", "dtype", "top-k", "operation", "combine"])
+def test_every_rank_says_why_it_gave_up(what: str) -> None:
+    results = harness.outcomes(3, gives_up, what, timeout=90)
+    said = {rank: results[rank].value or results[rank].error for rank in range(3) if (rank, what) != (1, "dies")}
+    assert all("Communication" in text and f"rank {rank}, waiting for rank" in text for rank, text in said.items()), (
+        said
+    )
+    if what in ("dies", "absent"):
+        assert CommunicationTimeout.__name__ in "".join(said.values())
+        assert any(
+            "waiting for rank 1 in dispatch, counts: expected operation 3 within 3 s" in t for t in said.values()
+        )
+    if what in ("dtype", "top-k"):
+        assert any(f"expected {what}" in text for text in said.values()), said
+    if what == "combine":
+        assert any("expected hidden size 32 as on this rank, seen hidden size 64" in t for t in said.values()), said
+
+
+def no_such_expert(rank: int, size: int) -> str:
+    """An expert that only the kernel sees to be wrong."""
+    made = emulated_buffer(num_bytes=WINDOW, num_max_tokens_per_rank=8)
+    x, idx = _routing(rank)
+    if rank == 1:
+        idx[3, 1] = EXPERTS
+        made._check_routing = lambda x, idx, experts: (idx, experts)
+    try:
+        made.dispatch(x, idx, num_experts=EXPERTS)
+    except (CommunicationError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_wrong_expert_is_named_by_the_rank_that_sent_it(pool: Callable[[int], Pool]) -> None:
+    first, second = pool(2).run(no_such_expert)
+    assert second == f"ValueError: topk_idx[3, 1] = {EXPERTS}: must be -1 (none) or an expert"
+    assert "waiting for rank 1" in first
+    assert "gave up" in first
+
+
+def sizes(rank: int, size: int) -> None:
+    with pytest.raises(ValueError, match="needs num_bytes, or both"):
+        emulated_buffer(hidden=64)
+    made = emulated_buffer(num_max_tokens_per_rank=8, hidden=64, num_topk=2)
+    x, idx = torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.int64)
+    good = {"topk_idx": idx, "num_experts": EXPERTS}
+    cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (ValueError, "hidden size 7 in torch.bfloat16 is 14 bytes", lambda: made.dispatch(x[:, :7], **good)),
+        (ValueError, "num_experts = 40000", lambda: made.dispatch(x, idx, num_experts=40000)),
+        (ValueError, "num_sms = 4: must be 0", lambda: made.dispatch(x, **good, num_sms=4)),
+        (ValueError, "num_sms = -1", lambda: made.dispatch(x, **good, num_sms=-1)),
+        (
+            TypeError,
+            "use_fp8 = True: x is",
+            lambda: made.dispatch((x.to(torch.float8_e4m3fn), torch.ones(3, 1)), **good, use_fp8=True),
+        ),
+        (BufferSizeError, "this dispatch needs", lambda: made.dispatch(x, **good, num_max_tokens_per_rank=60000)),
+    ]
+    for kind, match, call in cases:
+        with pytest.raises(kind, match=match):
+            call()
+    big = emulated_buffer(num_bytes=WINDOW)
+    with pytest.raises(ValueError, match="num_max_tokens_per_rank = 0: the cuda backend needs"):
+        big.dispatch(x, **good)
+    assert made.num_bytes == 2 << 20
+
+
+def test_sizes(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(sizes)

@@ -165,72 +165,107 @@ def test_a_right_ring_is_right_in_any_order(group, seed):
     assert ring(group, "0", seed)
 
 
-@pytest.mark.parametrize(
-    ("mutant", "message"),
-    [
-        ("REFILL_BEFORE_USE", "in use by a bulk_load|deadlock"),
-        ("NO_WAIT_READ", "in use by a bulk_store"),
-        (
-            "WRONG_ARRIVALS",
-            r"deadlock:\n  CTAs 0 to 2: threads 0 to 127: mbarrier at 0, parity 0 \(phase 0, 1 of 2 arr",
-        ),
-        ("WRONG_PARITY", "deadlock|in use by a bulk_load"),
-        ("NO_WAIT_AT_END", "bulk stores not waited for"),
-        ("TOO_FEW_BYTES", "-512 bytes missing"),
-        ("NO_INIT_SYNC", "mbarrier at offset 0 was never initialised"),
-    ],
-)
-def test_a_wrong_ring_is_an_error(group, mutant, message):
+MUTANTS = {
+    "REFILL_BEFORE_USE": "race: bulk_load writes .* thread \\d+ wrote|race: a (load|store) .* a bulk_load",
+    "NO_WAIT_READ": "in use by a bulk_store|race: bulk_load writes .* a bulk_store of thread 0 read",
+    "NO_SYNCTHREADS": "race: bulk_store reads .* thread \\d+ wrote at tests/emulator/kernels/ring.cu:",
+    "WRONG_ARRIVALS": r"deadlock:\n  CTAs 0 to 2: threads 0 to 127: mbarrier at 0, parity 0 \(phase 0, 1 of 2 arrivals",
+    "WRONG_PARITY": "race: ",
+    "NO_WAIT_AT_END": "bulk stores not waited for",
+    "TOO_FEW_BYTES": "-512 bytes missing",
+    "NO_PROXY_FENCE": "bulk_store: .* was written by thread .* and no fence_proxy_async",
+    "NO_INIT_FENCE": "without mbarrier_init_fence",
+    "NO_INIT_SYNC": "mbarrier at offset 0 was (never )?initialised",
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_ring_is_an_error(group, mutant):
     for seed in range(SEEDS):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(RuntimeError, match=MUTANTS[mutant]):
             ring(group, mutant, seed)
 
 
-def test_a_missing_syncthreads_shows(group):
-    caught = 0
+def order(group: dist.ProcessGroup, mode: int, seed: int) -> None:
+    flags, out = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 128, dtype=torch.int32)
+    device = runtime(group, seed)
+    window = device.window(512)
+    window.tensor[0] = 1
+    args = Args(in_=flags.data_ptr(), out=out.data_ptr(), window=window.handle, mode=mode)
+    device.launch(Kernel("order", "order.cu"), args, ctas=2, threads=128, shared_bytes=1024)
+    device.close()
+
+
+@pytest.mark.parametrize("mode", range(0, 18, 2))
+def test_ordered_accesses_are_no_race(group, mode):
     for seed in range(SEEDS):
-        try:
-            caught += not ring(group, "NO_SYNCTHREADS", seed)
-        except RuntimeError:
-            caught += 1
-    assert caught > SEEDS // 3
+        order(group, mode, seed)
 
 
-@pytest.mark.parametrize(
-    ("mode", "message"),
-    [
-        (0, r"barrier_sync\(1, \d+\): others wait there for \d+ threads"),
-        (1, r"deadlock(.|\n)*barrier 1 \(32 of 96 threads there\)"),
-        (2, "wait in __syncwarp|lanes 0x00000020 of the warp have returned"),
-        (3, "of the warp wait in __(ballot_sync|syncwarp)"),
-        (4, "__syncwarp: mask 0x0000ffff"),
-        (6, "mbarrier at offset 8 was never initialised"),
-        (7, "bulk_load: shared offset 136 is not 16-byte aligned"),
-        (8, "bulk_load: global address 0x[0-9a-f]+ is not 16-byte aligned"),
-        (9, "bulk_store: 24 bytes; must be a positive multiple of 16"),
-        (10, "bulk_store: 16 bytes at offset 1048704 are not within the 4000 bytes"),
-        (11, "nobody has waited for the last bulk_load on mbarrier 0"),
-        (12, "in use by a bulk_load of thread|nobody has waited"),
-        (13, "thread 3: segmentation fault: bad access at 0x40"),
-        (14, "peer 1; the window has 1"),
-        (15, "offset 1099511627776 in a window of 4096 bytes"),
-        (16, "12345 is no window"),
-        (17, r"still running after 0.5 s:(.|\n)*spins with pause\(\)"),
-        (18, "thread 0: returned with bulk stores not waited for"),
-        (19, "thread 0: returned with bulk stores not waited for"),
-        (20, r"barrier_sync\(2, 160\): threads must be"),
-        (21, r"deadlock:(.|\n)*threads 0 to 99: barrier 0 \(100 of 128 threads there\); threads 100 to 127: barrier 3"),
-        (22, "wrote behind its 4000 bytes of shared memory, at 4000"),
-        (23, "mbarrier at offset 0 was never initialised, or was overwritten"),
-        (24, "lanes of warp . take part"),
-    ],
-)
-def test_a_mistake_is_an_error(group, mode, message):
+RACES = {
+    1: "race: a (load|store) .* which thread",
+    3: "race: a store writes .* which thread \\d+ wrote",
+    5: "race: (a load reads|an atomic writes)",
+    7: "race: a store writes .* which thread (9|1[0-2])\\d read",
+    9: "race: a load reads shared memory offset 128, which thread 64 wrote",
+    11: "race: a (load|store) .* shared memory offset [23]\\d\\d, which thread [3-9]\\d ",
+    13: "race: a (store writes|load reads) shared memory offset 128",
+    15: "race: a store writes shared memory offset 384, which a bulk_store of thread 0 read",
+    17: "bulk_load: reads a window after thread 40 acquired a flag there at .*order.cu:9\\d, without fence_proxy_async",
+}
+
+
+@pytest.mark.parametrize("mode", RACES)
+def test_a_race_is_an_error_in_any_order(group, mode):
+    for seed in range(SEEDS):
+        with pytest.raises(RuntimeError, match=RACES[mode]):
+            order(group, mode, seed)
+
+
+MISTAKES = {
+    0: r"barrier_sync\(1, \d+\): others wait there for \d+ threads",
+    1: r"deadlock(.|\n)*barrier 1 \(32 of 96 threads there\)|only \d+ lanes of warp \d take part",
+    2: "wait in __syncwarp|lanes 0x00000020 of the warp have returned",
+    3: "of the warp wait in __(ballot_sync|syncwarp)",
+    4: "__syncwarp: mask 0x0000ffff",
+    5: "mbarrier at 0 has all 1 arrivals of phase 0 already",
+    6: "mbarrier at offset 8 was never initialised",
+    7: "bulk_load: shared offset 136 is not 16-byte aligned",
+    8: "bulk_load: global address 0x[0-9a-f]+ is not 16-byte aligned",
+    9: "bulk_store: 24 bytes; must be a positive multiple of 16",
+    10: "bulk_store: 16 bytes at offset 1048704 are not within the 4000 bytes",
+    11: "nobody has waited for the last bulk_load on mbarrier 0",
+    12: "in use by a bulk_load of thread|race: bulk_load writes .* a bulk_load on the mbarrier at 0 wrote",
+    13: "thread 3 at .*misuse.cu:\\d+: segmentation fault: bad access at 0x40",
+    14: "peer 1; the window has 1",
+    15: "offset 1099511627776 in a window of 4096 bytes",
+    16: "12345 is no window",
+    17: r"still running after 0.5 s:(.|\n)*spins with pause\(\)",
+    18: "thread 0 at .* returned with bulk stores not waited for",
+    19: "thread 0 at .* returned with bulk stores not waited for",
+    20: r"barrier_sync\(2, 160\): threads must be",
+    21: r"threads 0 to 99: barrier 0 \(100 of 128 threads there\) at .*; threads 100 to 127: barrier 3",
+    22: "a store of 1 bytes at offset 4000 of 4000 bytes of shared memory",
+    23: "mbarrier at offset 0 was never initialised, or was overwritten",
+    24: "lanes of warp . take part",
+    25: "mbarrier at 0 expects 1048576 bytes, more than 1048575",
+    26: "segmentation fault: bad access at the end of its stack of 61440 bytes",
+    27: "mbarrier_wait: parity 2",
+    28: "atomic on 0x[0-9a-f]+, which is not 4-byte aligned",
+    29: r"barrier_sync\(16, 32\): ids are 0 to 15",
+    30: "misuse.cu:.* is used as an address of something that is aligned to 16 bytes",
+    31: "misuse.cu:.* is used as an address of something that is aligned to 16 bytes",
+    32: "shift by 32 bits",
+}
+
+
+@pytest.mark.parametrize("mode", MISTAKES)
+def test_a_mistake_is_an_error(group, mode):
     device = runtime(group, mode, limit_seconds=0.5)
     window = device.window(4096)
     out = torch.zeros(1024, dtype=torch.uint8)
     args = Args(out=(out.data_ptr() + 15) // 16 * 16, window=window.handle, mode=mode, count=4000, ranks=1)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=MISTAKES[mode]):
         device.launch(Kernel("misuse", "misuse.cu"), args, ctas=2, threads=128, shared_bytes=4000)
     # The process, and the next launch, are not hurt.
     args.mode = -1

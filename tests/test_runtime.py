@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from epv2_plugin.elastic.backends import device
 from epv2_plugin.elastic.backends.device import CudaRuntime
+from epv2_plugin.jit import Kernel
 from tests import harness
 
 ROOT = Path(__file__).parent.parent
@@ -604,8 +605,7 @@ def _launch_twice(runtime: CudaRuntime) -> list[str]:
         built.append((kernel.name, arch))
         return types.SimpleNamespace(path=cubin)
 
-    kernel: Any = types.SimpleNamespace(name="kernel_a")
-    kernel.__class__.__hash__ = object.__hash__
+    kernel = Kernel(name="kernel_a", source="ep/a.cu", args="Args")
     with mock.patch("epv2_plugin.jit.compiler.build", build):
         for number in (1, 2):
             runtime.launch(kernel, Args(number, 0, 9), ctas=4, threads=64, shared_bytes=256)
@@ -746,6 +746,96 @@ def test_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "epv2_plugin._C", None)
     with pytest.raises(RuntimeError, match=r"installed without its compiled part.*pip install --no-build-isolation"):
         device.load_compiled()
+
+
+# ---- the same on a device --------------------------------------------------------------------------------------------
+
+FILL = """
+struct Args { unsigned long long out; unsigned value; unsigned count; };
+extern "C" __global__ void kernel_fill(const __grid_constant__ Args args) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < args.count) reinterpret_cast<unsigned*>(args.out)[i] = args.value;
+}
+"""
+
+
+class FillArgs(ctypes.Structure):
+    """`Args` of FILL."""
+
+    _fields_ = (("out", ctypes.c_uint64), ("value", ctypes.c_uint32), ("count", ctypes.c_uint32))
+
+
+def on_device(rank: int, size: int, cubin: str, torch_communicator: bool) -> str:
+    """Windows, copies without a kernel, mapped memory, launches, streams and graph capture between real ranks."""
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    group = dist.new_group(backend="nccl") if torch_communicator else dist.group.WORLD
+    if torch_communicator:
+        dist.all_reduce(torch.ones(1, device="cuda"), group=group)
+    runtime = CudaRuntime(group, 60)
+    window, mapped = runtime.window(1 << 20), runtime.mapped(64)
+    assert window.tensor.is_cuda
+    assert window.tensor.shape == (1 << 20,)
+    assert not window.tensor.any()
+    dist.barrier()
+    source = torch.full((4096,), rank + 1, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    copied = ctypes.CDLL("libcuda.so.1").cuMemcpy(
+        *map(ctypes.c_uint64, (window.peer_pointer((rank + 1) % size, 512), source.data_ptr(), source.numel()))
+    )
+    assert copied == 0
+    torch.cuda.synchronize()
+    dist.barrier()
+    assert bool((window.tensor[512:4608] == (rank - 1) % size + 1).all())
+    assert not window.tensor[:512].any()
+    assert not window.tensor[4608:].any()
+    kernel = Kernel(name="kernel_fill", source="ep/fill.cu", args="Args")
+    with mock.patch("epv2_plugin.jit.compiler.build", return_value=types.SimpleNamespace(path=Path(cubin))):
+        with runtime.on_comm_stream():
+            assert torch.cuda.current_stream() == runtime.comm_stream()
+            runtime.launch(kernel, FillArgs(mapped.pointer, 7, 16), ctas=1, threads=32, shared_bytes=0)
+            done = runtime.record()
+        runtime.wait(done)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            args = FillArgs(window.tensor.data_ptr(), 0x01020304, 64)
+            runtime.launch(kernel, args, ctas=2, threads=32, shared_bytes=1024)
+            with pytest.raises(RuntimeError, match="can't be made while a CUDA graph is being captured"):
+                runtime.window(64)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert mapped.tensor.view(torch.int32).tolist() == [7] * 16
+    assert window.tensor[:256].view(torch.int32).tolist() == [0x01020304] * 64
+    runtime.close()
+    runtime.close()
+    return runtime.description["communicator"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("torch_communicator", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_on_device(tmp_path: Path, size: int, torch_communicator: bool) -> None:
+    from epv2_plugin.jit import compiler, toolchain
+
+    (tmp_path / "fill.cu").write_text(FILL)
+    arch = compiler.device_arch(*torch.cuda.get_device_capability())
+    command = [str(toolchain.find_nvcc().path), "-cubin", f"-arch={arch}", "fill.cu", "-o", "fill.cubin"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    env = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    results = harness.run(size, on_device, str(tmp_path / "fill.cubin"), torch_communicator, env=env)
+    assert results == ["torch's" if torch_communicator else "own"] * size
+
+
+@pytest.mark.gpu
+def test_rank_that_never_comes() -> None:
+    results = harness.outcomes(2, one_rank_only, env={"NCCL_MULTI_RANK_GPU_ENABLE": "1"})
+    assert results[0].error_type == "CommunicationTimeout", results
+    assert not results[1].error
+
+
+def one_rank_only(rank: int, size: int) -> None:
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    if rank == 0:
+        CudaRuntime(dist.group.WORLD, 3)
 
 
 # ---- setup.py --------------------------------------------------------------------------------------------------------

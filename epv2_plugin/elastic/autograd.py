@@ -9,7 +9,7 @@ import torch
 from epv2_plugin.elastic.buffer import ElasticBuffer
 from epv2_plugin.elastic.event import EventOverlap
 from epv2_plugin.elastic.handle import EPHandle
-from epv2_plugin.elastic.quant import per_token_cast_back, per_token_cast_to_fp8
+from epv2_plugin.elastic.quant import per_token_cast_back
 
 
 def dispatch(
@@ -65,8 +65,9 @@ class _Dispatch(torch.autograd.Function):
         ctx: Any, buffer: ElasticBuffer, x: Any, weights: Any, topk_idx: Any, use_fp8: bool, options: dict
     ) -> Any:
         ctx.buffer = buffer
-        rows = per_token_cast_to_fp8(x) if use_fp8 else x
-        recv_x, recv_idx, recv_weights, handle, event = buffer.dispatch(rows, topk_idx, weights, **options)
+        recv_x, recv_idx, recv_weights, handle, event = buffer.dispatch(
+            x, topk_idx, weights, use_fp8=use_fp8, **options
+        )
         if use_fp8:
             recv_x = per_token_cast_back(recv_x[0], recv_x[1], x.dtype)
         ctx.handle = handle

@@ -98,7 +98,7 @@ def buffer_bytes(
 # ---- the cuda backend's window and shared memory ------------------------------------------------------------------
 
 CHUNK_TOKENS = 32  # tokens whose expert counts a kernel keeps together
-FLAG_KINDS = 6  # see csrc/kernels/ep/protocol.cuh
+FLAG_KINDS, ARGUMENT_WORDS = 6, 10  # see csrc/kernels/ep/protocol.cuh
 SHARED_BYTES = 227 << 10  # dynamic shared memory of a CTA on Hopper and Blackwell
 # With less, the CTAs of two ranks that share a GPU could share an SM, and a budget of SMs would be none.
 LEAST_SHARED_BYTES = 117 << 10
@@ -120,8 +120,8 @@ class _Sections:
 
 
 def control_bytes(num_ranks: int) -> int:
-    """Flags and failure words at the start of the window."""
-    return align(FLAG_KINDS * num_ranks * 8 + num_ranks * 4, SECTION_ALIGNMENT)
+    """Flags, failure words and the running operation's arguments at the start of the window."""
+    return align(FLAG_KINDS * num_ranks * 8 + align(num_ranks, 2) * 4 + ARGUMENT_WORDS * 4, SECTION_ALIGNMENT)
 
 
 class DispatchLayout:

@@ -75,7 +75,7 @@ T from_bits(uint64_t bits) {
 }
 
 template <typename T>
-T atomic(Atomic op, T* address, T value) {
+__forceinline__ T atomic(Atomic op, T* address, T value) {
   return from_bits<T>(atomic(op, address, sizeof(T), std::is_signed_v<T>, to_bits(value)));
 }
 
@@ -104,81 +104,80 @@ concept WordOrLong = Word<T> || std::is_same_v<T, unsigned long long>;
 
 // Barriers and warp collectives.
 void __syncthreads();
-void barrier_sync(int id, int threads);
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
+__forceinline__ void __syncwarp(unsigned mask = 0xffffffffu) {
   epv2::emulator::collective(epv2::emulator::Collective::syncwarp, mask, 0, 0, 32);
 }
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+__forceinline__ T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   using namespace epv2::emulator;
   return from_bits<T>(collective(Collective::shfl, mask, to_bits(value), source, width));
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
   using namespace epv2::emulator;
   return from_bits<T>(collective(Collective::shfl_xor, mask, to_bits(value), lanes, width));
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   using namespace epv2::emulator;
   return from_bits<T>(collective(Collective::shfl_up, mask, to_bits(value), static_cast<int>(delta), width));
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   using namespace epv2::emulator;
   return from_bits<T>(collective(Collective::shfl_down, mask, to_bits(value), static_cast<int>(delta), width));
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
+__forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) {
   using namespace epv2::emulator;
   return static_cast<unsigned>(collective(Collective::ballot, mask, predicate != 0, 0, 32));
 }
-inline int __any_sync(unsigned mask, int predicate) {
+__forceinline__ int __any_sync(unsigned mask, int predicate) {
   using namespace epv2::emulator;
   return static_cast<int>(collective(Collective::any, mask, predicate != 0, 0, 32));
 }
-inline int __all_sync(unsigned mask, int predicate) {
+__forceinline__ int __all_sync(unsigned mask, int predicate) {
   using namespace epv2::emulator;
   return static_cast<int>(collective(Collective::all, mask, predicate != 0, 0, 32));
 }
 template <typename T>
-unsigned __match_any_sync(unsigned mask, T value) {
+__forceinline__ unsigned __match_any_sync(unsigned mask, T value) {
   using namespace epv2::emulator;
   return static_cast<unsigned>(collective(Collective::match_any, mask, to_bits(value), 0, 32));
 }
 
 // Atomics and fences.
 template <epv2::emulator::WordOrLong T>
-T atomicAdd(T* address, epv2::emulator::Plain<T> value) {
+__forceinline__ T atomicAdd(T* address, epv2::emulator::Plain<T> value) {
   return epv2::emulator::atomic(epv2::emulator::Atomic::add, address, value);
 }
 template <epv2::emulator::Word T>
-T atomicOr(T* address, epv2::emulator::Plain<T> value) {
+__forceinline__ T atomicOr(T* address, epv2::emulator::Plain<T> value) {
   return epv2::emulator::atomic(epv2::emulator::Atomic::bit_or, address, value);
 }
 template <epv2::emulator::Word T>
-T atomicAnd(T* address, epv2::emulator::Plain<T> value) {
+__forceinline__ T atomicAnd(T* address, epv2::emulator::Plain<T> value) {
   return epv2::emulator::atomic(epv2::emulator::Atomic::bit_and, address, value);
 }
 template <epv2::emulator::Word T>
-T atomicMax(T* address, epv2::emulator::Plain<T> value) {
+__forceinline__ T atomicMax(T* address, epv2::emulator::Plain<T> value) {
   return epv2::emulator::atomic(epv2::emulator::Atomic::maximum, address, value);
 }
 template <epv2::emulator::Word T>
-T atomicMin(T* address, epv2::emulator::Plain<T> value) {
+__forceinline__ T atomicMin(T* address, epv2::emulator::Plain<T> value) {
   return epv2::emulator::atomic(epv2::emulator::Atomic::minimum, address, value);
 }
 template <epv2::emulator::Word T>
-T atomicExch(T* address, epv2::emulator::Plain<T> value) {
+__forceinline__ T atomicExch(T* address, epv2::emulator::Plain<T> value) {
   return epv2::emulator::atomic(epv2::emulator::Atomic::exchange, address, value);
 }
 template <epv2::emulator::WordOrLong T>
-T atomicCAS(T* address, epv2::emulator::Plain<T> expected, epv2::emulator::Plain<T> desired) {
+__forceinline__ T atomicCAS(T* address, epv2::emulator::Plain<T> expected, epv2::emulator::Plain<T> desired) {
   using namespace epv2::emulator;
   return from_bits<T>(compare_and_swap(address, sizeof(T), to_bits<T>(expected), to_bits<T>(desired)));
 }
-inline void __threadfence() { epv2::emulator::fence(); }
-inline void __threadfence_system() { epv2::emulator::fence(); }
-inline void __threadfence_block() { epv2::emulator::fence(); }
+__forceinline__ void __threadfence() { epv2::emulator::fence(); }
+__forceinline__ void __threadfence_system() { epv2::emulator::fence(); }
+__forceinline__ void __threadfence_block() { epv2::emulator::fence(); }
 
 // Arithmetic.
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -206,6 +205,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 namespace epv2 {
 
 uint8_t* shared_memory();
+void barrier_sync(int id, int threads);
 
 void mbarrier_init(uint64_t* bar, uint32_t arrivals);
 void mbarrier_init_fence();
@@ -218,19 +218,19 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* bar);
 void bulk_store(void* global, const void* shared, uint32_t bytes);
 void bulk_commit();
 template <int N>
-void bulk_wait_read() {
+__forceinline__ void bulk_wait_read() {
   static_assert(N >= 0);
   emulator::bulk_wait(N, true);
 }
-inline void bulk_wait_all() { emulator::bulk_wait(0, false); }
+__forceinline__ void bulk_wait_all() { emulator::bulk_wait(0, false); }
 void fence_proxy_async();
 
 uint32_t load_acquire_system(const uint32_t* address);
 void store_release_system(uint32_t* address, uint32_t value);
 uint32_t atomic_add_acq_rel(uint32_t* address, uint32_t value);
 uint32_t load_relaxed(const uint32_t* address);
-inline uint4 load_streaming(const void* address) { return *static_cast<const uint4*>(address); }
-inline void store_streaming(void* address, uint4 value) { *static_cast<uint4*>(address) = value; }
+__forceinline__ uint4 load_streaming(const void* address) { return *static_cast<const uint4*>(address); }
+__forceinline__ void store_streaming(void* address, uint4 value) { *static_cast<uint4*>(address) = value; }
 uint64_t global_nanoseconds();
 void pause();
 uint8_t* peer_pointer(uint64_t window, uint64_t offset, int peer);

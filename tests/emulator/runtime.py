@@ -13,6 +13,7 @@ import hashlib
 import mmap
 import os
 import random
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,20 @@ import torch.distributed as dist
 TESTS = Path(__file__).resolve().parents[1]
 SOURCES = TESTS.parent / "csrc" / "kernels"
 CACHE = TESTS / ".emulator"
-COMPILE = ["g++", "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-shared", "-fPIC", "-ffp-contract=off"]
-COMPILE += ["-U_FORTIFY_SOURCE", "-DEPV2_EMULATE", "-I", str(TESTS)]
+COMPILE = [
+    "g++",
+    "-std=c++20",
+    "-g",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-U_FORTIFY_SOURCE",
+]
+COMPILE += ["-DEPV2_EMULATE", "-I", str(TESTS)]
+# Makes every load and store call scheduler.cc, and what a GPU would do otherwise than this CPU; no sanitizer is linked.
+WATCHED = ["-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+WATCHED += ["-fsanitize=alignment,shift-exponent"]
 MESSAGE_BYTES = 1 << 16
 
 
@@ -150,7 +163,11 @@ class EmulatedRuntime:
             ctypes.byref(args), ctas, threads, shared_bytes, seed, message, MESSAGE_BYTES
         )
         if failed:
-            raise RuntimeError(f"rank {self.rank}: {message.value.decode(errors='replace')}")
+            raise RuntimeError(f"rank {self.rank}: {_with_lines(message.value.decode(errors='replace'))}")
+
+    def reseed(self, seed: int) -> None:
+        """Schedule what follows as `seed` says."""
+        self._random.seed(f"{seed}/{self.rank}")
 
     def comm_stream(self) -> Any:
         """None: there are no streams, launches run at once."""
@@ -193,7 +210,7 @@ def _includes(*folders: Path) -> list[Path]:
 
 def _compile(name: str, source: Path, options: list[str], dependencies: list[Path]) -> Path:
     """The shared object of `source`, from the cache if neither it, its dependencies nor the options have changed."""
-    command = [*COMPILE, *options, "-x", "c++", str(source)]
+    command = [*COMPILE, *options, "-c", "-x", "c++", str(source)]
     key = hashlib.sha256("\0".join(command).encode())
     for path in [source, *dependencies]:
         key.update(str(path).encode() + b"\0" + path.read_bytes())
@@ -204,18 +221,37 @@ def _compile(name: str, source: Path, options: list[str], dependencies: list[Pat
         fcntl.flock(lock, fcntl.LOCK_EX)  # ranks that want the same kernel wait for the first one's
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}")
-            done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            _run([*command, "-o", f"{partial}.o"])
+            _run(["g++", "-shared", "-o", str(partial), f"{partial}.o"])
+            os.remove(f"{partial}.o")
             partial.replace(target)
     return target
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
+
+
+def _with_lines(message: str) -> str:
+    """`message` with every [library+offset] as file:line of the kernel."""
+
+    @functools.cache
+    def line(library: str, offset: str) -> str:
+        frames = _run(["addr2line", "-i", "-e", library, offset]).split("\n")
+        ours = [frame for frame in frames if frame and not frame.startswith(str(TESTS / "emulator" / "device.h"))]
+        return os.path.relpath(ours[0].split(" (discr")[0], TESTS.parent) if ours else "?"
+
+    return re.sub(r"\[(\S+)\+(0x[0-9a-f]+)\]", lambda found: line(*found.groups()), message)
 
 
 @functools.cache
 def _scheduler() -> ctypes.CDLL:
     here = Path(__file__).parent
     library = ctypes.CDLL(
-        str(_compile("scheduler", here / "scheduler.cc", ["-O2"], _includes(here))), mode=ctypes.RTLD_GLOBAL
+        str(_compile("scheduler", here / "scheduler.cc", ["-O3"], _includes(here))), mode=ctypes.RTLD_GLOBAL
     )
     library.epv2_emulator_window.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64]
     library.epv2_emulator_window.restype = None
@@ -226,7 +262,7 @@ def _scheduler() -> ctypes.CDLL:
 @functools.cache
 def _kernel_library(name: str, source: Path, defines: tuple[tuple[str, str], ...], sources: Path) -> ctypes.CDLL:
     _scheduler()  # its symbols are global: kernels find them when they are loaded
-    options = ["-I", str(sources), *[f"-D{key}={value}" for key, value in defines]]
+    options = [*WATCHED, "-I", str(sources), *[f"-D{key}={value}" for key, value in defines]]
     library = ctypes.CDLL(str(_compile(name, source, options, _includes(Path(__file__).parent, sources))))
     library[f"{name}_args_bytes"].restype = ctypes.c_uint64
     return library

@@ -1,6 +1,7 @@
 // Runs a kernel's threads as fibers of one OS thread, in an order drawn from a seed. Every CTA of a launch is resident;
 // asynchronous copies happen at a random later time. README.md says what is modelled and what is not.
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
@@ -18,6 +19,8 @@
 #include <string>
 #include <vector>
 
+#include "emulator/races.h"
+// Behind the others: its macros are names that the standard library uses.
 #include "emulator/device.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -46,6 +49,8 @@ struct StoreGroup {
 
 struct Fiber {
   jmp_buf context;
+  jmp_buf begin;  // in entry()
+  bool begun = false;
   uint8_t* stack = nullptr;
   Cta* cta = nullptr;
   Warp* warp = nullptr;
@@ -56,6 +61,8 @@ struct Fiber {
   uint64_t result = 0;                       // of the last collective
   std::deque<StoreGroup> groups;             // the last is not yet committed
   uint64_t first_group = 0;                  // number of groups.front()
+  uint16_t store_agent = 0;                  // of its bulk stores in `order`; 0: none so far
+  const void* place = nullptr;               // in the kernel's code, of the last call of anything here
 };
 
 struct Warp {
@@ -80,6 +87,11 @@ struct Mbarrier {
   uint32_t offset = 0, expected = 0, pending = 0;
   int64_t bytes = 0;
   uint64_t phase = 0;
+  uint16_t agent = 0;       // of its bulk loads in `order`
+  int init_thread = 0;      // who initialised it, and at which of its clock values
+  uint32_t init_clock = 0;
+  bool init_fenced = false;
+  Channel channel;
   uint64_t observed = 0, loading = 0;  // phases that some thread has seen complete; phases that bulk_loads belong to
   std::vector<Fiber*> waiters;
 };
@@ -90,6 +102,7 @@ struct Cta {
   std::vector<Warp> warps;
   Barrier barriers[kBarriers];
   std::vector<Mbarrier> mbarriers;
+  std::unique_ptr<SharedOrder> order;
 };
 
 struct Copy {
@@ -120,6 +133,7 @@ struct Launch {
   bool progress = false;
   Policy policy = Policy::uniform;
   uint32_t copy_one_in = 1;
+  uint32_t switch_one_in = 0, accesses_left = 0;  // an ordinary access to memory in so many switches threads; 0: none
   uint64_t random = 0;
   std::string error;
   jmp_buf scheduler, abort;
@@ -169,7 +183,18 @@ __attribute__((format(printf, 1, 2))) std::string print(const char* text, ...) {
   return line;
 }
 
-std::string place(const Fiber& fiber) { return print("CTA %d thread %d", fiber.cta->index, fiber.thread); }
+// "[library+0x123]", which runtime.py turns into file and line.
+std::string source(const void* code) {
+  Dl_info info;
+  if (code == nullptr || dladdr(code, &info) == 0) return "[?]";
+  const auto offset = static_cast<const uint8_t*>(code) - static_cast<const uint8_t*>(info.dli_fbase);
+  return print("[%s+0x%llx]", info.dli_fname, static_cast<unsigned long long>(offset) - 1);  // in the call, not behind it
+}
+
+int32_t relative(const void* code) {
+  return static_cast<int32_t>(static_cast<const uint8_t*>(code) - reinterpret_cast<const uint8_t*>(run.body));
+}
+std::string source(int32_t relative) { return source(reinterpret_cast<const uint8_t*>(run.body) + relative); }
 
 // Ends the launch: nobody of it runs again.
 [[noreturn]] void stop(std::string message) {
@@ -183,7 +208,8 @@ std::string place(const Fiber& fiber) { return print("CTA %d thread %d", fiber.c
   const std::string line = format(text, arguments);
   va_end(arguments);
   const Fiber* fiber = run.current != nullptr ? run.current : run.copying != nullptr ? run.copying->issuer : nullptr;
-  stop((fiber != nullptr ? place(*fiber) + ": " : "") + line);
+  if (fiber == nullptr) stop(line);
+  stop(print("CTA %d thread %d at ", fiber->cta->index, fiber->thread) + source(fiber->place) + ": " + line);
 }
 
 // Ready, paused, blocked.
@@ -239,6 +265,7 @@ void complete(Mbarrier& bar) {
   if (bar.pending != 0 || bar.bytes != 0) return;
   bar.phase++;
   bar.pending = bar.expected;
+  SharedOrder::publish(bar.channel, bar.agent, static_cast<uint32_t>(bar.phase));
   for (Fiber* fiber : bar.waiters) wake(*fiber);
   bar.waiters.clear();
 }
@@ -299,6 +326,54 @@ uint32_t shared_offset(const char* what, const void* address, uint64_t bytes) {
   return static_cast<uint32_t>(offset);
 }
 
+// Races.
+
+[[noreturn]] void report(const char* what, bool writes, const Conflict& conflict) {
+  const Cta& cta = *run.current->cta;
+  const Access& earlier = conflict.earlier;
+  std::string who = print("thread %u", earlier.agent);
+  if (!cta.order->is_thread(earlier.agent)) {
+    for (const Mbarrier& bar : cta.mbarriers)
+      if (bar.agent == earlier.agent) who = print("a bulk_load on the mbarrier at %u", bar.offset);
+    for (const Warp& warp : cta.warps)
+      for (int lane = 0; lane < kWarp; lane++)
+        if (warp.fibers[lane].store_agent == earlier.agent)
+          who = print("a bulk_store of thread %d", warp.fibers[lane].thread);
+  }
+  const std::string place = source(earlier.place);
+  if (conflict.unfenced)
+    fail("%s: shared memory offset %u was written by %s at %s, and no fence_proxy_async makes that visible to it", what,
+         conflict.offset, who.c_str(), place.c_str());
+  fail("race: %s %s shared memory offset %u, which %s %s at %s; nothing orders the two", what,
+       writes ? "writes" : "reads", conflict.offset, who.c_str(), conflict.earlier_writes ? "wrote" : "read",
+       place.c_str());
+}
+
+// An ordinary or atomic access to any memory; only shared memory is watched.
+void watch(const void* address, uint64_t bytes, bool writes, bool atomic, const char* what) {
+  Cta& cta = *run.current->cta;
+  const auto offset = static_cast<uint64_t>(static_cast<const uint8_t*>(address) - cta.shared);
+  if (offset >= (run.shared_bytes + 127u) / 128 * 128) return;
+  if (offset + bytes > run.shared_bytes)
+    fail("%s of %llu bytes at offset %llu of %u bytes of shared memory", what, static_cast<unsigned long long>(bytes),
+         static_cast<unsigned long long>(offset), run.shared_bytes);
+  Conflict conflict;
+  if (cta.order->access(run.current->thread, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes), writes, atomic,
+                        relative(run.current->place), conflict))
+    report(what, writes, conflict);
+}
+
+// Called for every load and store of the kernel that is not through a function here (-fsanitize=thread).
+void ordinary_access(const void* address, uint64_t bytes, bool writes, const void* code) {
+  if (run.current == nullptr) return;
+  if (run.accesses_left != 0 && --run.accesses_left == 0) {
+    run.accesses_left = 1 + draw_below(2 * run.switch_one_in);
+    yield();
+  }
+  run.current->place = code;
+  watch(address, bytes, writes, false, writes ? "a store" : "a load");
+}
+
 Mbarrier& find_mbarrier(const char* what, const uint64_t* address) {
   const uint32_t offset = shared_offset(what, address, 8);
   if (offset % 8 != 0) fail("%s: mbarrier at offset %u is not 8-byte aligned", what, offset);
@@ -306,6 +381,10 @@ Mbarrier& find_mbarrier(const char* what, const uint64_t* address) {
   const uint64_t index = *address & 0xffff;
   if (*address >> 16 != kMbarrierTag || index >= all.size() || all[index].offset != offset)
     fail("%s: the mbarrier at offset %u was never initialised, or was overwritten", what, offset);
+  const Mbarrier& bar = all[index];
+  if (!run.current->cta->order->knows(run.current->thread, static_cast<uint16_t>(bar.init_thread), bar.init_clock))
+    fail("%s: the mbarrier at offset %u was initialised by thread %d, and nothing orders this after that", what, offset,
+         bar.init_thread);
   return all[index];
 }
 
@@ -319,6 +398,7 @@ void arrive(const char* what, Mbarrier& bar, uint32_t bytes) {
   if (bar.bytes > kMaxCount)
     fail("%s: mbarrier at %u expects %lld bytes, more than %u", what, bar.offset, static_cast<long long>(bar.bytes),
          kMaxCount);
+  run.current->cta->order->release(run.current->thread, bar.channel);
   bar.pending--;
   complete(bar);
 }
@@ -326,7 +406,16 @@ void arrive(const char* what, Mbarrier& bar, uint32_t bytes) {
 bool passed(Mbarrier& bar, uint32_t parity) {
   if ((bar.phase & 1) == parity) return false;
   bar.observed = bar.phase;
+  run.current->cta->order->acquire(run.current->thread, bar.channel);
   return true;
+}
+
+bool in_window(const void* address) {
+  const auto* byte = static_cast<const uint8_t*>(address);
+  for (const auto& [handle, peers] : windows)
+    for (const auto& [base, bytes] : peers)
+      if (byte >= base && byte < base + bytes) return true;
+  return false;
 }
 
 void check_bulk(const char* what, const void* shared, const void* global, uint32_t bytes) {
@@ -362,6 +451,11 @@ uint64_t shuffle(const Warp& warp, int lane) {
 }
 
 void finish_collective(Warp& warp) {
+  if (warp.op == Collective::syncwarp) {  // the others don't order memory
+    std::vector<int> threads;
+    for (int lane = 0; lane < kWarp; lane++) threads.push_back(warp.index * kWarp + lane);
+    warp.cta->order->meet(threads);
+  }
   uint32_t votes = 0;
   for (int lane = 0; lane < kWarp; lane++) votes |= static_cast<uint32_t>(warp.values[lane] != 0) << lane;
   for (int lane = 0; lane < kWarp; lane++) {
@@ -383,6 +477,9 @@ void finish_collective(Warp& warp) {
 }
 
 void release(Barrier& barrier) {
+  std::vector<int> threads;
+  for (const Fiber* fiber : barrier.arrived) threads.push_back(fiber->thread);
+  barrier.arrived[0]->cta->order->meet(threads);
   for (Fiber* fiber : barrier.arrived)
     if (fiber != run.current) wake(*fiber);
   barrier.arrived.clear();
@@ -441,26 +538,30 @@ void finish_fiber() {
 
 std::string waiting_for(const Fiber& fiber) {
   const Cta& cta = *fiber.cta;
+  const std::string at = " at " + source(fiber.place);
   switch (fiber.wait) {
     case Wait::collective: {
       const uint32_t missing = ~fiber.warp->arrived;
-      return print("%s (lanes missing: 0x%08x)", kCollectiveNames[int(fiber.warp->op)], missing);
+      return print("%s (lanes missing: 0x%08x)", kCollectiveNames[int(fiber.warp->op)], missing) + at;
     }
     case Wait::barrier: {
       const Barrier& barrier = cta.barriers[fiber.wait_object];
-      return print("barrier %u (%zu of %u threads there)", fiber.wait_object, barrier.arrived.size(), fiber.wait_value);
+      return print("barrier %u (%zu of %u threads there)", fiber.wait_object, barrier.arrived.size(), fiber.wait_value) +
+             at;
     }
     case Wait::mbarrier: {
       const Mbarrier& bar = cta.mbarriers[fiber.wait_object];
       return print("mbarrier at %u, parity %u (phase %llu, %u of %u arrivals missing, %lld bytes missing)", bar.offset,
                    fiber.wait_value, static_cast<unsigned long long>(bar.phase), bar.pending, bar.expected,
-                   static_cast<long long>(bar.bytes));
+                   static_cast<long long>(bar.bytes)) +
+             at;
     }
-    case Wait::store_reads: return "bulk_wait_read";
-    case Wait::store_writes: return "bulk_wait_all";
+    case Wait::store_reads: return "bulk_wait_read" + at;
+    case Wait::store_writes: return "bulk_wait_all" + at;
     case Wait::nothing: break;
   }
-  return fiber.done ? "returned" : (fiber.warp->paused & lane_bit(fiber)) != 0 ? "spins with pause()" : "ready";
+  if (fiber.done) return "returned";
+  return ((fiber.warp->paused & lane_bit(fiber)) != 0 ? "spins with pause()" : "ready") + at;
 }
 
 // "threads 0 to 31, 40: barrier ...; thread 41: ...", in the order of the first thread of each state.
@@ -528,12 +629,16 @@ void on_fault(int signal, siginfo_t* info, void*) {
 // Switching.
 
 void entry() {
+  // Later launches come here at once: ucontext's functions make system calls.
+  run.current->begun = true;
+  _setjmp(run.current->begin);
   run.body(run.args);
   finish_fiber();
   _longjmp(run.scheduler, 1);
 }
 
 void start(Fiber& fiber) {
+  if (fiber.begun) _longjmp(fiber.begin, 1);
   static ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = fiber.stack + kPage;
@@ -659,6 +764,8 @@ void prepare(int ctas, int threads) {
   run.alive = ctas * threads;
   run.policy = static_cast<Policy>(draw_below(3));
   run.copy_one_in = draw_below(3) == 0 ? 2 : one_in(2) ? 32 : 4096;
+  run.switch_one_in = one_in(2) ? 0 : one_in(2) ? 32 : 1024;
+  run.accesses_left = run.switch_one_in;
   const size_t shared_room = (run.shared_bytes + 127) / 128 * 128;
   for (int c = 0; c < ctas; c++) {
     Cta& cta = run.ctas[static_cast<size_t>(c)];
@@ -666,6 +773,7 @@ void prepare(int ctas, int threads) {
     cta.alive = threads;
     cta.shared = pool.shared[static_cast<size_t>(c)] - shared_room;
     std::memset(cta.shared, kUninitialised, shared_room);
+    cta.order = std::make_unique<SharedOrder>(threads, run.shared_bytes);
     cta.warps.resize(static_cast<size_t>(threads / kWarp));
     for (size_t w = 0; w < cta.warps.size(); w++) {
       Warp& warp = cta.warps[w];
@@ -680,25 +788,24 @@ void prepare(int ctas, int threads) {
         fiber.thread = static_cast<int>(w) * kWarp + lane;
         fiber.started = fiber.done = false;
         fiber.wait = Wait::nothing;
-        fiber.groups.assign(1, {});
+        fiber.groups.resize(1);
+        fiber.groups[0] = {};
         fiber.first_group = 0;
+        fiber.store_agent = 0;
+        fiber.place = nullptr;
       }
       add_ready(warp, kFull);
     }
   }
 }
 
-void check_slack() {
-  const size_t shared_room = (run.shared_bytes + 127) / 128 * 128;
-  for (const Cta& cta : run.ctas)
-    for (size_t i = run.shared_bytes; i < shared_room; i++)
-      if (cta.shared[i] != kUninitialised)
-        stop(print("CTA %d wrote behind its %u bytes of shared memory, at %zu", cta.index, run.shared_bytes, i));
-}
-
 }  // namespace
 
+// Notes who calls, for messages; first in every function that kernels call.
+#define EPV2_PLACE() run.current->place = __builtin_return_address(0)
+
 uint64_t collective(Collective op, unsigned mask, uint64_t value, int parameter, int width) {
+  EPV2_PLACE();
   Fiber& fiber = *run.current;
   Warp& warp = *fiber.warp;
   const char* name = kCollectiveNames[int(op)];
@@ -746,8 +853,10 @@ void check_aligned(const void* address, int bytes) {
 }
 
 uint64_t atomic(Atomic op, void* address, int bytes, bool is_signed, uint64_t value) {
+  EPV2_PLACE();
   check_aligned(address, bytes);
   yield_one_in(4);
+  watch(address, static_cast<uint64_t>(bytes), true, true, "an atomic");
   const uint64_t old =
       bytes == 8   ? apply(op, static_cast<unsigned long long*>(address), from_bits<unsigned long long>(value))
       : is_signed ? apply(op, static_cast<int*>(address), from_bits<int>(value))
@@ -757,8 +866,10 @@ uint64_t atomic(Atomic op, void* address, int bytes, bool is_signed, uint64_t va
 }
 
 uint64_t compare_and_swap(void* address, int bytes, uint64_t expected, uint64_t desired) {
+  EPV2_PLACE();
   check_aligned(address, bytes);
   yield_one_in(4);
+  watch(address, static_cast<uint64_t>(bytes), true, true, "an atomic");
   if (bytes == 8) {
     __atomic_compare_exchange_n(static_cast<uint64_t*>(address), &expected, desired, false, __ATOMIC_SEQ_CST,
                                 __ATOMIC_SEQ_CST);
@@ -773,19 +884,23 @@ uint64_t compare_and_swap(void* address, int bytes, uint64_t expected, uint64_t 
 }
 
 void fence() {
+  EPV2_PLACE();
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
   yield_one_in(4);
 }
 
 void bulk_wait(int groups, bool read_only) {
+  EPV2_PLACE();
   Fiber& fiber = *run.current;
   forget_finished_groups(fiber);
-  const size_t committed = fiber.groups.size() - 1;
-  for (size_t i = 0; i + static_cast<size_t>(groups) < committed; i++)
+  const auto committed = static_cast<int64_t>(fiber.groups.size()) - 1;
+  const uint64_t read = fiber.first_group + static_cast<uint64_t>(std::max(committed - groups, int64_t{0}));
+  for (int64_t i = 0; i + groups < committed; i++)
     if ((read_only ? fiber.groups[i].unread : fiber.groups[i].unwritten) > 0) {
       block(read_only ? Wait::store_reads : Wait::store_writes, 0, static_cast<uint32_t>(groups));
-      return;
+      break;
     }
+  if (fiber.store_agent != 0) fiber.cta->order->learn(fiber.thread, fiber.store_agent, static_cast<uint32_t>(read));
 }
 
 int launch(const char* name, Body body, const void* args, uint64_t args_bytes, int max_threads, int ctas, int threads,
@@ -825,10 +940,7 @@ int launch(const char* name, Body body, const void* args, uint64_t args_bytes, i
   active = 1;
   sigaction(SIGSEGV, &action, &old_segv);
   sigaction(SIGBUS, &action, &old_bus);
-  if (_setjmp(run.abort) == 0) {
-    schedule();
-    check_slack();
-  }
+  if (_setjmp(run.abort) == 0) schedule();
   active = 0;
   sigaction(SIGSEGV, &old_segv, nullptr);
   sigaction(SIGBUS, &old_bus, nullptr);
@@ -839,33 +951,37 @@ int launch(const char* name, Body body, const void* args, uint64_t args_bytes, i
 }  // namespace epv2::emulator
 
 void __syncthreads() {
-  const auto threads = static_cast<int>(blockDim.x);
-  epv2::emulator::arrive_at_barrier(0, threads, true);
-}
-
-void barrier_sync(int id, int threads) {
   using namespace epv2::emulator;
-  if (id < 0 || id >= kBarriers) fail("barrier_sync(%d, %d): ids are 0 to %d", id, threads, kBarriers - 1);
-  if (threads < kWarp || threads % kWarp != 0 || threads > static_cast<int>(blockDim.x))
-    fail("barrier_sync(%d, %d): threads must be a multiple of 32, at most the CTA's %u", id, threads, blockDim.x);
-  arrive_at_barrier(id, threads, false);
+  EPV2_PLACE();
+  const auto threads = static_cast<int>(blockDim.x);
+  arrive_at_barrier(0, threads, true);
 }
 
 namespace epv2 {
 
 using namespace emulator;
 
+void barrier_sync(int id, int threads) {
+  EPV2_PLACE();
+  if (id < 0 || id >= kBarriers) fail("barrier_sync(%d, %d): ids are 0 to %d", id, threads, kBarriers - 1);
+  if (threads < kWarp || threads % kWarp != 0 || threads > static_cast<int>(blockDim.x))
+    fail("barrier_sync(%d, %d): threads must be a multiple of 32, at most the CTA's %u", id, threads, blockDim.x);
+  arrive_at_barrier(id, threads, false);
+}
+
 uint8_t* shared_memory() { return run.current->cta->shared; }
 
 void mbarrier_init(uint64_t* address, uint32_t arrivals) {
+  EPV2_PLACE();
   const uint32_t offset = shared_offset("mbarrier_init", address, 8);
   if (offset % 8 != 0) fail("mbarrier_init: offset %u is not 8-byte aligned", offset);
   if (arrivals < 1 || arrivals > kMaxCount) fail("mbarrier_init: %u arrivals; must be 1 to %u", arrivals, kMaxCount);
   auto& all = run.current->cta->mbarriers;
   size_t index = 0;
   while (index < all.size() && all[index].offset != offset) index++;
+  watch(address, 8, true, false, "mbarrier_init");
   if (index == all.size()) {
-    all.emplace_back();
+    all.emplace_back().agent = run.current->cta->order->new_agent();
   } else if (!all[index].waiters.empty()) {
     fail("mbarrier_init: thread %d waits for the mbarrier at %u", all[index].waiters[0]->thread, offset);
   }
@@ -873,25 +989,37 @@ void mbarrier_init(uint64_t* address, uint32_t arrivals) {
   bar.offset = offset;
   bar.expected = bar.pending = arrivals;
   bar.bytes = 0;
-  bar.phase = bar.observed = bar.loading = 0;
+  bar.phase += bar.phase & 1;  // the next one is even; numbers never repeat
+  bar.observed = bar.loading = bar.phase;
+  bar.init_thread = run.current->thread;
+  bar.init_clock = run.current->cta->order->now(run.current->thread);
+  bar.init_fenced = false;
   *address = kMbarrierTag << 16 | index;
 }
 
-void mbarrier_init_fence() {}
+void mbarrier_init_fence() {
+  EPV2_PLACE();
+  Cta& cta = *run.current->cta;
+  for (Mbarrier& bar : cta.mbarriers) bar.init_fenced |= bar.init_thread == run.current->thread;
+  cta.order->fence_proxy(run.current->thread);
+}
 
 void mbarrier_arrive(uint64_t* address) {
+  EPV2_PLACE();
   yield_one_in(8);
   arrive("mbarrier_arrive", find_mbarrier("mbarrier_arrive", address), 0);
   yield_one_in(8);
 }
 
 void mbarrier_arrive_expect(uint64_t* address, uint32_t bytes) {
+  EPV2_PLACE();
   yield_one_in(8);
   arrive("mbarrier_arrive_expect", find_mbarrier("mbarrier_arrive_expect", address), bytes);
   yield_one_in(8);
 }
 
 bool mbarrier_test(uint64_t* address, uint32_t parity) {
+  EPV2_PLACE();
   if (parity > 1) fail("mbarrier_test: parity %u; must be 0 or 1", parity);
   if (passed(find_mbarrier("mbarrier_test", address), parity)) return true;
   pause();
@@ -899,6 +1027,7 @@ bool mbarrier_test(uint64_t* address, uint32_t parity) {
 }
 
 void mbarrier_wait(uint64_t* address, uint32_t parity) {
+  EPV2_PLACE();
   if (parity > 1) fail("mbarrier_wait: parity %u; must be 0 or 1", parity);
   yield_one_in(8);
   // A thread that is woken may run so late that the next phase is over too: as on a GPU it then waits on.
@@ -911,6 +1040,7 @@ void mbarrier_wait(uint64_t* address, uint32_t parity) {
 }
 
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* address) {
+  EPV2_PLACE();
   yield_one_in(8);
   check_bulk("bulk_load", shared, global, bytes);
   Mbarrier& bar = find_mbarrier("bulk_load", address);
@@ -922,6 +1052,14 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* addre
   copy.mbarrier = index_of(bar);
   copy.global = static_cast<uint8_t*>(const_cast<void*>(global));
   check_overlap("bulk_load", true, copy.offset, bytes);
+  if (!bar.init_fenced) fail("bulk_load: the mbarrier at %u was initialised without mbarrier_init_fence", bar.offset);
+  if (Access acquire; in_window(global) && run.current->cta->order->reads_unfenced_peer(run.current->thread, acquire))
+    fail("bulk_load: reads a window after thread %u acquired a flag there at %s, without fence_proxy_async between",
+         acquire.agent, source(acquire.place).c_str());
+  Conflict conflict;
+  if (run.current->cta->order->copy(run.current->thread, copy.offset, bytes, true, bar.agent,
+                                    static_cast<uint32_t>(bar.phase + 1), relative(run.current->place), conflict))
+    report("bulk_load", true, conflict);
   std::memset(shared, kInFlight, bytes);
   bar.loading = bar.phase + 1;
   run.copies.push_back(std::move(copy));
@@ -929,6 +1067,7 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* addre
 }
 
 void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  EPV2_PLACE();
   yield_one_in(8);
   check_bulk("bulk_store", shared, global, bytes);
   Fiber& fiber = *run.current;
@@ -939,6 +1078,11 @@ void bulk_store(void* global, const void* shared, uint32_t bytes) {
   copy.global = static_cast<uint8_t*>(global);
   copy.group = fiber.first_group + fiber.groups.size() - 1;
   check_overlap("bulk_store", false, copy.offset, bytes);
+  if (fiber.store_agent == 0) fiber.store_agent = fiber.cta->order->new_agent();
+  Conflict conflict;
+  if (fiber.cta->order->copy(fiber.thread, copy.offset, bytes, false, fiber.store_agent,
+                             static_cast<uint32_t>(copy.group + 1), relative(fiber.place), conflict))
+    report("bulk_store", false, conflict);
   fiber.groups.back().unread++;
   fiber.groups.back().unwritten++;
   run.copies.push_back(std::move(copy));
@@ -950,24 +1094,56 @@ void bulk_commit() {
   run.current->groups.emplace_back();
 }
 
-void fence_proxy_async() { yield_one_in(8); }
+void fence_proxy_async() {
+  EPV2_PLACE();
+  run.current->cta->order->fence_proxy(run.current->thread);
+  yield_one_in(8);
+}
 
+// Flags order accesses to shared memory within a CTA, too. (What they do between CTAs is this CPU's memory order.)
 uint32_t load_acquire_system(const uint32_t* address) {
+  EPV2_PLACE();
   check_aligned(address, 4);
   yield_one_in(4);
-  return __atomic_load_n(address, __ATOMIC_SEQ_CST);
+  const uint32_t value = __atomic_load_n(address, __ATOMIC_SEQ_CST);
+  SharedOrder& order = *run.current->cta->order;
+  Channel& flag = order.flag(address);
+  order.acquire(run.current->thread, flag);
+  if (value != flag.value && in_window(address)) order.acquired_from_peer(run.current->thread, relative(run.current->place));
+  flag.value = value;
+  return value;
 }
 
 void store_release_system(uint32_t* address, uint32_t value) {
+  EPV2_PLACE();
   check_aligned(address, 4);
   yield_one_in(4);
+  SharedOrder& order = *run.current->cta->order;
+  order.release(run.current->thread, order.flag(address));
+  SharedOrder::publish(order.flag(address));
   __atomic_store_n(address, value, __ATOMIC_SEQ_CST);
   yield_one_in(4);
 }
 
-uint32_t atomic_add_acq_rel(uint32_t* address, uint32_t value) { return atomicAdd(address, value); }
+uint32_t atomic_add_acq_rel(uint32_t* address, uint32_t value) {
+  EPV2_PLACE();
+  check_aligned(address, 4);
+  yield_one_in(4);
+  SharedOrder& order = *run.current->cta->order;
+  order.release(run.current->thread, order.flag(address));
+  SharedOrder::publish(order.flag(address));
+  order.acquire(run.current->thread, order.flag(address));
+  const uint32_t old = __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
+  yield_one_in(4);
+  return old;
+}
 
-uint32_t load_relaxed(const uint32_t* address) { return load_acquire_system(address); }
+uint32_t load_relaxed(const uint32_t* address) {
+  EPV2_PLACE();
+  check_aligned(address, 4);
+  yield_one_in(4);
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
+}
 
 uint64_t global_nanoseconds() {
   timespec t;
@@ -976,6 +1152,7 @@ uint64_t global_nanoseconds() {
 }
 
 void pause() {
+  EPV2_PLACE();
   Fiber& fiber = *run.current;
   if (fiber.warp->paused == 0) run.paused.push_back(fiber.warp);
   fiber.warp->paused |= lane_bit(fiber);
@@ -983,6 +1160,7 @@ void pause() {
 }
 
 uint8_t* peer_pointer(uint64_t window, uint64_t offset, int peer) {
+  EPV2_PLACE();
   const auto found = windows.find(window);
   if (found == windows.end()) fail("peer_pointer: %llu is no window", static_cast<unsigned long long>(window));
   if (peer < 0 || static_cast<size_t>(peer) >= found->second.size())
@@ -1005,3 +1183,48 @@ extern "C" void epv2_emulator_window(uint64_t window, int peers, uint8_t* const*
 }
 
 extern "C" void epv2_emulator_limit_seconds(double seconds) { epv2::emulator::limit_seconds = seconds; }
+
+// What -fsanitize=thread makes kernels call; libtsan itself is not linked.
+#define EPV2_ACCESS(bytes)                                                                                             \
+  extern "C" void __tsan_read##bytes(void* address) {                                                                  \
+    epv2::emulator::ordinary_access(address, bytes, false, __builtin_return_address(0));                               \
+  }                                                                                                                    \
+  extern "C" void __tsan_write##bytes(void* address) {                                                                 \
+    epv2::emulator::ordinary_access(address, bytes, true, __builtin_return_address(0));                                \
+  }                                                                                                                    \
+  extern "C" void __tsan_unaligned_read##bytes(void* address) {                                                        \
+    epv2::emulator::ordinary_access(address, bytes, false, __builtin_return_address(0));                               \
+  }                                                                                                                    \
+  extern "C" void __tsan_unaligned_write##bytes(void* address) {                                                       \
+    epv2::emulator::ordinary_access(address, bytes, true, __builtin_return_address(0));                                \
+  }
+EPV2_ACCESS(1)
+EPV2_ACCESS(2)
+EPV2_ACCESS(4)
+EPV2_ACCESS(8)
+EPV2_ACCESS(16)
+extern "C" void __tsan_read_range(void* address, uint64_t bytes) {
+  epv2::emulator::ordinary_access(address, bytes, false, __builtin_return_address(0));
+}
+extern "C" void __tsan_write_range(void* address, uint64_t bytes) {
+  epv2::emulator::ordinary_access(address, bytes, true, __builtin_return_address(0));
+}
+extern "C" void __tsan_init() {}
+
+// Of -fsanitize=alignment and shift-exponent: a GPU faults, or shifts to 0, where this CPU does neither.
+struct UndefinedBehaviour {
+  const char* file;
+  uint32_t line, column;
+  const void* type;
+  uint8_t log2_alignment;
+};
+extern "C" void __ubsan_handle_type_mismatch_v1(UndefinedBehaviour* data, const void* address) {
+  using namespace epv2::emulator;
+  run.current->place = __builtin_return_address(0);
+  fail("%p is used as an address of something that is aligned to %d bytes", address, 1 << data->log2_alignment);
+}
+extern "C" void __ubsan_handle_shift_out_of_bounds(UndefinedBehaviour*, uint64_t, uint64_t bits) {
+  using namespace epv2::emulator;
+  run.current->place = __builtin_return_address(0);
+  fail("shift by %lld bits", static_cast<long long>(bits));
+}

@@ -13,7 +13,15 @@ struct Common {
   uint64_t state;           // uint32 words of this rank's device memory, see protocol.cuh
   uint64_t error;           // uint32 words of mapped host memory, see protocol.cuh
   uint64_t timeout_ns;
-  uint32_t signature;       // of the operation's arguments: must be the same on all ranks
+  uint32_t signature;       // of the eight words below, M and K, which must be the same on all ranks
+  int32_t operation;
+  int32_t route;            // number of the dispatch that made the routing
+  int32_t hidden;
+  int32_t dtype;
+  int32_t scales;
+  int32_t num_experts;
+  int32_t has_weights;
+  int32_t by_row;           // combine: 1 = a token's owner adds all expert rows itself, 0 = each rank's sum of them
   int32_t rank;
   int32_t num_ranks;
   int32_t max_tokens;       // M
@@ -104,9 +112,7 @@ struct CombineArgs {
   int32_t num_groups;       // independent rings of a CTA
   int32_t num_slots;        // pieces of a ring
   int32_t expand;
-  int32_t by_row;           // 1 = the token's owner adds all expert rows itself, 0 = each rank's sum of them
   int32_t in_window;        // 1 = the expert rows lie at rows_offset already, x does not matter
-  int32_t has_weights;
 };
 
 struct BareArgs {

@@ -29,13 +29,13 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring, ui
   };
   int token = blockIdx.x + gridDim.x * group;
   int expert = fetch_expert(token), next_expert = fetch_expert(token + step);
-  int place = args.by_row ? fetch_place(token, expert) : -1;
+  int place = c.by_row ? fetch_place(token, expert) : -1;
   for (; token < args.num_tokens; token += step) {
     const int later_expert = fetch_expert(token + 2 * step);
-    const int next_place = args.by_row ? fetch_place(token + step, next_expert) : -1;
+    const int next_place = c.by_row ? fetch_place(token + step, next_expert) : -1;
     const int rank = expert < 0 ? -1 : expert / c.num_local_experts;
     const uint8_t* from = nullptr;
-    if (args.by_row) {
+    if (c.by_row) {
       if (place >= 0) from = peers[rank] + args.rows_offset + static_cast<int64_t>(place) * args.row_bytes;
     } else {
       const uint32_t same = __match_any_sync(0xffffffffu, rank < 0 ? -1 - lane : rank);
@@ -44,7 +44,7 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring, ui
                (static_cast<int64_t>(c.rank) * c.max_tokens + token) * args.row_bytes;
       }
     }
-    if (args.has_weights && lane < c.num_topk) {
+    if (c.has_weights && lane < c.num_topk) {
       const int64_t mine = static_cast<int64_t>(token) * c.num_topk + lane;
       const int64_t there = (static_cast<int64_t>(c.rank) * c.max_tokens + token) * c.num_topk + lane;
       reinterpret_cast<float*>(args.out_weights)[mine] =

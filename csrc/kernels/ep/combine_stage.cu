@@ -36,8 +36,8 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring) {
     fetch(row + step);
     if (lane < c.num_topk) {
       const int64_t at = static_cast<int64_t>(slot) * c.num_topk + lane;
-      if (args.by_row) reinterpret_cast<int32_t*>(window + args.table_offset)[at] = place;
-      if (args.has_weights) {
+      if (c.by_row) reinterpret_cast<int32_t*>(window + args.table_offset)[at] = place;
+      if (c.has_weights) {
         const float* weights = reinterpret_cast<const float*>(args.weights);
         float weight = 0;
         if (!args.expand) weight = weights[static_cast<int64_t>(row) * c.num_topk + lane];
@@ -47,7 +47,7 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring) {
     }
     if (args.in_window) continue;
     const uint32_t present = __ballot_sync(0xffffffffu, place >= 0);
-    if (args.by_row) {
+    if (c.by_row) {
       for (uint32_t left = present; left != 0; left &= left - 1) {
         const int64_t at = static_cast<int64_t>(__shfl_sync(0xffffffffu, place, __ffs(left) - 1)) * args.row_bytes;
         for (int offset = 0; offset < args.row_bytes; offset += args.piece_bytes) {

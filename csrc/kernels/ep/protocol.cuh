@@ -24,8 +24,8 @@ enum State {
   kStateWords = 32,
 };
 
-// Window, first bytes: flags [kind][rank]{number, signature}, one uint32 per rank that says that it gave up, and a
-// header that a peer reads to explain a signature that differs from its own.
+// Window, first bytes: flags [kind][rank]{number, signature}, one uint32 per rank that says that it gave up, and the
+// words behind this rank's signature, with which a peer explains one that differs from its own.
 enum Flag {
   kCountsReady = 0,   // dispatch: routing, weights and counts
   kRowsReady = 1,     // dispatch: rows
@@ -37,7 +37,20 @@ enum Flag {
 };
 
 // Words of `Common::error`; kErrorSet is written last.
-enum Error { kErrorSet = 0, kErrorCode, kErrorPeer, kErrorPhase, kErrorExpected, kErrorSeen, kErrorExtra, kErrorWords };
+enum Error {
+  kErrorSet = 0,
+  kErrorCode,
+  kErrorPeer,
+  kErrorPhase,
+  kErrorExpected,
+  kErrorSeen,
+  kErrorExtra,
+  kErrorOurs,  // this rank's arguments and the peer's, where they differ
+  kErrorTheirs = kErrorOurs + 10,
+  kErrorWords = kErrorTheirs + 10,
+};
+
+constexpr int kArguments = 10;  // words that a signature is made of
 
 enum ErrorCode {
   kTimeout = 1,        // peer did not come
@@ -53,6 +66,18 @@ __device__ __forceinline__ uint64_t flag_offset(const Common& c, int kind, int f
 
 __device__ __forceinline__ uint64_t failure_offset(const Common& c, int from) {
   return static_cast<uint64_t>(kFlagKinds) * c.num_ranks * 8 + from * 4;
+}
+
+__device__ __forceinline__ uint64_t arguments_offset(const Common& c) {
+  return failure_offset(c, c.num_ranks + c.num_ranks % 2);
+}
+
+// The words that a signature is made of, in the order of CudaBackend's `_ARGUMENTS`.
+__device__ inline void write_arguments(const Common& c, uint32_t* out) {
+  const int32_t words[kArguments] = {c.operation,   c.route,       c.hidden, c.dtype,      c.scales,
+                                     c.num_experts, c.has_weights, c.by_row, c.max_tokens, c.num_topk};
+#pragma unroll
+  for (int i = 0; i < kArguments; i++) out[i] = static_cast<uint32_t>(words[i]);
 }
 
 // Counts of what arrives at this rank, int32: where the rows of each (source rank, column) begin, the column's rows
@@ -106,6 +131,11 @@ __device__ __noinline__ void give_up(const Common& c, uint32_t code, int peer, u
   record[kErrorExpected] = expected;
   record[kErrorSeen] = seen;
   record[kErrorExtra] = extra;
+  if (code == kOtherArguments) {
+    write_arguments(c, record + kErrorOurs);
+    const uint32_t* theirs = reinterpret_cast<uint32_t*>(peer_pointer(c.window, arguments_offset(c), peer));
+    for (int i = 0; i < kArguments; i++) record[kErrorTheirs + i] = theirs[i];
+  }
   __threadfence_system();
   store_release_system(record + kErrorSet, 1);
   for (int p = 0; p < c.num_ranks; p++) {
@@ -178,6 +208,11 @@ __device__ inline bool last_to_arrive(const Common& c, int counter, uint32_t* wo
 
 // All threads of one CTA: raise flag `kind` at all ranks.
 __device__ inline void signal_all(const Common& c, int kind, uint32_t number) {
+  if (threadIdx.x == 0) {
+    write_arguments(c, reinterpret_cast<uint32_t*>(peer_pointer(c.window, arguments_offset(c), c.rank)));
+    __threadfence_system();
+  }
+  __syncthreads();
   for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) {
     uint32_t* flag = reinterpret_cast<uint32_t*>(peer_pointer(c.window, flag_offset(c, kind, c.rank), p));
     flag[1] = c.signature;

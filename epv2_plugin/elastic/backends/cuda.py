@@ -32,7 +32,7 @@ from epv2_plugin.jit.kernels import Kernel
 MAX_TOPK = 32  # one lane of a warp for each
 MAX_EXPERTS = 1 << 15  # an expert is an int16 on its way
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_STATE_WORDS, _ERROR_WORDS = 32, 16
+_STATE_WORDS, _ERROR_WORDS = 32, 32
 
 # What csrc/kernels/ep/protocol.cuh numbers: flags, which are what a wait is for, and reasons to give up.
 _PHASES = (
@@ -44,6 +44,21 @@ _PHASES = (
     "barrier",
 )
 _TIMEOUT, _PEER_FAILED, _OTHER_ARGUMENTS, _BAD_EXPERT, _TOO_MANY_ROWS = range(1, 6)
+# What all ranks must agree on: fields of `Common`, in the order of the words there, and how users know them.
+_ARGUMENTS = {
+    "operation": "operation",
+    "route": "routing (number of its dispatch)",
+    "hidden": "hidden size",
+    "dtype": "dtype",
+    "scales": "scale factors per token",
+    "num_experts": "num_experts",
+    "has_weights": "topk_weights",
+    "by_row": "rows that travel unsummed",
+    "max_tokens": "num_max_tokens_per_rank",
+    "num_topk": "top-k",
+}
+_OPERATIONS = ("dispatch", "cached dispatch", "combine", "barrier")
+_NAMED_DTYPES = (*_DTYPES, torch.float8_e4m3fn)
 
 
 class CudaEvent:
@@ -217,6 +232,7 @@ class CudaBackend:
 
     def _read_error(self) -> CommunicationError | ValueError:
         code, peer, phase, expected, seen, extra = (int(word) for word in self._error_words[1:7])
+        ours, theirs = (self._error_words[7 + 10 * side : 17 + 10 * side].tolist() for side in range(2))
         rank, name = self.runtime.rank, _PHASES[phase]
         if code == _BAD_EXPERT:
             return ValueError(f"topk_idx[{seen}, {extra}] = {expected}: must be -1 (none) or an expert")
@@ -226,8 +242,14 @@ class CudaBackend:
         if code == _PEER_FAILED:
             return CommunicationError(rank, peer, name, f"operation {expected}", "that it gave up")
         if code == _OTHER_ARGUMENTS:
-            wanted = f"a call with this rank's arguments (signature {expected & 0xFFFFFFFF:08x})"
-            return CommunicationError(rank, peer, name, wanted, f"signature {seen & 0xFFFFFFFF:08x}")
+            different = [
+                (f"{title} {_show(field, mine)} as on this rank", f"{title} {_show(field, other)}")
+                for (field, title), mine, other in zip(_ARGUMENTS.items(), ours, theirs, strict=True)
+                if mine != other
+            ]
+            # The peer may have gone on to another operation since.
+            wanted, got = different[0] if different else ("this rank's arguments", "others")
+            return CommunicationError(rank, peer, name, wanted, got)
         assert code == _TOO_MANY_ROWS
         wanted = f"at most {expected} rows (with do_cpu_sync=False a token must not name an expert twice)"
         return CommunicationError(rank, peer, name, wanted, f"row {seen}")
@@ -290,15 +312,21 @@ class CudaBackend:
 
     # ---- launches -----------------------------------------------------------------------------------------------
 
-    def _arguments(self, kernel: Kernel, signature: int, route: CudaRoute | None = None, **fields: Any) -> Any:
+    def _arguments(self, kernel: Kernel, shared: dict[str, int], route: CudaRoute | None = None, **fields: Any) -> Any:
+        """Arguments of `kernel`: what all ranks agree on (keys of `_ARGUMENTS`), the routing, and its own fields."""
         arguments = kernels.args_type(kernel)()
         common = arguments.common
         common.window, common.state, common.error = self._window.handle, self._state.data_ptr(), self._error.pointer
         common.timeout_ns = int(self._gpu_timeout * 1e9)
-        common.signature = signature
+        shared = dict.fromkeys(_ARGUMENTS, 0) | shared
+        if route is not None:
+            shared |= {"route": route.number, "num_experts": route.num_experts, "num_topk": route.num_topk}
+            shared["max_tokens"] = route.num_max_tokens_per_rank
+        common.signature = zlib.crc32(repr([shared[name] for name in _ARGUMENTS]).encode())
+        for name, value in shared.items():
+            setattr(common, name, value)
         common.rank, common.num_ranks = self.runtime.rank, self.runtime.size
         if route is not None:
-            common.max_tokens, common.num_topk = route.num_max_tokens_per_rank, route.num_topk
             common.num_local_experts = route.num_local_experts
         for name, value in fields.items():
             setattr(arguments, name, value)
@@ -387,17 +415,13 @@ class CudaBackend:
                 hidden * out_dtype.itemsize,
                 scale_words,
             )
-            signature = _signature(
-                "cached dispatch" if cached else "dispatch",
-                route.number,
-                hidden,
-                out_dtype,
-                scale_words,
-                route.num_topk,
-                num_experts,
-                route.num_max_tokens_per_rank,
-                topk_weights_TK is not None,
-            )
+            shared = {
+                "operation": _OPERATIONS.index("cached dispatch" if cached else "dispatch"),
+                "hidden": hidden,
+                "dtype": _NAMED_DTYPES.index(out_dtype),
+                "scales": scale_words,
+                "has_weights": int(topk_weights_TK is not None),
+            }
             wants_counts = exact and not cached
             if wants_counts:
                 self._make_host_counts(route)
@@ -405,7 +429,7 @@ class CudaBackend:
             kernel = kernels.DISPATCH_STAGE[_DTYPES[x_TH.dtype] if use_fp8 else ""]
             arguments = self._arguments(
                 kernel,
-                signature,
+                shared,
                 route,
                 x=_pointer(x_TH),
                 scales=_pointer(scales),
@@ -448,11 +472,11 @@ class CudaBackend:
                 size = (num_expanded,) if expand else (num_recv, route.num_topk)
                 out_weights = torch.empty(size, dtype=torch.float32, device=self.device)
             if not cached or out_weights is not None:
-                self._launch_route(route, layout, signature, cached, out_weights, statistics, num_sms)
+                self._launch_route(route, layout, shared, cached, out_weights, statistics, num_sms)
             shape = sizing.pull_shape(runtime.size, hidden * out_dtype.itemsize, scale_words)
             arguments = self._arguments(
                 kernels.DISPATCH_PULL,
-                signature,
+                shared,
                 route,
                 counts=_pointer(route.counts),
                 metadata=_pointer(route.metadata),
@@ -481,7 +505,7 @@ class CudaBackend:
         self,
         route: CudaRoute,
         layout: DispatchLayout,
-        signature: int,
+        shared: dict[str, int],
         cached: bool,
         out_weights: torch.Tensor | None,
         statistics: torch.Tensor | None,
@@ -489,7 +513,7 @@ class CudaBackend:
     ) -> None:
         arguments = self._arguments(
             kernels.DISPATCH_ROUTE,
-            signature,
+            shared,
             route,
             counts=_pointer(route.counts),
             metadata=_pointer(route.metadata),
@@ -575,9 +599,13 @@ class CudaBackend:
         biases = [_aligned(bias) for bias in bias_TH]
         num_tokens = route.topk_idx_TK.shape[0]
         shape = sizing.sum_shape(self.runtime.size, row_bytes)
-        signature = _signature(
-            "combine", route.number, hidden, x.dtype, by_row, topk_weights is not None, route.num_max_tokens_per_rank
-        )
+        shared = {
+            "operation": _OPERATIONS.index("combine"),
+            "hidden": hidden,
+            "dtype": _NAMED_DTYPES.index(x.dtype),
+            "has_weights": int(topk_weights is not None),
+            "by_row": int(by_row),
+        }
         with self._operation(previous, asynchronous, (x, topk_weights, *biases, route.metadata, route.counts)) as place:
             combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
             combined_weights = None
@@ -602,13 +630,11 @@ class CudaBackend:
                 "num_groups": shape.groups,
                 "num_slots": shape.stages,
                 "expand": int(expanded),
-                "by_row": int(by_row),
-                "has_weights": int(topk_weights is not None),
                 "in_window": int(in_window),
             }
             for kernel in (kernels.COMBINE_STAGE, kernels.COMBINE_PULL):
                 variant = kernel[_DTYPES[x.dtype]]
-                self._launch(variant, self._arguments(variant, signature, route, **fields), num_sms, shape)
+                self._launch(variant, self._arguments(variant, shared, route, **fields), num_sms, shape)
             event = place.end((combined, combined_weights))
         return combined, combined_weights, event
 
@@ -627,7 +653,7 @@ class CudaBackend:
         row_bytes = hidden * dtype.itemsize
         layout = self._combine_layout(route, row_bytes, by_row=True)
         with self._operation((), False, ()) as place:
-            arguments = self._arguments(kernels.COMBINE_IDLE, 0)
+            arguments = self._arguments(kernels.COMBINE_IDLE, {})
             self._launch(kernels.COMBINE_IDLE, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
             place.end(())
         num_bytes = route.num_expanded_rows * row_bytes
@@ -635,7 +661,7 @@ class CudaBackend:
 
     def barrier(self) -> None:
         with self._operation((), False, ()) as place:
-            arguments = self._arguments(kernels.BARRIER, _signature("barrier"))
+            arguments = self._arguments(kernels.BARRIER, {"operation": _OPERATIONS.index("barrier")})
             self._launch(kernels.BARRIER, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
             place.end(())
         self.check()
@@ -675,6 +701,8 @@ def _pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _signature(*arguments: object) -> int:
-    """32 bits that are the same on all ranks if their arguments are, and almost surely differ otherwise."""
-    return zlib.crc32(repr(arguments).encode())
+def _show(field: str, value: int) -> str:
+    """How users know the value of one of `_ARGUMENTS`."""
+    if field == "operation":
+        return _OPERATIONS[value]
+    return str(_NAMED_DTYPES[value]) if field == "dtype" else str(value)

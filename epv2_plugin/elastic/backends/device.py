@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from epv2_plugin.elastic.errors import CommunicationTimeout
-from epv2_plugin.jit import Kernel
+from epv2_plugin.jit import Kernel, compiler
 
 if TYPE_CHECKING:
     from epv2_plugin import _C
@@ -261,10 +261,9 @@ class CudaRuntime:
         key = (kernel, self.device.index)
         if key not in _functions:
             _refuse_capture(f"kernel {kernel.name}")
-            compiler = importlib.import_module("epv2_plugin.jit.compiler")
-            major, minor = torch.cuda.get_device_capability(self.device)
-            with open(compiler.build(kernel, f"sm_{major}{minor}a").path, "rb") as file:
-                _functions[key] = self._library.Module.load(file.read()).function(kernel.name)
+            arch = compiler.device_arch(*torch.cuda.get_device_capability(self.device))
+            code = compiler.build(kernel, arch).path.read_bytes()
+            _functions[key] = self._library.Module.load(code).function(kernel.name)
         return _functions[key]
 
     def comm_stream(self) -> torch.cuda.Stream:

@@ -31,7 +31,7 @@ EPV2_KERNEL(collectives, TestArgs, 1024) {
   __syncthreads();
   const unsigned half = blockDim.x / 2, group = thread / half;
   shared[thread] = value + 1;
-  barrier_sync(1 + static_cast<int>(group), static_cast<int>(half));
+  epv2::barrier_sync(1 + static_cast<int>(group), static_cast<int>(half));
   put(shared[group * half + (half - 1 - thread % half)]);
   __syncwarp();
 
