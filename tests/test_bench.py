@@ -19,8 +19,9 @@ from epv2_plugin.bench import ep, paths, report, sm
 from epv2_plugin.bench.paths import Received, Setup, WrongResult, make_batch
 from epv2_plugin.bench.timing import Launch, Stopwatch, launches_of
 from epv2_plugin.elastic import ElasticBuffer, model
-from epv2_plugin.jit import args_type
+from epv2_plugin.jit.kernels import SM_COPY, args_type
 from tests.emulator.runtime import EmulatedRuntime
+from tests.test_cuda_emulated import emulated_buffer
 
 CPU = torch.device("cpu")
 SMALL = Setup(
@@ -83,16 +84,19 @@ def test_counted_rows_are_those_that_the_model_expects():
 def both_paths(rank: int, size: int, setup: Setup) -> list[tuple[Any, ...]]:
     """What the plugin and the stock path return for the same batch, each checked against the reference."""
     assert dist.group.WORLD is not None
-    buffer = ElasticBuffer(dist.group.WORLD, backend="host")
-    cast = "first" if setup.dtype == "fp8" else ""
+    if setup.backend == "cuda":
+        buffer = emulated_buffer(**ep.buffer_options(setup))
+    else:
+        buffer = ElasticBuffer(dist.group.WORLD, backend="host")
     found = []
     batches = [make_batch(setup, r, 0, CPU) for r in range(size)]
-    for path in (paths.ElasticPath("epv2", buffer, setup, cast), paths.StockPath(dist.group.WORLD, setup)):
-        path.dispatch(batches[rank], 0)
+    ours = paths.ElasticPath("epv2", buffer, setup, zero_copy=setup.zero_copy)
+    for path in (ours, paths.StockPath(dist.group.WORLD, setup)):
+        path.dispatch(batches[rank], max(setup.sms))
         received = path.to_experts()
         paths.check_received(path, received, batches, setup, rank)
         path.from_experts(path.place(paths.expert_output(received, rank * setup.local_experts)))
-        combined = path.combine(0)
+        combined = path.combine(max(setup.sms))
         paths.check_combined(path, combined, batches[rank], rank)
         rows = received.data.float() if received.scales is None else None
         found.append((rows, received.weights, received.counts, combined.float()))
@@ -111,6 +115,20 @@ def test_the_stock_path_gives_the_same_numbers(pool, layout, routing, dtype):
         if dtype == "bf16":
             assert torch.equal(ours[0], stock[0])
             assert torch.allclose(ours[3], stock[3], rtol=2**-6, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "zero_copy"),
+    [("expanded", "fp8", False), ("expanded", "fp8", True), ("expanded", "bf16", True), ("compact", "bf16", False)],
+)
+def test_the_kernels_give_the_same_numbers(pool, layout, dtype, zero_copy):
+    """The cuda backend on the emulator, with rows that a buffer sized by its tokens alone would have no room for."""
+    setup = replace(
+        SMALL, layout=layout, dtype=dtype, zero_copy=zero_copy, backend="cuda", sms=(2,), tokens=24, experts=4
+    )
+    for ours, stock in pool(2).run(both_paths, setup):
+        assert ours[2] == stock[2]
+        assert torch.equal(ours[1], stock[1])
 
 
 def test_every_token_on_one_expert_each(pool):
@@ -334,7 +352,7 @@ def test_sm_copy_moves_every_row_once(group, mode, rows, seed):
     row_bytes, stages, warps = 48, 2 + seed, 3
     source = torch.randint(0, 256, (rows, row_bytes), dtype=torch.uint8)
     target = torch.full((rows * max(writes, 1) + 1, row_bytes), 7, dtype=torch.uint8)
-    args = args_type(sm.KERNEL)(
+    args = args_type(SM_COPY)(
         source=source.data_ptr(),
         target=target.data_ptr(),
         rows=rows,
@@ -344,7 +362,7 @@ def test_sm_copy_moves_every_row_once(group, mode, rows, seed):
         stages=stages,
     )
     EmulatedRuntime(group, seed).launch(
-        sm.KERNEL, args, ctas=2, threads=32 * warps, shared_bytes=warps * stages * (row_bytes + 8)
+        SM_COPY, args, ctas=2, threads=32 * warps, shared_bytes=warps * stages * (row_bytes + 8)
     )
     assert (target[-1] == 7).all()  # nothing behind the end
     if mode == "read":
@@ -450,7 +468,10 @@ def test_bench_ep_on_the_host(tmp_path, setup):
         (["--experts", "10"], "--experts = 10: must be a multiple of the 4 ranks"),
         (["--topk", "9", "--experts", "8"], "--topk = 9: must be at most the 8 experts"),
         (["--topk", "8", "--experts", "8", "--routing", "skewed"], "--routing = 'skewed': needs more experts than "),
-        (["--zero-copy"], "--zero-copy = True: the host backend has no window"),
+        (
+            ["--zero-copy", "--layout", "compact"],
+            "--zero-copy = True: experts can write into the window in the expanded",
+        ),
         (["--json", "/nowhere/out.json"], "--json = '/nowhere/out.json': there is no folder /nowhere"),
         (["--json", "/tmp"], "--json = '/tmp': is a folder"),
     ],

@@ -37,7 +37,7 @@ from epv2_plugin.bench.paths import (
     pairs_by_rows,
 )
 from epv2_plugin.bench.timing import Stopwatch, profile
-from epv2_plugin.elastic import ElasticBuffer, model
+from epv2_plugin.elastic import ElasticBuffer, model, sizing
 from epv2_plugin.training.launcher import process_group_store
 
 TIMEOUT = timedelta(seconds=600)
@@ -102,24 +102,22 @@ class _Bench:
 
     def _make_paths(self) -> list[Path]:
         setup = self.setup
-        fp8, cuda = setup.dtype == "fp8", setup.backend == "cuda"
-        sizes = {"num_max_tokens_per_rank": setup.tokens, "hidden": setup.hidden, "num_topk": setup.topk}
-        buffer = ElasticBuffer(self._group, **sizes, use_fp8_dispatch=fp8, backend=setup.backend)  # type: ignore[arg-type]
-        cast = ("fused" if cuda else "first") if fp8 else ""
-        paths: list[Path] = [ElasticPath("epv2", buffer, setup, cast)]
+        options = buffer_options(setup)
+        buffer = ElasticBuffer(self._group, **options, backend=setup.backend)  # type: ignore[arg-type]
+        paths: list[Path] = [ElasticPath("epv2", buffer, setup)]
         if setup.zero_copy:
-            paths.append(ElasticPath("epv2 zero-copy", buffer, setup, cast, zero_copy=True))
+            paths.append(ElasticPath("epv2 zero-copy", buffer, setup, zero_copy=True))
         assert self._group is not None
         paths.append(StockPath(self._group, setup))
         if importlib.util.find_spec("deep_ep") is None:
             self.notes.append("deep_ep can't be imported here: not measured.")
-        elif not cuda:
+        elif setup.backend != "cuda":
             self.notes.append("deep_ep runs on CUDA devices only: not measured.")
         elif not hasattr(deep_ep := importlib.import_module("deep_ep"), "ElasticBuffer"):
             self.notes.append("the deep_ep that is installed has no ElasticBuffer (that is version 2): not measured.")
         else:
-            theirs = deep_ep.ElasticBuffer(self._group, **sizes, use_fp8_dispatch=fp8, explicitly_destroy=True)
-            paths.append(ElasticPath("deep_ep", theirs, setup, "given" if fp8 else "", ours=False))
+            theirs = deep_ep.ElasticBuffer(self._group, **(options | {"num_bytes": None}), explicitly_destroy=True)
+            paths.append(ElasticPath("deep_ep", theirs, setup, ours=False))
         return paths
 
     # ---- one repetition ---------------------------------------------------------------------------------------------
@@ -296,7 +294,7 @@ class _Bench:
     def _limit(self, pairs: torch.Tensor, machine: model.Machine, sms: int, zero_copy: bool) -> dict[str, Any]:
         """Microseconds of the rank that needs most, for dispatch and combine, and what bounds their longest phase."""
         shape = self.setup.shape
-        direct = model.best_direct_rows(shape, machine, sms) if zero_copy else 0
+        direct = shape.topk if zero_copy else 0  # the owner pulls every expert row itself
         limit: dict[str, Any] = {}
         for rank in range(self.setup.ranks):
             rows = measured_rows(pairs, rank)
@@ -310,6 +308,32 @@ class _Bench:
                 if name not in limit or total > limit[name]["us"]:
                     limit[name] = {"us": total, "bound": max(times, key=lambda time: time.us).bound}
         return limit
+
+
+def buffer_options(setup: Setup) -> dict[str, Any]:
+    """Arguments of an `ElasticBuffer` for `setup`."""
+    return {
+        "num_bytes": _zero_copy_bytes(setup) if setup.zero_copy else None,
+        "num_max_tokens_per_rank": setup.tokens,
+        "hidden": setup.hidden,
+        "num_topk": setup.topk,
+        "use_fp8_dispatch": setup.dtype == "fp8",
+    }
+
+
+def _zero_copy_bytes(setup: Setup) -> int:
+    """Bytes of a buffer into whose window experts can write: room for all their rows, not for one per token and rank.
+
+    Twice the rows that a rank has on average, and every token of all ranks once more for a popular expert.
+    """
+    ranks, tokens, topk = setup.ranks, setup.tokens, setup.topk
+    rows = min(ranks * tokens * min(topk, setup.local_experts), 2 * tokens * topk + ranks * tokens)
+    _, dispatch = sizing.window_bytes(ranks, tokens, setup.hidden, topk, setup.dtype == "fp8")
+    layout = sizing.CombineLayout(
+        0, num_ranks=ranks, max_tokens=tokens, num_topk=topk, row_bytes=setup.shape.row, num_rows=rows
+    )
+    # A buffer made by bytes keeps one of ranks + 1 equal parts for what is dispatched.
+    return (ranks + 1) * sizing.align(max(dispatch, -(-layout.end // ranks)), sizing.BUFFER_ALIGNMENT)
 
 
 def measured_rows(pairs: torch.Tensor, rank: int) -> model.Rows:

@@ -141,22 +141,21 @@ class ElasticPath:
     """`ElasticBuffer` of the plugin or of deep_ep, which has the same calls.
 
     Args:
-        cast: where bf16 becomes e4m3: "fused" = the buffer does it, "first" = before dispatch and timed with it,
-            "given" = before the clock starts, "" = rows stay bf16.
+        ours: the plugin's: it casts to e4m3 on the way, and deep_ep's input is cast before the clock starts.
+        zero_copy: experts write into the window; expanded layout only.
     """
 
-    def __init__(self, name: str, buffer: Any, setup: Setup, cast: str, *, zero_copy: bool = False, ours: bool = True):
-        self.name, self._buffer, self._setup, self._cast, self._zero_copy = name, buffer, setup, cast, zero_copy
-        self.fp8, self.ordered, self.ceiling, self.budgets = bool(cast), ours, ours, setup.sms
-        self.sends = {"": "bf16 rows", "given": "fp8 rows, cast before"}.get(cast, "fp8 rows, cast included")
-        self._expanded = setup.layout == "expanded"
+    def __init__(self, name: str, buffer: Any, setup: Setup, *, ours: bool = True, zero_copy: bool = False):
+        self.name, self._buffer, self._setup, self._zero_copy = name, buffer, setup, zero_copy
+        self.fp8, self.ordered, self.ceiling, self.budgets = setup.dtype == "fp8", ours, ours, setup.sms
+        self._expanded, self._fuse_cast = setup.layout == "expanded", ours and self.fp8
+        cast = "cast included" if ours else "cast before"
+        self.sends = f"fp8 rows, {cast}" if self.fp8 else "bf16 rows"
         self._handle: Any = None
 
     def dispatch(self, batch: Batch, sms: int) -> None:
-        x: Any = batch.x_TH
-        if self._cast in ("first", "given"):
-            x = batch.fp8 if self._cast == "given" else per_token_cast_to_fp8(x)
-        options = {"use_fp8": True} if self._cast == "fused" else {}
+        x = batch.fp8 if self.fp8 and not self._fuse_cast else batch.x_TH
+        options = {"use_fp8": True} if self._fuse_cast else {}
         self._rows, self._idx_RK, self._weights, self._handle, _ = self._buffer.dispatch(
             x,
             topk_idx=batch.topk_idx_TK,
@@ -181,20 +180,16 @@ class ElasticPath:
         return Received(data, scales, self._weights.flatten()[entries], counts)
 
     def place(self, y_NH: torch.Tensor) -> torch.Tensor:
-        if not (self._zero_copy and self._expanded):
+        if not self._zero_copy:
             return y_NH
-        return self._buffer.get_combine_buffer(self._handle, y_NH.dtype).copy_(y_NH)
+        return self._buffer.get_combine_buffer(self._handle, y_NH.shape[1], y_NH.dtype).copy_(y_NH)
 
     def from_experts(self, y_NH: torch.Tensor) -> None:
         self._y = y_NH
         if self._expanded:
             return
         total_RH = y_NH.new_zeros(self._idx_RK.shape[0], y_NH.shape[1], dtype=torch.float32)
-        total_RH.index_add_(0, self._row_N, y_NH.float())
-        if self._zero_copy:
-            self._y = self._buffer.get_combine_buffer(self._handle, y_NH.dtype).copy_(total_RH)
-        else:
-            self._y = total_RH.to(y_NH.dtype)
+        self._y = total_RH.index_add_(0, self._row_N, y_NH.float()).to(y_NH.dtype)
 
     def combine(self, sms: int) -> torch.Tensor:
         combined_TH, _, _ = self._buffer.combine(self._y, self._handle, num_sms=sms)

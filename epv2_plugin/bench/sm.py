@@ -11,9 +11,8 @@ import torch
 from epv2_plugin.bench.timing import Stopwatch
 from epv2_plugin.elastic.backends.device import Runtime
 from epv2_plugin.elastic.model import Rate
-from epv2_plugin.jit import KERNELS, args_type
+from epv2_plugin.jit.kernels import SM_COPY, args_type
 
-KERNEL = next(kernel for kernel in KERNELS if kernel.name == "epv2_sm_copy")
 MODES = {"read": (1, 0), "write": (0, 1), "copy": (1, 1), "copy_twice": (1, 2)}  # (reads, writes) of each row
 ROW_BYTES, WARPS, STAGES = 7168, 8, 3  # fewer warps do not fill an SM's copy path
 BYTES_PER_SM = 64 << 20  # read or written by each SM in one launch: about a millisecond
@@ -44,7 +43,7 @@ def measure(
 
     def launch(mode: str, ctas: int, rows: int) -> None:
         reads, writes = MODES[mode]
-        args = args_type(KERNEL)(
+        args = args_type(SM_COPY)(
             source=source.data_ptr(),
             target=target.data_ptr(),
             rows=rows,
@@ -54,7 +53,7 @@ def measure(
             stages=STAGES,
         )
         shared = WARPS * STAGES * (row_bytes + 8)
-        runtime.launch(KERNEL, args, ctas=ctas, threads=32 * WARPS, shared_bytes=shared)
+        runtime.launch(SM_COPY, args, ctas=ctas, threads=32 * WARPS, shared_bytes=shared)
 
     rates: list[dict[str, Any]] = []
     samples: dict[str, dict[str, list[float]]] = {}

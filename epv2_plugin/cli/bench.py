@@ -81,8 +81,8 @@ def main_ep(args: argparse.Namespace) -> int:
         raise _wrong(
             "--routing", args.routing, "needs more experts than the top-k: now every token goes to all of them"
         )
-    if backend == "host" and args.zero_copy:
-        raise _wrong("--zero-copy", True, "the host backend has no window that experts could write into")
+    if args.zero_copy and args.layout != "expanded":
+        raise _wrong("--zero-copy", True, "experts can write into the window in the expanded layout only")
     if device_sms and max(args.sms) > device_sms:
         raise _wrong("--sms", max(args.sms), f"must be at most the device's {device_sms} SMs")
     if args.json is not None:
