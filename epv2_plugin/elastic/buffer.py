@@ -203,6 +203,11 @@ class ElasticBuffer:
     # ---- life ---------------------------------------------------------------------------------------------------
 
     @property
+    def device(self) -> torch.device:
+        """Of the tensors that operations take and return."""
+        return self._open().device
+
+    @property
     def traffic(self) -> Traffic:
         """Bytes that this rank sent to others so far."""
         return self._open().traffic
