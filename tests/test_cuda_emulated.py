@@ -55,8 +55,9 @@ def round_trip(rank: int, size: int, case: Case) -> dict[str, Any]:
     made.get_theoretical_num_sms = lambda *_: budget
     made.runtime.launches.clear()
     result = test_elastic.round_trip(rank, size, case, made)
-    assert 7 <= len(made.runtime.launches) <= 8  # dispatch 3, the same again 2 or 3 (weights), combine 2
-    assert all(launch.ctas == budget for launch in made.runtime.launches)
+    kernels = [launch for launch in made.runtime.launches if launch.kernel != "epv2_combine_idle"]
+    assert 7 <= len(kernels) <= 8  # dispatch 3, the same again 2 or 3 (weights), combine 2
+    assert all(launch.ctas == budget for launch in kernels)
     return result
 
 

@@ -270,7 +270,7 @@ class ElasticBuffer:
         route = self._check_handle(handle)
         if not handle.do_expand:
             raise ValueError("get_combine_buffer needs a handle of the expanded layout (do_expand=True)")
-        return backend.combine_buffer(route, hidden, dtype, handle.num_sms)
+        return backend.combine_buffer(route, hidden, dtype)
 
     # ---- operations ---------------------------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None, Event]:
         """See `ElasticBuffer.combine`."""
 
-    def combine_buffer(self, route: Any, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
+    def combine_buffer(self, route: Any, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """See `ElasticBuffer.get_combine_buffer`."""
 
     def barrier(self) -> None:

@@ -607,8 +607,7 @@ class CudaBackend:
         in_window = expanded and self._lies_in_window(x, route, row_bytes)
         by_row = expanded and (in_window or not self._allow_multiple_reduction)
         layout = self._combine_layout(route, row_bytes, by_row)
-        if not in_window:
-            x = _aligned(x)
+        x = x if by_row else _aligned(x)
         biases = [_aligned(bias) for bias in bias_TH]
         num_tokens = route.topk_idx_TK.shape[0]
         shape = sizing.sum_shape(self.runtime.size, row_bytes)
@@ -627,7 +626,7 @@ class CudaBackend:
             fields = {
                 "counts": _pointer(route.counts),
                 "metadata": _pointer(route.metadata),
-                "x": 0 if in_window else _pointer(x),
+                "x": 0 if by_row else _pointer(x),
                 "weights": _pointer(topk_weights),
                 "topk_idx": _pointer(route.topk_idx_TK),
                 "bias_0": _pointer(biases[0]) if biases else 0,
@@ -643,8 +642,11 @@ class CudaBackend:
                 "num_groups": shape.groups,
                 "num_slots": shape.stages,
                 "expand": int(expanded),
-                "in_window": int(in_window),
             }
+            if by_row and not in_window:
+                self._wait_until_idle()
+                # By a copy engine: it costs no SM, which copying the same bytes in a kernel would.
+                self._window_rows(layout, route, x.dtype, hidden).copy_(x)
             for kernel in (kernels.COMBINE_STAGE, kernels.COMBINE_PULL):
                 variant = kernel[_DTYPES[x.dtype]]
                 self._launch(variant, self._arguments(variant, shared, route, **fields), num_sms, shape)
@@ -659,17 +661,24 @@ class CudaBackend:
             raise ValueError("x lies in the buffer's window, but is not what get_combine_buffer gave for this handle")
         return True
 
-    def combine_buffer(self, route: CudaRoute, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
+    def combine_buffer(self, route: CudaRoute, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         if dtype not in _DTYPES:
             raise TypeError(f"dtype is {dtype}: must be {' or '.join(map(str, _DTYPES))}")
         _check_row(hidden, dtype)
-        row_bytes = hidden * dtype.itemsize
-        layout = self._combine_layout(route, row_bytes, by_row=True)
+        layout = self._combine_layout(route, hidden * dtype.itemsize, by_row=True)
         with self._operation((), False, ()) as place:
-            arguments = self._arguments(kernels.COMBINE_IDLE, {})
-            self._launch(kernels.COMBINE_IDLE, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
+            self._wait_until_idle()
             place.end(())
-        num_bytes = route.num_expanded_rows * row_bytes
+        return self._window_rows(layout, route, dtype, hidden)
+
+    def _wait_until_idle(self) -> None:
+        """What follows on this stream may overwrite what peers read in the last combine."""
+        arguments = self._arguments(kernels.COMBINE_IDLE, {})
+        self._launch(kernels.COMBINE_IDLE, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
+
+    def _window_rows(self, layout: CombineLayout, route: CudaRoute, dtype: torch.dtype, hidden: int) -> torch.Tensor:
+        """`[N, hidden]`: where expert rows lie in the window."""
+        num_bytes = route.num_expanded_rows * hidden * dtype.itemsize
         return self._window.tensor[layout.rows : layout.rows + num_bytes].view(dtype).view(-1, hidden)
 
     def barrier(self) -> None:

@@ -474,7 +474,7 @@ class HostBackend:
     def comm_stream(self) -> None:
         return None
 
-    def combine_buffer(self, route: HostRoute, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
+    def combine_buffer(self, route: HostRoute, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(sum(align(n, route.expert_alignment) for n in route.rows_per_expert), hidden, dtype=dtype)
 
     def close(self) -> None:
