@@ -202,7 +202,8 @@ class CudaBackend:
         self._host_counts: Any = None  # mapped memory that grows with the number of experts
         self._tag = 0
         self._dispatches = 0
-        self._last: tuple[Any, bool, Any] | None = None  # stream, being captured, event of the last operation
+        # Stream, whether it is being captured, and event of the last operation (first: of the zeros above).
+        self._last = (runtime.current_stream(), False, runtime.record())
         self._failure: CommunicationError | ValueError | None = None
 
     # ---- what it is ---------------------------------------------------------------------------------------------
@@ -370,8 +371,9 @@ class CudaBackend:
             event.current_stream_wait()
         # Operations of a buffer run one by one, whatever streams they are on. What a graph captured is ordered by it.
         stream, capturing = runtime.current_stream(), runtime.is_capturing()
-        if self._last is not None and self._last[0] != stream and self._last[1] == capturing:
-            runtime.wait(self._last[2])
+        last_stream, last_captured, last_event = self._last
+        if last_stream != stream and last_captured == capturing:
+            runtime.wait(last_event)
         return _Stream(self, stream, capturing, caller)
 
     # ---- dispatch -----------------------------------------------------------------------------------------------
@@ -407,7 +409,10 @@ class CudaBackend:
         if scales is not None:
             scale_words, scale_dtype = scales.shape[1], scales.dtype
         cached = route is not None
-        with self._operation(previous, asynchronous, (x_TH, scales, topk_idx_TK, topk_weights_TK, statistics)) as place:
+        inputs = [x_TH, scales, topk_idx_TK, topk_weights_TK, statistics]
+        if route is not None:
+            inputs += [route.counts, route.metadata, route.recv_topk_idx]
+        with self._operation(previous, asynchronous, inputs) as place:
             if route is None:
                 self._dispatches += 1
                 words = sizing.counts_words(runtime.size, num_experts // runtime.size)
