@@ -1,5 +1,5 @@
-// Which accesses to a CTA's shared memory are ordered: vector clocks, as race detectors have them. Ordinary accesses are
-// of the generic proxy, bulk copies of the async proxy; what the generic proxy wrote needs fence_proxy_async in between.
+// Which accesses to a CTA's shared memory are ordered: vector clocks, as race detectors have them. Ordinary accesses
+// are of the generic proxy, bulk copies of the async proxy; what the generic proxy wrote needs fence_proxy_async.
 #pragma once
 
 #include <algorithm>
@@ -77,7 +77,8 @@ class SharedOrder {
   }
 
   // Each of these returns whether it met an access that it is not in order with, described in `conflict`.
-  bool access(int thread, uint32_t offset, uint32_t bytes, bool writes, bool atomic, int32_t place, Conflict& conflict) {
+  bool access(int thread, uint32_t offset, uint32_t bytes, bool writes, bool atomic, int32_t place,
+              Conflict& conflict) {
     return each_word(offset, bytes, [&](Word& word, uint8_t mask, uint32_t at) {
       if (find(word.writes, thread, mask, atomic, conflict)) return found(at, true, conflict);
       if (writes && find(word.reads, thread, mask, atomic, conflict)) return found(at, false, conflict);
@@ -232,9 +233,10 @@ class SharedOrder {
   void remember_read(Word& word, const Access& access, int thread) {
     Access* place = nullptr;
     for (Access& slot : word.reads) {
+      const bool known = slot.agent == access.agent || knows(thread, slot.agent, slot.clock);
       if (slot.clock == 0) {
         place = &slot;
-      } else if ((slot.bytes & ~access.bytes) == 0 && (slot.agent == access.agent || knows(thread, slot.agent, slot.clock))) {
+      } else if (known && (slot.bytes & ~access.bytes) == 0) {  // whoever races with it races with this, too
         place = &slot;
         break;
       }

@@ -187,8 +187,9 @@ __attribute__((format(printf, 1, 2))) std::string print(const char* text, ...) {
 std::string source(const void* code) {
   Dl_info info;
   if (code == nullptr || dladdr(code, &info) == 0) return "[?]";
-  const auto offset = static_cast<const uint8_t*>(code) - static_cast<const uint8_t*>(info.dli_fbase);
-  return print("[%s+0x%llx]", info.dli_fname, static_cast<unsigned long long>(offset) - 1);  // in the call, not behind it
+  // A return address is behind the call; one less is in it.
+  const auto offset = static_cast<const uint8_t*>(code) - static_cast<const uint8_t*>(info.dli_fbase) - 1;
+  return print("[%s+0x%llx]", info.dli_fname, static_cast<unsigned long long>(offset));
 }
 
 int32_t relative(const void* code) {
@@ -358,8 +359,8 @@ void watch(const void* address, uint64_t bytes, bool writes, bool atomic, const 
     fail("%s of %llu bytes at offset %llu of %u bytes of shared memory", what, static_cast<unsigned long long>(bytes),
          static_cast<unsigned long long>(offset), run.shared_bytes);
   Conflict conflict;
-  if (cta.order->access(run.current->thread, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes), writes, atomic,
-                        relative(run.current->place), conflict))
+  if (cta.order->access(run.current->thread, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes), writes,
+                        atomic, relative(run.current->place), conflict))
     report(what, writes, conflict);
 }
 
@@ -546,8 +547,8 @@ std::string waiting_for(const Fiber& fiber) {
     }
     case Wait::barrier: {
       const Barrier& barrier = cta.barriers[fiber.wait_object];
-      return print("barrier %u (%zu of %u threads there)", fiber.wait_object, barrier.arrived.size(), fiber.wait_value) +
-             at;
+      const size_t there = barrier.arrived.size();
+      return print("barrier %u (%zu of %u threads there)", fiber.wait_object, there, fiber.wait_value) + at;
     }
     case Wait::mbarrier: {
       const Mbarrier& bar = cta.mbarriers[fiber.wait_object];
@@ -587,7 +588,8 @@ std::string describe(const Cta& cta) {
     begin = thread;
   }
   std::string text;
-  for (size_t i = 0; i < states.size(); i++) text += (i == 0 ? "threads " : "; threads ") + ranges[i] + ": " + states[i];
+  for (size_t i = 0; i < states.size(); i++)
+    text += (i == 0 ? "threads " : "; threads ") + ranges[i] + ": " + states[i];
   return text;
 }
 
@@ -1109,7 +1111,8 @@ uint32_t load_acquire_system(const uint32_t* address) {
   SharedOrder& order = *run.current->cta->order;
   Channel& flag = order.flag(address);
   order.acquire(run.current->thread, flag);
-  if (value != flag.value && in_window(address)) order.acquired_from_peer(run.current->thread, relative(run.current->place));
+  if (value != flag.value && in_window(address))
+    order.acquired_from_peer(run.current->thread, relative(run.current->place));
   flag.value = value;
   return value;
 }
