@@ -1,5 +1,5 @@
-// Which accesses of a CTA's threads to memory are ordered: vector clocks, as race detectors have them. Ordinary accesses
-// are of the generic proxy, bulk copies of the async proxy; what the generic proxy wrote needs fence_proxy_async.
+// Which accesses of a CTA's threads to memory are ordered: vector clocks, as race detectors have them. Ordinary
+// accesses are of the generic proxy, bulk copies of the async proxy; what the generic proxy wrote needs fence_proxy_async.
 #pragma once
 
 #include <algorithm>

@@ -363,9 +363,9 @@ void watch(const void* address, uint64_t bytes, bool writes, bool atomic, const 
   const uint8_t* stack = run.current->stack;
   if (address >= stack && address < stack + kStack) return;
   const Memory memory = shared ? Memory::shared : Memory::global;
+  const uint64_t at = shared ? offset : reinterpret_cast<uint64_t>(address);
   Conflict conflict;
-  if (cta.order->access(run.current->thread, memory, shared ? offset : reinterpret_cast<uint64_t>(address), bytes, writes,
-                        atomic, relative(run.current->place), conflict))
+  if (cta.order->access(run.current->thread, memory, at, bytes, writes, atomic, relative(run.current->place), conflict))
     report(what, writes, memory, conflict);
 }
 

@@ -1,5 +1,6 @@
 // Every rank writes rows to every peer's window, sets a flag there, waits for all flags and sums what it was sent.
-// Window: flags [ranks], at 4096 rows of 4096 bytes [ranks]. out: the sum of each turn. A wait gives up after ten seconds.
+// Window: flags [ranks], at 4096 rows of 4096 bytes [ranks]. out: the sum of each turn. Waits end
+// after ten seconds.
 #include "emulator/device.h"
 #include "emulator/kernels/args.h"
 
