@@ -102,7 +102,7 @@ struct Cta {
   std::vector<Warp> warps;
   Barrier barriers[kBarriers];
   std::vector<Mbarrier> mbarriers;
-  std::unique_ptr<SharedOrder> order;
+  std::unique_ptr<Order> order;
 };
 
 struct Copy {
@@ -187,8 +187,9 @@ __attribute__((format(printf, 1, 2))) std::string print(const char* text, ...) {
 std::string source(const void* code) {
   Dl_info info;
   if (code == nullptr || dladdr(code, &info) == 0) return "[?]";
-  const auto offset = static_cast<const uint8_t*>(code) - static_cast<const uint8_t*>(info.dli_fbase);
-  return print("[%s+0x%llx]", info.dli_fname, static_cast<unsigned long long>(offset) - 1);  // in the call, not behind it
+  // A return address is behind the call; one less is in it.
+  const auto offset = static_cast<const uint8_t*>(code) - static_cast<const uint8_t*>(info.dli_fbase) - 1;
+  return print("[%s+0x%llx]", info.dli_fname, static_cast<unsigned long long>(offset));
 }
 
 int32_t relative(const void* code) {
@@ -265,7 +266,7 @@ void complete(Mbarrier& bar) {
   if (bar.pending != 0 || bar.bytes != 0) return;
   bar.phase++;
   bar.pending = bar.expected;
-  SharedOrder::publish(bar.channel, bar.agent, static_cast<uint32_t>(bar.phase));
+  Order::publish(bar.channel, bar.agent, static_cast<uint32_t>(bar.phase));
   for (Fiber* fiber : bar.waiters) wake(*fiber);
   bar.waiters.clear();
 }
@@ -328,7 +329,7 @@ uint32_t shared_offset(const char* what, const void* address, uint64_t bytes) {
 
 // Races.
 
-[[noreturn]] void report(const char* what, bool writes, const Conflict& conflict) {
+[[noreturn]] void report(const char* what, bool writes, Memory memory, const Conflict& conflict) {
   const Cta& cta = *run.current->cta;
   const Access& earlier = conflict.earlier;
   std::string who = print("thread %u", earlier.agent);
@@ -341,26 +342,31 @@ uint32_t shared_offset(const char* what, const void* address, uint64_t bytes) {
           who = print("a bulk_store of thread %d", warp.fibers[lane].thread);
   }
   const std::string place = source(earlier.place);
+  const std::string where = memory == Memory::shared
+                                ? print("shared memory offset %llu", static_cast<unsigned long long>(conflict.address))
+                                : print("global memory 0x%llx", static_cast<unsigned long long>(conflict.address));
   if (conflict.unfenced)
-    fail("%s: shared memory offset %u was written by %s at %s, and no fence_proxy_async makes that visible to it", what,
-         conflict.offset, who.c_str(), place.c_str());
-  fail("race: %s %s shared memory offset %u, which %s %s at %s; nothing orders the two", what,
-       writes ? "writes" : "reads", conflict.offset, who.c_str(), conflict.earlier_writes ? "wrote" : "read",
-       place.c_str());
+    fail("%s: %s was written by %s at %s, and no fence_proxy_async makes that visible to it", what, where.c_str(),
+         who.c_str(), place.c_str());
+  fail("race: %s %s %s, which %s %s at %s; nothing orders the two", what, writes ? "writes" : "reads", where.c_str(),
+       who.c_str(), conflict.earlier_writes ? "wrote" : "read", place.c_str());
 }
 
-// An ordinary or atomic access to any memory; only shared memory is watched.
+// An ordinary or atomic access to any memory. Races in global memory are found between threads of one CTA only.
 void watch(const void* address, uint64_t bytes, bool writes, bool atomic, const char* what) {
   Cta& cta = *run.current->cta;
   const auto offset = static_cast<uint64_t>(static_cast<const uint8_t*>(address) - cta.shared);
-  if (offset >= (run.shared_bytes + 127u) / 128 * 128) return;
-  if (offset + bytes > run.shared_bytes)
+  const bool shared = offset < (run.shared_bytes + 127u) / 128 * 128;
+  if (shared && offset + bytes > run.shared_bytes)
     fail("%s of %llu bytes at offset %llu of %u bytes of shared memory", what, static_cast<unsigned long long>(bytes),
          static_cast<unsigned long long>(offset), run.shared_bytes);
+  const uint8_t* stack = run.current->stack;
+  if (address >= stack && address < stack + kStack) return;
+  const Memory memory = shared ? Memory::shared : Memory::global;
+  const uint64_t at = shared ? offset : reinterpret_cast<uint64_t>(address);
   Conflict conflict;
-  if (cta.order->access(run.current->thread, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes), writes, atomic,
-                        relative(run.current->place), conflict))
-    report(what, writes, conflict);
+  if (cta.order->access(run.current->thread, memory, at, bytes, writes, atomic, relative(run.current->place), conflict))
+    report(what, writes, memory, conflict);
 }
 
 // Called for every load and store of the kernel that is not through a function here (-fsanitize=thread).
@@ -546,8 +552,8 @@ std::string waiting_for(const Fiber& fiber) {
     }
     case Wait::barrier: {
       const Barrier& barrier = cta.barriers[fiber.wait_object];
-      return print("barrier %u (%zu of %u threads there)", fiber.wait_object, barrier.arrived.size(), fiber.wait_value) +
-             at;
+      const size_t there = barrier.arrived.size();
+      return print("barrier %u (%zu of %u threads there)", fiber.wait_object, there, fiber.wait_value) + at;
     }
     case Wait::mbarrier: {
       const Mbarrier& bar = cta.mbarriers[fiber.wait_object];
@@ -587,7 +593,8 @@ std::string describe(const Cta& cta) {
     begin = thread;
   }
   std::string text;
-  for (size_t i = 0; i < states.size(); i++) text += (i == 0 ? "threads " : "; threads ") + ranges[i] + ": " + states[i];
+  for (size_t i = 0; i < states.size(); i++)
+    text += (i == 0 ? "threads " : "; threads ") + ranges[i] + ": " + states[i];
   return text;
 }
 
@@ -773,7 +780,7 @@ void prepare(int ctas, int threads) {
     cta.alive = threads;
     cta.shared = pool.shared[static_cast<size_t>(c)] - shared_room;
     std::memset(cta.shared, kUninitialised, shared_room);
-    cta.order = std::make_unique<SharedOrder>(threads, run.shared_bytes);
+    cta.order = std::make_unique<Order>(threads, run.shared_bytes);
     cta.warps.resize(static_cast<size_t>(threads / kWarp));
     for (size_t w = 0; w < cta.warps.size(); w++) {
       Warp& warp = cta.warps[w];
@@ -1059,7 +1066,7 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* addre
   Conflict conflict;
   if (run.current->cta->order->copy(run.current->thread, copy.offset, bytes, true, bar.agent,
                                     static_cast<uint32_t>(bar.phase + 1), relative(run.current->place), conflict))
-    report("bulk_load", true, conflict);
+    report("bulk_load", true, Memory::shared, conflict);
   std::memset(shared, kInFlight, bytes);
   bar.loading = bar.phase + 1;
   run.copies.push_back(std::move(copy));
@@ -1082,7 +1089,7 @@ void bulk_store(void* global, const void* shared, uint32_t bytes) {
   Conflict conflict;
   if (fiber.cta->order->copy(fiber.thread, copy.offset, bytes, false, fiber.store_agent,
                              static_cast<uint32_t>(copy.group + 1), relative(fiber.place), conflict))
-    report("bulk_store", false, conflict);
+    report("bulk_store", false, Memory::shared, conflict);
   fiber.groups.back().unread++;
   fiber.groups.back().unwritten++;
   run.copies.push_back(std::move(copy));
@@ -1106,10 +1113,11 @@ uint32_t load_acquire_system(const uint32_t* address) {
   check_aligned(address, 4);
   yield_one_in(4);
   const uint32_t value = __atomic_load_n(address, __ATOMIC_SEQ_CST);
-  SharedOrder& order = *run.current->cta->order;
+  Order& order = *run.current->cta->order;
   Channel& flag = order.flag(address);
   order.acquire(run.current->thread, flag);
-  if (value != flag.value && in_window(address)) order.acquired_from_peer(run.current->thread, relative(run.current->place));
+  if (value != flag.value && in_window(address))
+    order.acquired_from_peer(run.current->thread, relative(run.current->place));
   flag.value = value;
   return value;
 }
@@ -1118,9 +1126,9 @@ void store_release_system(uint32_t* address, uint32_t value) {
   EPV2_PLACE();
   check_aligned(address, 4);
   yield_one_in(4);
-  SharedOrder& order = *run.current->cta->order;
+  Order& order = *run.current->cta->order;
   order.release(run.current->thread, order.flag(address));
-  SharedOrder::publish(order.flag(address));
+  Order::publish(order.flag(address));
   __atomic_store_n(address, value, __ATOMIC_SEQ_CST);
   yield_one_in(4);
 }
@@ -1129,9 +1137,9 @@ uint32_t atomic_add_acq_rel(uint32_t* address, uint32_t value) {
   EPV2_PLACE();
   check_aligned(address, 4);
   yield_one_in(4);
-  SharedOrder& order = *run.current->cta->order;
+  Order& order = *run.current->cta->order;
   order.release(run.current->thread, order.flag(address));
-  SharedOrder::publish(order.flag(address));
+  Order::publish(order.flag(address));
   order.acquire(run.current->thread, order.flag(address));
   const uint32_t old = __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
   yield_one_in(4);
