@@ -114,6 +114,9 @@ struct Copy {
   std::vector<uint8_t> data;  // of a store that was read and not yet written
 };
 
+// Longer than a dispatch of another process takes to run into what this CTA has not done yet.
+constexpr double kLateSeconds = 0.004;
+
 // How the next warp is chosen: any ready one; the same until it blocks; the one with the highest (changing) priority.
 enum class Policy { uniform, burst, priority };
 
@@ -132,6 +135,8 @@ struct Launch {
   int alive = 0;
   bool progress = false;
   Policy policy = Policy::uniform;
+  int late_cta = -1;  // begins only when the others are done, or at this time: what must wait for it has to wait
+  double late_until = 0;
   uint32_t copy_one_in = 1;
   uint32_t switch_one_in = 0, accesses_left = 0;  // an ordinary access to memory in so many switches threads; 0: none
   uint64_t random = 0;
@@ -699,10 +704,18 @@ void unpause() {
   run.paused.clear();
 }
 
+void begin_late_cta() {
+  if (run.late_cta < 0) return;
+  for (Warp& warp : run.ctas[static_cast<size_t>(run.late_cta)].warps) add_ready(warp, kFull);
+  run.late_cta = -1;
+}
+
 void schedule() {
   const double deadline = seconds() + limit_seconds;
   int idle = 0;
   for (uint64_t step = 1; run.alive > 0; step++) {
+    if (run.late_cta >= 0 && ((run.ready.empty() && run.paused.empty()) || (step % 64 == 0 && seconds() > run.late_until)))
+      begin_late_cta();
     if (step % 4096 == 0 && seconds() > deadline) stop(print("still running after %g s:", limit_seconds) + describe());
     if (!run.copies.empty() && one_in(run.copy_one_in))
       advance_copy(draw_below(static_cast<uint32_t>(run.copies.size())));
@@ -770,6 +783,8 @@ void prepare(int ctas, int threads) {
   run.error.clear();
   run.alive = ctas * threads;
   run.policy = static_cast<Policy>(draw_below(3));
+  run.late_cta = ctas > 1 && one_in(2) ? static_cast<int>(draw_below(static_cast<uint32_t>(ctas))) : -1;
+  run.late_until = seconds() + kLateSeconds;
   run.copy_one_in = draw_below(3) == 0 ? 2 : one_in(2) ? 32 : 4096;
   run.switch_one_in = one_in(2) ? 0 : one_in(2) ? 32 : 1024;
   run.accesses_left = run.switch_one_in;
@@ -801,7 +816,7 @@ void prepare(int ctas, int threads) {
         fiber.store_agent = 0;
         fiber.place = nullptr;
       }
-      add_ready(warp, kFull);
+      if (c != run.late_cta) add_ready(warp, kFull);
     }
   }
 }
