@@ -22,9 +22,13 @@ from torch.nn.functional import scaled_dot_product_attention
 class LocalAttention(MegatronModule):
     """Scaled dot-product attention with head sizes taken from the tensors; deterministic.
 
+    Subclasses that set `takes_context_parallel` see to the other ranks' keys and values themselves.
+
     Raises:
         NotImplementedError: context parallelism, a sliding window or softmax variants, which this does not compute.
     """
+
+    takes_context_parallel = False
 
     def __init__(
         self,
@@ -41,7 +45,7 @@ class LocalAttention(MegatronModule):
     ):
         super().__init__(config=config)
         unsupported = {
-            "context_parallel_size": config.context_parallel_size > 1,
+            "context_parallel_size": config.context_parallel_size > 1 and not self.takes_context_parallel,
             "window_size": config.window_size is not None,
             "softmax_type": config.softmax_type != "vanilla",
         }
@@ -81,16 +85,8 @@ class LocalAttention(MegatronModule):
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise NotImplementedError("the local attention takes neither packed sequences nor an attention bias")
-        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
-        causal = mask_type == AttnMaskType.causal or (
-            mask_type == AttnMaskType.padding_causal and attention_mask is None
-        )
-        if self.sums_position_gradient:
-            # The rotary part of the key is one vector for all heads, but every rank has the gradient of its own heads
-            # only, and the column-parallel projection below it takes its rows' gradient for complete.
-            no_position, position = key_SBAD.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], dim=-1)
-            position = copy_to_tensor_model_parallel_region(position[:, :, :1]).expand_as(position)
-            key_SBAD = torch.cat([no_position, position], dim=-1)
+        causal = self.is_causal(attention_mask, attn_mask_type)
+        key_SBAD = self.complete_gradient(key_SBAD)
         out_BASV = scaled_dot_product_attention(
             query_SBAD.permute(1, 2, 0, 3),
             key_SBAD.permute(1, 2, 0, 3),
@@ -102,6 +98,23 @@ class LocalAttention(MegatronModule):
             enable_gqa=query_SBAD.size(2) != key_SBAD.size(2),
         )
         return out_BASV.permute(2, 0, 1, 3).flatten(2)
+
+    def is_causal(self, attention_mask: torch.Tensor | None, attn_mask_type: AttnMaskType | None) -> bool:
+        """Whether a token sees those before it, whatever the mask says; else the mask alone decides."""
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        return mask_type == AttnMaskType.causal or (mask_type == AttnMaskType.padding_causal and attention_mask is None)
+
+    def complete_gradient(self, key: torch.Tensor) -> torch.Tensor:
+        """The key `[..., A, D]` as it is, with its gradient summed over tensor-parallel ranks where it has to be.
+
+        The rotary part of an MLA key is one vector for all heads, but every rank has the gradient of its own heads
+        only, and the column-parallel projection below it takes its rows' gradient for complete.
+        """
+        if not self.sums_position_gradient:
+            return key
+        no_position, position = key.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], dim=-1)
+        position = copy_to_tensor_model_parallel_region(position[..., :1, :]).expand_as(position)
+        return torch.cat([no_position, position], dim=-1)
 
 
 def local_norm(cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> nn.Module:
