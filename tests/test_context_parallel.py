@@ -150,7 +150,7 @@ def compare(rank: int, size: int) -> dict[tuple[int, str], list[float]]:
 
     _start(size)
     found, usual = {}, context_parallel.ROWS_PER_PART
-    for rows in (usual, 3):  # two parts; up to eight, which end inside packed sequences
+    for rows in (usual, 3):  # one part; up to eight, which end inside packed sequences
         context_parallel.ROWS_PER_PART = rows
         found |= {(rows, name): _compare(rank, size, case) for name, case in CASES.items()}
     context_parallel.ROWS_PER_PART = usual

@@ -436,9 +436,11 @@ def _rows_of(gathered: torch.Tensor, meeting: _Meeting) -> torch.Tensor:
 
 
 def _parts(rows: int) -> list[slice]:
-    """An even number of nearly equal parts, so that they end where a single sequence's second chunk begins."""
-    per_half = max(1, min(rows // 2 // ROWS_PER_PART, MAX_PARTS // 2))
+    """One part, or an even number of nearly equal ones, so that one ends where a sequence's second chunk begins."""
     half = rows // 2
+    per_half = min(half // ROWS_PER_PART, MAX_PARTS // 2)
+    if per_half == 0:
+        return [slice(0, rows)]
     bounds = [half * index // per_half for index in range(per_half + 1)]
     bounds += [half + bound for bound in bounds[1:]]
     return [slice(first, last) for first, last in itertools.pairwise(bounds)]

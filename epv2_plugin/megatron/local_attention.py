@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
@@ -15,6 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from epv2_plugin.megatron.patches import Patches
 
 # S sequence, B batch, A attention heads of this rank, D features of a query/key head, V features of a value head
 
@@ -135,12 +138,22 @@ def uses_transformer_engine() -> bool:
     return torch.cuda.is_available() and gpt_layer_specs.HAVE_TE
 
 
-def block_specs(config: TransformerConfig, vp_stage: int | None) -> tuple[Any, Any]:
+def block_specs(config: TransformerConfig, vp_stage: int | None, core_attention: type | None = None) -> tuple[Any, Any]:
     """Layer specs of this rank's part of the model (virtual stage `vp_stage`): (decoder block, MTP block or None).
 
     Dense and MoE layers follow `config.moe_layer_freq`. Without Transformer Engine, `LocalAttention` must stand behind
-    Megatron's local spec provider, which the CPU bridge sees to.
+    Megatron's local spec provider, which the CPU bridge sees to; `core_attention` is taken in its place.
     """
+    patches = Patches()
+    if core_attention is not None:
+        patches.attribute(LocalSpecProvider, "core_attention", lambda self: core_attention)
+    try:
+        return _block_specs(config, vp_stage)
+    finally:
+        patches.undo()
+
+
+def _block_specs(config: TransformerConfig, vp_stage: int | None) -> tuple[Any, Any]:
     te = uses_transformer_engine()
     normalization = config.normalization
     decoder = gpt_layer_specs.get_gpt_decoder_block_spec(

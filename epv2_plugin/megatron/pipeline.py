@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -124,7 +125,7 @@ class PipelineCommunicator(P2PCommunicator):
         return tensor.requires_grad_()
 
 
-def schedule_groups(parallel_state: Any) -> ProcessGroupCollection:
+def schedule_groups() -> ProcessGroupCollection:
     """The groups that a Megatron schedule wants beside an explicit communicator, from Megatron's global state."""
     groups = ProcessGroupCollection()
     groups.tp = parallel_state.get_tensor_model_parallel_group()
