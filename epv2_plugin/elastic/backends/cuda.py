@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from epv2_plugin.elastic import model, sizing
-from epv2_plugin.elastic.backends.base import Received, Traffic
+from epv2_plugin.elastic.backends.base import PointToPoint, Received, Sessions, Traffic
 from epv2_plugin.elastic.backends.device import Runtime
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import Event
@@ -162,6 +162,8 @@ class CudaBackend:
     name = "cuda"
     dtypes: tuple[torch.dtype, ...] = tuple(_DTYPES)
     needs_limit = True
+    point_to_point: PointToPoint | None = None
+    sessions: Sessions | None = None
 
     def __init__(
         self,
