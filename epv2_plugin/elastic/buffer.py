@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -199,8 +198,7 @@ class ElasticBuffer:
         return {"backend": backend.name, "mode": "direct", "qps": 0, **backend.describe()}
 
     def _find_machines(self) -> tuple[int, int]:
-        machines: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(machines, socket.gethostname(), group=self.group)
+        machines = self._open().machines()
         counts = {machines.count(machine) for machine in machines}
         return (len(set(machines)), counts.pop()) if len(counts) == 1 else (self.num_ranks, 1)
 

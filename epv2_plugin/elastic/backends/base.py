@@ -121,6 +121,9 @@ class Backend(Protocol):
     def describe(self) -> dict[str, Any]:
         """What carries the data, for `status()`: transport and versions."""
 
+    def machines(self) -> Sequence[object]:
+        """What tells each rank's machine from others, by rank. Collective."""
+
     def theoretical_sms(
         self, num_experts: int, num_topk: int, hidden: int, num_tokens: int, use_fp8: bool, scale_up: float | None
     ) -> int:

@@ -258,6 +258,9 @@ class CudaBackend:
         wanted = f"at most {expected} rows (with do_cpu_sync=False a token must not name an expert twice)"
         return CommunicationError(rank, peer, name, wanted, f"row {seen}")
 
+    def machines(self) -> list[str]:
+        return self.runtime.machines
+
     def theoretical_sms(
         self, num_experts: int, num_topk: int, hidden: int, num_tokens: int, use_fp8: bool, scale_up: float | None
     ) -> int:
