@@ -10,6 +10,7 @@ times are microseconds.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -454,6 +455,7 @@ def best_direct_rows(shape: Shape, machine: Machine, num_sms: int) -> int:
     return times.index(min(times))
 
 
+@functools.lru_cache(maxsize=256)  # asked before every operation
 def num_sms(shape: Shape, machine: Machine, *, zero_copy: bool = False) -> int:
     """SMs that a dispatch and a combine should hold: an even number, 4 at least, never more than each rank can have.
 
