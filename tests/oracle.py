@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,16 @@ class Case:
     def experts(self) -> int:
         return self.ranks * self.local_experts
 
+    def for_cuda(self) -> Case:
+        """This case with what the cuda backend wants: rows of multiples of 16 bytes, a limit of tokens, top-k <= 32."""
+        step = 16 if self.scales else 16 // DTYPES[self.dtype].itemsize
+        return replace(
+            self,
+            hidden=-(-self.hidden // step) * step,
+            max_tokens=self.max_tokens or max(1, *self.tokens),
+            topk=min(self.topk, 32),
+        )
+
 
 @dataclass
 class Inputs:
@@ -53,6 +63,12 @@ class Inputs:
     topk_weights: torch.Tensor
     y: torch.Tensor
     biases: list[torch.Tensor] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> Inputs:
+        """The same on another device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        tensors = (self.x.to(device), scales, *(t.to(device) for t in (self.topk_idx, self.topk_weights, self.y)))
+        return Inputs(*tensors, [bias.to(device) for bias in self.biases])
 
 
 def inputs(case: Case, rank: int) -> Inputs:

@@ -28,13 +28,14 @@ def shared_buffer(multiple_reduction: bool = True) -> ElasticBuffer:
     return _buffers[multiple_reduction]
 
 
-def round_trip(rank: int, size: int, case: Case) -> dict[str, Any]:
-    """Dispatch, cached dispatch and combine of one case; returns everything a caller can see."""
-    buffer = shared_buffer(case.multiple_reduction)
-    mine = inputs(case, rank)
+def round_trip(rank: int, size: int, case: Case, buffer: ElasticBuffer | None = None) -> dict[str, Any]:
+    """Dispatch, cached dispatch and combine of one case; returns everything a caller can see, on the CPU."""
+    buffer = buffer or shared_buffer(case.multiple_reduction)
+    device = buffer.device
+    mine = inputs(case, rank).to(device)
     rows = mine.x if mine.scales is None else (mine.x, mine.scales)
     weights = mine.topk_weights if case.weights else None
-    stats = torch.full((case.local_experts,), 7, dtype=torch.int32)
+    stats = torch.full((case.local_experts,), 7, dtype=torch.int32, device=device)
     before = buffer.traffic.sent_bytes
     x, idx, recv_weights, handle, event = buffer.dispatch(
         rows,
@@ -61,9 +62,9 @@ def round_trip(rank: int, size: int, case: Case) -> dict[str, Any]:
 
     # Build what the experts return from the handle alone: from where each row came and where its copies lie.
     metadata = handle.recv_src_metadata
-    everyone = [inputs(case, r) for r in range(size)]
+    everyone = [inputs(case, r).to(device) for r in range(size)]
     dtype = mine.y.dtype
-    out = torch.full((handle.num_rows, case.hidden), float("nan"), dtype=dtype)
+    out = torch.full((handle.num_rows, case.hidden), float("nan"), dtype=dtype, device=device)
     for row, (source_token, lead, *places) in enumerate(metadata.tolist()):
         source, token = divmod(source_token, handle.num_max_tokens_per_rank)
         if case.expand:
@@ -80,7 +81,7 @@ def round_trip(rank: int, size: int, case: Case) -> dict[str, Any]:
     event.current_stream_wait()
     payload, scales = x if isinstance(x, tuple) else (x, None)
     payload2, scales2 = again[0] if isinstance(again[0], tuple) else (again[0], None)
-    return {
+    seen = {
         "x": payload.view(torch.uint8),
         "x_again": payload2.view(torch.uint8),
         "scales": scales,
@@ -101,9 +102,10 @@ def round_trip(rank: int, size: int, case: Case) -> dict[str, Any]:
             "psum_rank": handle.psum_num_recv_tokens_per_scaleup_rank.tolist(),
             "psum_expert": handle.psum_num_recv_tokens_per_expert.tolist(),
             "metadata": metadata.tolist(),
-            "topk_idx": handle.topk_idx,
+            "topk_idx": handle.topk_idx.cpu(),
         },
     }
+    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in seen.items()}
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

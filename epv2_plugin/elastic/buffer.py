@@ -16,8 +16,11 @@ from epv2_plugin.elastic.backends.host import HostBackend
 from epv2_plugin.elastic.errors import BufferSizeError
 from epv2_plugin.elastic.event import Event, EventOverlap
 from epv2_plugin.elastic.handle import EPHandle, Route
+from epv2_plugin.elastic.model import num_qps
 
 FP8 = torch.float8_e4m3fn
+# What the model of SMs assumes of a buffer that was made by bytes: DeepSeek-V3's layer.
+_USUAL_HIDDEN, _USUAL_TOKENS = 7168, 4096
 _WIDEST = 4  # bytes per value of the widest dtype that the host backend takes
 
 Fp8Rows = tuple[torch.Tensor, torch.Tensor]
@@ -105,6 +108,7 @@ class ElasticBuffer:
         self.use_fp8_dispatch, self.explicitly_destroy = use_fp8_dispatch, explicitly_destroy
         self.allow_hybrid_mode, self.allow_multiple_reduction = allow_hybrid_mode, allow_multiple_reduction
         self.num_allocated_qps = num_allocated_qps
+        self._theoretical_sms: dict[tuple[int, int, float | None], int] = {}
         self._backend: Backend | None
         if kind == "host":
             self.num_bytes = num_bytes or sizing.buffer_bytes(
@@ -158,13 +162,37 @@ class ElasticBuffer:
         """(scale-out ranks, scale-up ranks) of the mode in use; the host backend makes one hop: (1, ranks)."""
         return self.num_scaleout_ranks, self.num_scaleup_ranks
 
-    def get_theoretical_num_sms(self, num_experts: int, num_topk: int, **rates: float) -> int:
-        """SMs that an operation should hold; the host backend holds none: 0."""
-        return 8 if self._open().num_sms else 0
+    def get_theoretical_num_sms(
+        self, num_experts: int, num_topk: int, *, scale_up_gbytes_per_s: float | None = None
+    ) -> int:
+        """SMs that an operation should hold by the model (`elastic.model`): even, 4 or more; 0 on the host backend.
+
+        Args:
+            scale_up_gbytes_per_s: what one GPU reaches in one direction; None = by the model of the GPU.
+
+        Raises:
+            ValueError: that bandwidth is neither given nor known.
+        """
+        key = (num_experts, num_topk, scale_up_gbytes_per_s)
+        if key not in self._theoretical_sms:
+            self._theoretical_sms[key] = self._open().theoretical_sms(
+                num_experts,
+                num_topk,
+                self.hidden or _USUAL_HIDDEN,
+                self.num_max_tokens_per_rank or _USUAL_TOKENS,
+                self.use_fp8_dispatch,
+                scale_up_gbytes_per_s,
+            )
+        return self._theoretical_sms[key]
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
-        """Queue pairs for `num_sms` SMs; the host backend has none: 0."""
-        return 0
+        """Queue pairs for `num_sms` SMs: 0 where all ranks reach each other by load and store, or on the host."""
+        return num_qps(num_sms, self.num_scaleout_ranks, self.num_allocated_qps)
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: `backend`, `mode` (direct = one hop), `transport`, `qps`, and what the backend tells of itself."""
+        backend = self._open()
+        return {"backend": backend.name, "mode": "direct", "qps": 0, **backend.describe()}
 
     def _find_machines(self) -> tuple[int, int]:
         machines: list[Any] = [None] * self.num_ranks
@@ -173,6 +201,11 @@ class ElasticBuffer:
         return (len(set(machines)), counts.pop()) if len(counts) == 1 else (self.num_ranks, 1)
 
     # ---- life ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tensors that operations take and return."""
+        return self._open().device
 
     @property
     def traffic(self) -> Traffic:
@@ -237,7 +270,7 @@ class ElasticBuffer:
         route = self._check_handle(handle)
         if not handle.do_expand:
             raise ValueError("get_combine_buffer needs a handle of the expanded layout (do_expand=True)")
-        return backend.combine_buffer(route, hidden, dtype, handle.num_sms)
+        return backend.combine_buffer(route, hidden, dtype)
 
     # ---- operations ---------------------------------------------------------------------------------------------
 

@@ -21,7 +21,9 @@ def per_token_cast_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = align(hidden, FP8_BLOCK)
     padded = torch.nn.functional.pad(x.float(), (0, wide - hidden)).view(tokens, wide // FP8_BLOCK, FP8_BLOCK)
     amax = padded.abs().amax(dim=2).clamp(min=_SMALLEST_AMAX)
-    quantized = (padded * (E4M3_MAX / amax).unsqueeze(2)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    # Not `E4M3_MAX / amax`, which torch computes as a product with the reciprocal, rounded twice.
+    factor = torch.full_like(amax, E4M3_MAX) / amax
+    quantized = (padded * factor.unsqueeze(2)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return quantized.view(tokens, wide)[:, :hidden].contiguous(), amax / E4M3_MAX
 
 

@@ -68,6 +68,11 @@ class Backend(Protocol):
     def describe(self) -> dict[str, Any]:
         """What carries the data, for `status()`: transport and versions."""
 
+    def theoretical_sms(
+        self, num_experts: int, num_topk: int, hidden: int, num_tokens: int, use_fp8: bool, scale_up: float | None
+    ) -> int:
+        """See `ElasticBuffer.get_theoretical_num_sms`; 0 on the host."""
+
     def check_size(
         self, *, num_tokens: int, max_tokens: int, num_topk: int, num_experts: int, hidden: int, row: torch.dtype
     ) -> None:
@@ -110,7 +115,7 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None, Event]:
         """See `ElasticBuffer.combine`."""
 
-    def combine_buffer(self, route: Any, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
+    def combine_buffer(self, route: Any, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """See `ElasticBuffer.get_combine_buffer`."""
 
     def barrier(self) -> None:

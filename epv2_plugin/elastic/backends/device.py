@@ -11,6 +11,7 @@ import ctypes
 import glob
 import importlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -62,7 +63,8 @@ class Runtime(Protocol):
 
     Attributes:
         rank, size: in the group. device: of tensors. num_sms: SMs of the device.
-        description: what `status()` shows: transport, NCCL version and so on.
+        description: what `status()` shows. `device`: its model's name. `ranks_on_device`: ranks of the group that share
+            it. `transport`, NCCL version and so on.
     """
 
     rank: int
@@ -169,11 +171,12 @@ class CudaRuntime:
             if all(state.endswith(" torch") for state in states):
                 pointer = _torch_communicator(group, self.device)
                 self._communicator = self._library.Communicator.borrow(pointer, timeout_seconds)
-            self._meeting.agree("communicator", self._join)
+            places = self._meeting.agree("communicator", self._join)
         except BaseException:
             if self._communicator is not None:
                 self._communicator.abort()
             raise
+        self.description["ranks_on_device"] = places.count(places[self.rank])
         self._stream = torch.cuda.Stream(self.device, priority=-1)
 
     def _start(self) -> str:
@@ -186,7 +189,7 @@ class CudaRuntime:
         return f"{version} {'torch' if _torch_communicator(self._group, self.device) else 'none'}"
 
     def _join(self) -> str:
-        """Make a communicator where torch has none, and see what it reaches."""
+        """Make a communicator where torch has none, see what it reaches; which device this is."""
         if self._communicator is None:
             unique_id = self._meeting.agree("id", lambda: self._library.unique_id().hex() if self.rank == 0 else "")[0]
             self._communicator = self._library.Communicator.create(
@@ -207,7 +210,7 @@ class CudaRuntime:
             "lsa_ranks": properties["lsa_size"],
             "gin": properties["gin_type"],
         }
-        return ""
+        return f"{socket.gethostname()} {torch.cuda.get_device_properties(self.device).uuid}"
 
     def _check_reach(self, properties: dict[str, Any]) -> None:
         if not properties["device_api_support"]:
@@ -375,8 +378,9 @@ def load_compiled() -> ModuleType:
     except ModuleNotFoundError as error:
         raise RuntimeError(
             "epv2_plugin was installed without its compiled part, because the headers of NCCL or CUDA were not found. "
-            "Install them (pip install 'nvidia-nccl-cu13>=2.30.4' nvidia-cuda-runtime nvidia-cuda-crt pybind11, or set "
-            "NCCL_HOME and CUDA_HOME), then rebuild in the checkout: pip install --no-build-isolation --no-deps -e ."
+            "Install them (pip install 'nvidia-nccl-cu13>=2.30.4' nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl,"
+            " or set NCCL_HOME and CUDA_HOME), then rebuild in the checkout: "
+            "pip install setuptools pybind11 && pip install --no-build-isolation --no-deps -e ."
         ) from error
     except ImportError as error:
         raise RuntimeError(f"epv2_plugin's compiled part does not load: {error}") from error

@@ -451,6 +451,11 @@ class HostBackend:
     def describe(self) -> dict[str, Any]:
         return {"transport": "gloo"}
 
+    def theoretical_sms(
+        self, num_experts: int, num_topk: int, hidden: int, num_tokens: int, use_fp8: bool, scale_up: float | None
+    ) -> int:
+        return 0
+
     def check_size(
         self, *, num_tokens: int, max_tokens: int, num_topk: int, num_experts: int, hidden: int, row: torch.dtype
     ) -> None:
@@ -469,7 +474,7 @@ class HostBackend:
     def comm_stream(self) -> None:
         return None
 
-    def combine_buffer(self, route: HostRoute, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
+    def combine_buffer(self, route: HostRoute, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(sum(align(n, route.expert_alignment) for n in route.rows_per_expert), hidden, dtype=dtype)
 
     def close(self) -> None:
