@@ -114,9 +114,11 @@ def repeated(rank: int, size: int, seeds: range) -> None:
         assert handle.recv_src_metadata.tolist() == [
             [s * 70 + t, *rest] for (s, t), (_, *rest) in zip(want["rows"], want["metadata"], strict=True)
         ]
-        combined, _, _ = made.combine(rows, handle, num_sms=1 + seed % SMS)
+        # Twice in a row: what a peer still reads of the first must not be overwritten by the second.
+        combined = [made.combine(factor * rows, handle, num_sms=1 + seed % SMS)[0] for factor in (1, -2)]
         times = (mine.topk_idx >= 0).sum(1, keepdim=True)
-        torch.testing.assert_close(combined.float(), mine.x.float() * times, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(combined[0].float(), mine.x.float() * times, rtol=2e-2, atol=2e-2)
+        assert torch.equal(combined[1], -2 * combined[0])
 
 
 def test_no_schedule_changes_a_bit(pool: Callable[[int], Pool]) -> None:
