@@ -211,6 +211,13 @@ def test_the_nic_works_beside_the_phases() -> None:
     assert fast.us == pytest.approx(overhead + sum(phase.us for phase in fast.phases))
 
 
+def test_what_the_nic_sends_is_read_and_what_comes_is_written() -> None:
+    sent = model.predict(Phase("x", 0, 0, nic_bytes=1e6), H100, 8)
+    assert sent.memory_us == pytest.approx(2e6 / H200_RATES.memory / 1e3)
+    assert sent.nic_us == pytest.approx(1e6 / 45 / 1e3)
+    assert (sent.sm_us, sent.link_us, sent.us) == (0, 0, sent.memory_us)
+
+
 def test_messages_bind_where_a_proxy_posts_them() -> None:
     place = Topology(256, 8)
     shape = replace(V3, experts=2048, ranks=2048)
