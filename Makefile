@@ -1,6 +1,7 @@
 # make ab      real Megatron-Core trains a small DeepSeek-V3 on this machine's CPU, stock against plugin
 # make test    every test that this machine can run
 # make lint    ruff and mypy
+# make gpu     the tests that need a GPU, with the Python and torch of the machine (PYTHON=...)
 # Another Python: make test PYTHON=python3.12 (gets an environment of its own)
 #
 # make cuda-headers    headers of NCCL and CUDA, and nvcc, from PyPI into build/cuda; the targets above do it by themselves.
@@ -17,7 +18,7 @@ export CUDA_HOME ?= $(CURDIR)/$(CUDA)/nvidia/cu13
 export NCCL_HOME ?= $(CURDIR)/$(CUDA)/nvidia/nccl
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: ab test lint cuda-headers clean
+.PHONY: ab test gpu lint cuda-headers clean
 .DELETE_ON_ERROR:
 
 ab: $(STAMP)
@@ -25,6 +26,10 @@ ab: $(STAMP)
 
 test: $(COMPILED)
 	$(BIN)/python -m pytest
+
+gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -m gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

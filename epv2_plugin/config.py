@@ -81,10 +81,11 @@ class Expert(Section):
 
 
 class Pipeline(Section):
-    """Activations between pipeline stages."""
+    """Activations between pipeline stages. `max_tensor_bytes: auto` sets no limit (host backend)."""
 
     transport: Literal["auto", "stock"] = "auto"
     max_inflight: int = Field(default=4, ge=1)
+    max_tensor_bytes: Count = "auto"
 
 
 class Context(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,21 +56,31 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
     # Megatron reads the device at import: the bridge comes first.
     from epv2_plugin.megatron import cpu_bridge
 
-    bridged = cpu_bridge.install()
-    try:
-        from epv2_plugin.megatron import dispatcher
+    with ExitStack() as undo:
+        bridged = cpu_bridge.install()
+        undo.callback(cpu_bridge.uninstall)
+        from epv2_plugin.megatron import context_parallel, dispatcher, pipeline
 
-        dispatcher.install(loaded)
-    except BaseException:
-        cpu_bridge.uninstall()
-        raise
+        adapters: tuple[Any, ...] = (dispatcher, pipeline, context_parallel)
+        for adapter in adapters:
+            undo.callback(adapter.uninstall)
+            adapter.install(loaded)
+        undo.pop_all()
     _enabled = _Enabled(loaded, bridged)
     logger.info(
-        "epv2: enabled with %s; flex backend 'epv2' is there for expert parallelism, pipeline and context are stock",
+        "epv2: enabled with %s; flex backend 'epv2' is there for expert parallelism, pipeline: %s, context: %s",
         loaded.source,
+        *_who_runs(loaded).values(),
     )
     if unused := _unused(loaded):
         logger.info("epv2: without effect on the host backend: %s", ", ".join(unused))
+
+
+def _who_runs(config: PluginConfig) -> dict[str, str]:
+    return {
+        "pipeline": "stock" if config.pipeline.transport == "stock" else "epv2",
+        "context": "stock" if config.context.kv_exchange == "stock" else "epv2",
+    }
 
 
 def _show_log() -> None:
@@ -82,8 +93,7 @@ def _show_log() -> None:
 def _unused(config: PluginConfig) -> list[str]:
     """Keys that are set but have nothing to act on with the host backend."""
     given = config.model_dump(exclude_defaults=True)
-    sections = ("sm_budget", "network", "pipeline", "context")
-    keys = [f"{name}.{key}" for name in sections for key, value in given.get(name, {}).items() if value != "stock"]
+    keys = [f"{name}.{key}" for name in ("sm_budget", "network") for key in given.get(name, {})]
     return keys + (["timeouts.gpu_seconds"] if "gpu_seconds" in given.get("timeouts", {}) else [])
 
 
@@ -92,33 +102,34 @@ def disable() -> None:
     global _enabled
     if _enabled is None:
         return
-    from epv2_plugin.megatron import arguments, cpu_bridge, dispatcher
+    from epv2_plugin.megatron import arguments, context_parallel, cpu_bridge, dispatcher, pipeline
 
-    arguments.uninstall()
-    dispatcher.uninstall()
-    cpu_bridge.uninstall()
+    adapters: tuple[Any, ...] = (arguments, context_parallel, pipeline, dispatcher, cpu_bridge)
+    for adapter in adapters:
+        adapter.uninstall()
     _enabled = None
 
 
 def status() -> dict[str, Any]:
     """What is active: `enabled`, `config`, `backend`, `unused` (keys without effect there),
     `expert`/`pipeline`/`context` (who runs it), `replaced` (dotted
-    names of the symbols replaced), `bridge` (likewise, for Megatron on a CPU), `groups` (one entry per EP group)."""
+    names of the symbols replaced), `bridge` (likewise, for Megatron on a CPU), `groups` (one entry for each group that
+    a primitive runs on)."""
     if _enabled is None:
         return {"enabled": False, "replaced": [], "bridge": [], "groups": []}
-    from epv2_plugin.megatron import arguments, cpu_bridge, dispatcher
+    from epv2_plugin.megatron import arguments, context_parallel, cpu_bridge, dispatcher, pipeline
 
+    adapters: tuple[Any, ...] = (dispatcher, pipeline, context_parallel)
     return {
         "enabled": True,
         "config": _enabled.config.source,
         "backend": "host",
         "unused": _unused(_enabled.config),
         "expert": "epv2",
-        "pipeline": "stock",
-        "context": "stock",
-        "replaced": [*dispatcher.replaced(), *arguments.replaced()],
+        **_who_runs(_enabled.config),
+        "replaced": [name for adapter in (*adapters, arguments) for name in adapter.replaced()],
         "bridge": list(cpu_bridge.active()) if _enabled.bridged else [],
-        "groups": dispatcher.groups(),
+        "groups": [{"primitive": "expert", **group} for adapter in adapters for group in adapter.groups()],
     }
 
 

@@ -196,7 +196,7 @@ def order(group: dist.ProcessGroup, mode: int, seed: int) -> None:
     device.close()
 
 
-@pytest.mark.parametrize("mode", range(0, 18, 2))
+@pytest.mark.parametrize("mode", range(0, 20, 2))
 def test_ordered_accesses_are_no_race(group, mode):
     for seed in range(SEEDS):
         order(group, mode, seed)
@@ -212,6 +212,7 @@ RACES = {
     13: "race: a (store writes|load reads) shared memory offset 128",
     15: "race: a store writes shared memory offset 384, which a bulk_store of thread 0 read",
     17: "bulk_load: reads a window after thread 40 acquired a flag there at .*order.cu:9\\d, without fence_proxy_async",
+    19: "race: a (store|load) (writes|reads) global memory 0x[0-9a-f]+, which thread [017]",
 }
 
 

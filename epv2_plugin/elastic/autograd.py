@@ -1,7 +1,10 @@
-"""Autograd for `ElasticBuffer`: the backward of dispatch is combine, the backward of combine is a cached dispatch."""
+"""Autograd for `ElasticBuffer`: the backward of dispatch is combine, the backward of combine is a cached dispatch; the
+backward of an all-gather is a reduce-scatter, and the reverse.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +62,30 @@ def combine(
     return _Combine.apply(buffer, x, handle, options)
 
 
+def all_gather(buffer: ElasticBuffer, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+    """Differentiable `ElasticBuffer.all_gather`, inside a session; the gradients are summed over ranks.
+
+    The backward is a collective operation: every rank must run it, in the same order. It waits for its data, in the
+    session that there is then, or in one of its own.
+
+    Args:
+        tensors: floating, as there.
+
+    Returns:
+        The gathered tensors `[ranks, *shape]`, and the wait after which they hold data.
+    """
+    *gathered, wait = _AllGather.apply(buffer, *tensors)
+    return gathered, wait
+
+
+def reduce_scatter(
+    buffer: ElasticBuffer, tensors: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], Callable[[], None]]:
+    """Differentiable `ElasticBuffer.reduce_scatter`; the backward gathers the gradients. See `all_gather`."""
+    *reduced, wait = _ReduceScatter.apply(buffer, *tensors)
+    return reduced, wait
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -95,3 +122,33 @@ class _Combine(torch.autograd.Function):
         # Gap rows took no part in the sum: their gradient is zero.
         dx, *_ = ctx.buffer.dispatch(grad, handle=ctx.handle, do_expand=expanded, do_zero_padding=expanded)
         return None, dx, None, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, buffer: ElasticBuffer, *tensors: torch.Tensor) -> Any:
+        ctx.buffer = buffer
+        return buffer.all_gather([tensor.contiguous() for tensor in tensors])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *_complete(ctx.buffer, ctx.buffer.reduce_scatter, grads[:-1])
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, buffer: ElasticBuffer, *tensors: torch.Tensor) -> Any:
+        ctx.buffer = buffer
+        return buffer.reduce_scatter([tensor.contiguous() for tensor in tensors])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *_complete(ctx.buffer, ctx.buffer.all_gather, grads[:-1])
+
+
+def _complete(buffer: ElasticBuffer, operation: Callable, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The finished result of a collective on gradients, in the running session or one of its own."""
+    with buffer.agrs_new_session(enabled=not buffer.agrs_in_session):
+        *results, wait = operation([grad.contiguous() for grad in grads])
+        wait()
+    return results

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from epv2_plugin.elastic import sizing
-from epv2_plugin.elastic.backends.base import Backend, Traffic
+from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Backend, PointToPoint, Sessions, Traffic
 from epv2_plugin.elastic.backends.cuda import CudaBackend
 from epv2_plugin.elastic.backends.device import CudaRuntime
 from epv2_plugin.elastic.backends.host import HostBackend
@@ -108,7 +109,9 @@ class ElasticBuffer:
         self.use_fp8_dispatch, self.explicitly_destroy = use_fp8_dispatch, explicitly_destroy
         self.allow_hybrid_mode, self.allow_multiple_reduction = allow_hybrid_mode, allow_multiple_reduction
         self.num_allocated_qps = num_allocated_qps
-        self._theoretical_sms: dict[tuple[int, int, float | None], int] = {}
+        self._limit_bytes = num_bytes
+        self._max_tensor_bytes = 0  # of pp_send and pp_recv
+        self._theoretical_sms: dict[tuple[float, ...], int] = {}
         self._backend: Backend | None
         if kind == "host":
             self.num_bytes = num_bytes or sizing.buffer_bytes(
@@ -163,25 +166,38 @@ class ElasticBuffer:
         return self.num_scaleout_ranks, self.num_scaleup_ranks
 
     def get_theoretical_num_sms(
-        self, num_experts: int, num_topk: int, *, scale_up_gbytes_per_s: float | None = None
+        self,
+        num_experts: int,
+        num_topk: int,
+        num_scaleout_topk: int = 0,
+        rdma_gbs: float = 0,
+        nvlink_gbs: float = 0,
+        sm_read_gbs: float = 0,
+        sm_write_gbs: float = 0,
     ) -> int:
         """SMs that an operation should hold by the model (`elastic.model`): even, 4 or more; 0 on the host backend.
 
         Args:
-            scale_up_gbytes_per_s: what one GPU reaches in one direction; None = by the model of the GPU.
+            num_scaleout_topk, rdma_gbs: of a second hop across nodes (unused: this version makes one hop in a node).
+            nvlink_gbs: what one GPU reaches in one direction; 0 = what is known of this model of GPU.
+            sm_read_gbs, sm_write_gbs: what one of few busy SMs copies; 0 = what `epv2 bench sm` measured, or an H200's.
 
         Raises:
-            ValueError: that bandwidth is neither given nor known.
+            ValueError: a rate is negative, or the bandwidth between GPUs is neither given nor known.
         """
-        key = (num_experts, num_topk, scale_up_gbytes_per_s)
+        rates = {"nvlink_gbs": nvlink_gbs, "sm_read_gbs": sm_read_gbs, "sm_write_gbs": sm_write_gbs}
+        for name, rate in rates.items():
+            if rate < 0:
+                raise ValueError(f"{name} = {rate}: must be 0 (as known) or more")
+        key = (num_experts, num_topk, *rates.values())
         if key not in self._theoretical_sms:
             self._theoretical_sms[key] = self._open().theoretical_sms(
                 num_experts,
                 num_topk,
-                self.hidden or _USUAL_HIDDEN,
-                self.num_max_tokens_per_rank or _USUAL_TOKENS,
-                self.use_fp8_dispatch,
-                scale_up_gbytes_per_s,
+                hidden=self.hidden or _USUAL_HIDDEN,
+                num_tokens=self.num_max_tokens_per_rank or _USUAL_TOKENS,
+                use_fp8=self.use_fp8_dispatch,
+                **rates,
             )
         return self._theoretical_sms[key]
 
@@ -195,8 +211,7 @@ class ElasticBuffer:
         return {"backend": backend.name, "mode": "direct", "qps": 0, **backend.describe()}
 
     def _find_machines(self) -> tuple[int, int]:
-        machines: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(machines, socket.gethostname(), group=self.group)
+        machines = self._open().machines()
         counts = {machines.count(machine) for machine in machines}
         return (len(set(machines)), counts.pop()) if len(counts) == 1 else (self.num_ranks, 1)
 
@@ -270,7 +285,7 @@ class ElasticBuffer:
         route = self._check_handle(handle)
         if not handle.do_expand:
             raise ValueError("get_combine_buffer needs a handle of the expanded layout (do_expand=True)")
-        return backend.combine_buffer(route, hidden, dtype, handle.num_sms)
+        return backend.combine_buffer(route, hidden, dtype)
 
     # ---- operations ---------------------------------------------------------------------------------------------
 
@@ -590,6 +605,258 @@ class ElasticBuffer:
         if not fits:
             wanted = ", ".join("any" if want is None else str(want) for want in shape)
             raise ValueError(f"{name} has shape {list(tensor.shape)}: must be [{wanted}]")
+
+    # ---- point-to-point, all-gather and reduce-scatter ----------------------------------------------------------
+
+    @staticmethod
+    def get_pp_buffer_size_hint(max_tensor_bytes: int, max_inflight: int, num_peers: int = 2) -> int:
+        """Bytes for `pp_set_config` with these values and `num_peers` ranks to exchange with; a multiple of 2 MiB."""
+        _check_positive(max_tensor_bytes=max_tensor_bytes, max_inflight=max_inflight, num_peers=num_peers)
+        return sizing.ring_bytes(max_tensor_bytes, max_inflight, num_peers)
+
+    def pp_set_config(self, max_tensor_bytes: int, max_inflight: int) -> None:
+        """Make `pp_send` and `pp_recv` ready. Every rank calls it, with the same values; earlier sends are completed.
+
+        Args:
+            max_tensor_bytes: largest tensor.
+            max_inflight: tensors on their way from one rank to another, per channel, before `pp_send` blocks.
+
+        Raises:
+            ValueError: a value is not positive. BufferSizeError: more than the buffer's `num_bytes`.
+            CommunicationError: another rank came with other values, or a peer died or did not come in time.
+        """
+        needed = self.get_pp_buffer_size_hint(max_tensor_bytes, max_inflight)
+        if self._limit_bytes is not None and needed > self._limit_bytes:
+            raise BufferSizeError(
+                f"the buffer has {self._limit_bytes} bytes, {max_inflight} tensors of {max_tensor_bytes} bytes in "
+                f"flight need {needed}"
+            )
+        self._point_to_point().configure(max_tensor_bytes, max_inflight)
+        self._max_tensor_bytes = max_tensor_bytes
+
+    @torch.no_grad()
+    def pp_send(
+        self,
+        t: torch.Tensor,
+        dst_rank: int,
+        num_sms: int = 0,
+        *,
+        channel: int = 0,
+        async_with_compute_stream: bool = False,
+    ) -> EventOverlap:
+        """Send a tensor of any shape and dtype to any other rank.
+
+        The n-th send to a rank on a channel meets the n-th `pp_recv` there, which must name the same shape and dtype.
+
+        Args:
+            t: on return the caller may overwrite it; with `async_with_compute_stream` only after the event, but its
+                memory is held till then, so that he may drop it.
+            dst_rank: rank in the group.
+            num_sms: GPU tuning (unused: no transfer takes an SM).
+            channel: 0 to 3; tensors of one channel keep their order, channels do not wait for each other.
+            async_with_compute_stream: do not copy `t`.
+
+        Returns:
+            The event at which the peer has the tensor.
+
+        Raises:
+            TypeError, ValueError, BufferSizeError: a wrong argument; nothing was sent. RuntimeError: no pp_set_config.
+            CommunicationError: the peer died, or took none of the last `max_inflight` tensors within the timeout.
+        """
+        self._check_transfer("dst_rank", t, dst_rank, channel)
+        event = self._point_to_point().send(t, dst_rank, channel, copy=not async_with_compute_stream)
+        return EventOverlap(event)
+
+    @torch.no_grad()
+    def pp_recv(
+        self,
+        t: torch.Tensor,
+        src_rank: int,
+        num_sms: int = 0,
+        *,
+        channel: int = 0,
+        async_with_compute_stream: bool = False,
+    ) -> EventOverlap:
+        """Receive into `t` what `src_rank` sends by `pp_send`; arguments as there.
+
+        Returns:
+            The event after which `t` holds data; waited for already unless `async_with_compute_stream`.
+
+        Raises:
+            As `pp_send`; CommunicationError also where a tensor of another shape or dtype came. Both ranks raise then.
+        """
+        self._check_transfer("src_rank", t, src_rank, channel)
+        event = self._point_to_point().receive(t, src_rank, channel)
+        if not async_with_compute_stream:
+            event.current_stream_wait()
+        return EventOverlap(event)
+
+    def pp_flush(self) -> None:
+        """Wait until everything sent by `pp_send` has arrived. Raises CommunicationError as `pp_send`."""
+        self._point_to_point().flush()
+
+    def _point_to_point(self) -> PointToPoint:
+        backend = self._open()
+        if backend.point_to_point is None:
+            raise RuntimeError(f"pp_send and pp_recv: the {backend.name} backend does not have them in this version")
+        return backend.point_to_point
+
+    def _sessions(self) -> Sessions:
+        backend = self._open()
+        if backend.sessions is None:
+            raise RuntimeError(f"all_gather sessions: the {backend.name} backend does not have them in this version")
+        return backend.sessions
+
+    def _check_transfer(self, name: str, t: torch.Tensor, peer: int, channel: int) -> None:
+        if not self._max_tensor_bytes:
+            raise RuntimeError("call pp_set_config before pp_send and pp_recv")
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"t must be a tensor, got {type(t).__name__}")
+        self._check_tensor("t", t, (t.dtype,), tuple(t.shape))
+        if not 0 <= peer < self.num_ranks or peer == self.rank_idx:
+            raise ValueError(
+                f"{name} = {peer}: must be another rank of the group (0 to {self.num_ranks - 1}, not {self.rank_idx})"
+            )
+        if not 0 <= channel < NUM_CHANNELS:
+            raise ValueError(f"channel = {channel}: must be 0 to {NUM_CHANNELS - 1}")
+        if t.nbytes > self._max_tensor_bytes:
+            raise BufferSizeError(
+                f"rank {self.rank_idx}, {name} {peer}: t has {t.nbytes} bytes, pp_set_config allowed "
+                f"{self._max_tensor_bytes}"
+            )
+
+    @staticmethod
+    def get_agrs_num_max_session_bytes(
+        group: dist.ProcessGroup, shapes: Sequence[int] | Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> int:
+        """Bytes of a session that gathers one tensor of each of `shapes` (one shape, or several) from every rank."""
+        ranks = dist.get_world_size(group)
+        return sum(sizing.session_bytes(ranks, shape, dtype.itemsize) for shape in _shapes(shapes)[0])
+
+    @staticmethod
+    def get_agrs_buffer_size_hint(group: dist.ProcessGroup, max_session_bytes: int) -> int:
+        """Bytes for `agrs_set_config` with `max_session_bytes`, a multiple of 2 MiB."""
+        _check_positive(max_session_bytes=max_session_bytes)
+        return sizing.align(max_session_bytes, sizing.BUFFER_ALIGNMENT)
+
+    def agrs_set_config(self, max_session_bytes: int, max_all_gathers_per_session: int) -> None:
+        """Make all-gather sessions ready. Every rank calls it, with the same values.
+
+        Args:
+            max_session_bytes: of all gathered (or scattered) tensors of a session, each rounded up to 32.
+            max_all_gathers_per_session: calls of `all_gather` and `reduce_scatter` in a session.
+
+        Raises:
+            As `pp_set_config`. RuntimeError: inside a session.
+        """
+        _check_positive(max_session_bytes=max_session_bytes, max_all_gathers_per_session=max_all_gathers_per_session)
+        if self._limit_bytes is not None and max_session_bytes > self._limit_bytes:
+            raise BufferSizeError(f"the buffer has {self._limit_bytes} bytes, the session needs {max_session_bytes}")
+        self._sessions().configure(max_session_bytes, max_all_gathers_per_session)
+
+    def create_agrs_session(self) -> None:
+        """Begin a session; every rank does. RuntimeError: there is one, or no `agrs_set_config` yet."""
+        self._sessions().begin()
+
+    def destroy_agrs_session(self) -> None:
+        """End the session, after everything in it. On the host, gathered tensors outlive it."""
+        self._sessions().end()
+
+    @contextmanager
+    def agrs_new_session(self, enabled: bool = True) -> Iterator[None]:
+        """A session as long as the `with` block; none if not `enabled`."""
+        if not enabled:
+            yield
+            return
+        self.create_agrs_session()
+        try:
+            yield
+        except BaseException:
+            self._sessions().abandon()  # what is under way may never come
+            raise
+        self.destroy_agrs_session()
+
+    @property
+    def agrs_in_session(self) -> bool:
+        """Whether there is a session."""
+        return self._sessions().active
+
+    def agrs_get_inplace_tensor(
+        self, shapes: Sequence[int] | Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Memory to write tensors into that `all_gather` then need not copy: one tensor for a shape, a tuple for
+        several. RuntimeError: outside a session."""
+        every, single = _shapes(shapes)
+        slots = self._sessions().own_slots(every, dtype)
+        return slots[0] if single else tuple(slots)
+
+    @torch.no_grad()
+    def all_gather(self, t: torch.Tensor | Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """Start gathering a tensor, or several at once, from every rank; several calls may be under way.
+
+        Args:
+            t: contiguous, any dtype, the same shape on every rank; not to be changed before the wait.
+
+        Returns:
+            `(gathered, wait)`, or one gathered tensor for each of `t` and the wait: gathered is `[ranks, *shape]` and
+            holds data after `wait()`.
+
+        Raises:
+            TypeError, ValueError: a wrong argument. RuntimeError: outside a session.
+            BufferSizeError: more than `agrs_set_config` allowed.
+            CommunicationError: (at the wait) another rank came with other tensors, died, or did not come in time.
+        """
+        tensors = self._check_group_of("t", t)
+        gathered, wait = self._sessions().all_gather(tensors)
+        return (*gathered, wait)
+
+    @torch.no_grad()
+    def reduce_scatter(self, t: torch.Tensor | Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """Start summing a tensor, or several at once, over the ranks; each rank gets its part of the sums.
+
+        Sums run in fp32 (fp64 for fp64) in rank order and are rounded once: the same bits in every run.
+
+        Args:
+            t: floating, `[ranks, *shape]`: row p goes to rank p. Not to be changed before the wait.
+
+        Returns:
+            `(reduced, wait)` or `(*reduced, wait)`, reduced `[*shape]`, dtype of `t`.
+
+        Raises:
+            As `all_gather`.
+        """
+        tensors = self._check_group_of("t", t)
+        for tensor in tensors:
+            if tensor.dim() == 0 or tensor.shape[0] != self.num_ranks:
+                raise ValueError(f"t has shape {list(tensor.shape)}: must be [{self.num_ranks} ranks, ...]")
+            if tensor.dtype not in (*self._open().dtypes, torch.float64):
+                raise TypeError(f"t is {tensor.dtype}: must be a floating dtype of 16 bits or more")
+        reduced, wait = self._sessions().reduce_scatter(tensors)
+        return (*reduced, wait)
+
+    def _check_group_of(self, name: str, t: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        tensors = [t] if isinstance(t, torch.Tensor) else list(t)
+        if not tensors:
+            raise ValueError(f"{name} is empty: must be a tensor or some tensors")
+        for tensor in tensors:
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} must be a tensor or tensors, got {type(tensor).__name__}")
+            self._check_tensor(name, tensor, (tensor.dtype,), tuple(tensor.shape))
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} has shape {list(tensor.shape)} and strides {tensor.stride()}: must be dense")
+        return tensors
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be positive")
+
+
+def _shapes(shapes: Sequence[int] | Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], bool]:
+    """(every shape, whether only one was given and not a sequence of them)."""
+    single = all(isinstance(size, int) for size in shapes)
+    return [tuple(shape) for shape in ([shapes] if single else shapes)], single  # type: ignore[arg-type]
 
 
 def resolve_backend(name: str) -> Literal["cuda", "host"]:

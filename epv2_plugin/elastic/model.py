@@ -409,11 +409,12 @@ def _rows(counts: Sequence[float], above: int = 0, up_to: int | None = None) -> 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes that one rank's SMs read and write, and what comes from elsewhere meanwhile.
+    """Bytes that one rank reads and writes, mostly by SMs, and what comes from elsewhere meanwhile.
 
     Attributes:
         link_bytes: those of the read ones that come over the scale-up link.
         nic_bytes, nic_messages: sent over the network (as many arrive, on average).
+        copy_engine: it is no kernel, and takes no SM.
     """
 
     name: str
@@ -422,6 +423,7 @@ class Phase:
     link_bytes: float = 0.0
     nic_bytes: float = 0.0
     nic_messages: float = 0.0
+    copy_engine: bool = False
 
 
 def dispatch_phases(shape: Shape, rows: Rows | None = None) -> list[Phase]:
@@ -440,7 +442,7 @@ def dispatch_phases(shape: Shape, rows: Rows | None = None) -> list[Phase]:
 
 
 def combine_phases(
-    shape: Shape, rows: Rows | None = None, *, zero_copy: bool = False, direct_rows: int = 0
+    shape: Shape, rows: Rows | None = None, *, zero_copy: bool = False, direct_rows: int = 0, copy_engine: bool = False
 ) -> list[Phase]:
     """Phases of a combine: the expert's rank puts one row per token in its window, the token's owner pulls and sums.
 
@@ -449,8 +451,13 @@ def combine_phases(
         zero_copy: the experts wrote into the window.
         direct_rows: with `zero_copy` and the expanded layout: the owner pulls a token's rows from a rank that holds at
             most this many itself, and that rank sums only where it holds more. K = no sums at all.
+        copy_engine: the expert rows of ordinary tensors are copied into the window without an SM, and travel unsummed.
     """
     rows, row = rows or expected_rows(shape), shape.row
+    if copy_engine:
+        num_bytes = (_rows(rows.held) if shape.expanded else _pairs(rows.held)) * row
+        copy = Phase("copy to window", num_bytes, num_bytes, copy_engine=True)
+        return [copy, *combine_phases(shape, rows, zero_copy=True, direct_rows=shape.topk)]
     if not shape.expanded:
         held, owned, remote = (_pairs(counts) * row for counts in (rows.held, rows.owned, rows.owned_remote))
         pull = Phase("pull", owned, rows.tokens * row, remote)
@@ -575,6 +582,8 @@ def predict(phase: Phase, machine: Machine, num_sms: int) -> PhaseTime:
     rates = machine.rates
     # GB/s x us = 1e3 bytes.
     sm_us = (phase.read_bytes / rates.read(num_sms) + phase.write_bytes / rates.write(num_sms)) / 1e3
+    if phase.copy_engine:
+        sm_us = 0.0
     # What the NIC sends is read from the memory, and as much is written to it.
     in_memory = phase.read_bytes + phase.write_bytes + 2 * phase.nic_bytes
     memory_us = machine.sharing * in_memory / rates.memory / 1e3

@@ -7,12 +7,14 @@ Legend: T tokens of a rank, K top-k, E experts, P ranks, R received rows (one pe
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 FP8_BLOCK = 128  # values that share one scale factor
 ROW_ALIGNMENT = 16  # bytes; every section of a row starts at a multiple of it
 BUFFER_ALIGNMENT = 2 << 20  # bytes
+TENSOR_ALIGNMENT = 32  # bytes; of a tensor in a ring slot or in a session
 MAX_TOPK = 32  # what a buffer is sized for when the caller does not name its top-k
 
 
@@ -94,6 +96,16 @@ def buffer_bytes(
     )
     rows = 2 * max_received_rows(num_ranks, num_max_tokens_per_rank)
     return align(rows * max(combine.stride, dispatch.stride), BUFFER_ALIGNMENT)
+
+
+def ring_bytes(max_tensor_bytes: int, max_inflight: int, num_peers: int = 2) -> int:
+    """Bytes of a send ring and a receive ring of `max_inflight` slots for each of `num_peers` peers."""
+    return align(2 * num_peers * max_inflight * align(max_tensor_bytes, TENSOR_ALIGNMENT), BUFFER_ALIGNMENT)
+
+
+def session_bytes(num_ranks: int, shape: Sequence[int], itemsize: int) -> int:
+    """Bytes of one gathered tensor `[num_ranks, *shape]` in a session."""
+    return align(num_ranks * math.prod(shape) * itemsize, TENSOR_ALIGNMENT)
 
 
 # ---- the cuda backend's window and shared memory ------------------------------------------------------------------

@@ -127,7 +127,7 @@ def _on_host(factory: Callable) -> Callable:
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
-            kwargs.pop("pin_memory", None)
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return call

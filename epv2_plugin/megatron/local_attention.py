@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
@@ -16,15 +17,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from epv2_plugin.megatron.patches import Patches
+
 # S sequence, B batch, A attention heads of this rank, D features of a query/key head, V features of a value head
 
 
 class LocalAttention(MegatronModule):
     """Scaled dot-product attention with head sizes taken from the tensors; deterministic.
 
+    Subclasses that set `takes_context_parallel` see to the other ranks' keys and values themselves.
+
     Raises:
         NotImplementedError: context parallelism, a sliding window or softmax variants, which this does not compute.
     """
+
+    takes_context_parallel = False
 
     def __init__(
         self,
@@ -41,7 +48,7 @@ class LocalAttention(MegatronModule):
     ):
         super().__init__(config=config)
         unsupported = {
-            "context_parallel_size": config.context_parallel_size > 1,
+            "context_parallel_size": config.context_parallel_size > 1 and not self.takes_context_parallel,
             "window_size": config.window_size is not None,
             "softmax_type": config.softmax_type != "vanilla",
         }
@@ -81,16 +88,8 @@ class LocalAttention(MegatronModule):
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise NotImplementedError("the local attention takes neither packed sequences nor an attention bias")
-        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
-        causal = mask_type == AttnMaskType.causal or (
-            mask_type == AttnMaskType.padding_causal and attention_mask is None
-        )
-        if self.sums_position_gradient:
-            # The rotary part of the key is one vector for all heads, but every rank has the gradient of its own heads
-            # only, and the column-parallel projection below it takes its rows' gradient for complete.
-            no_position, position = key_SBAD.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], dim=-1)
-            position = copy_to_tensor_model_parallel_region(position[:, :, :1]).expand_as(position)
-            key_SBAD = torch.cat([no_position, position], dim=-1)
+        causal = self.is_causal(attention_mask, attn_mask_type)
+        key_SBAD = self.complete_gradient(key_SBAD)
         out_BASV = scaled_dot_product_attention(
             query_SBAD.permute(1, 2, 0, 3),
             key_SBAD.permute(1, 2, 0, 3),
@@ -102,6 +101,23 @@ class LocalAttention(MegatronModule):
             enable_gqa=query_SBAD.size(2) != key_SBAD.size(2),
         )
         return out_BASV.permute(2, 0, 1, 3).flatten(2)
+
+    def is_causal(self, attention_mask: torch.Tensor | None, attn_mask_type: AttnMaskType | None) -> bool:
+        """Whether a token sees those before it, whatever the mask says; else the mask alone decides."""
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        return mask_type == AttnMaskType.causal or (mask_type == AttnMaskType.padding_causal and attention_mask is None)
+
+    def complete_gradient(self, key: torch.Tensor) -> torch.Tensor:
+        """The key `[..., A, D]` as it is, with its gradient summed over tensor-parallel ranks where it has to be.
+
+        The rotary part of an MLA key is one vector for all heads, but every rank has the gradient of its own heads
+        only, and the column-parallel projection below it takes its rows' gradient for complete.
+        """
+        if not self.sums_position_gradient:
+            return key
+        no_position, position = key.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], dim=-1)
+        position = copy_to_tensor_model_parallel_region(position[..., :1, :]).expand_as(position)
+        return torch.cat([no_position, position], dim=-1)
 
 
 def local_norm(cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> nn.Module:
@@ -122,12 +138,22 @@ def uses_transformer_engine() -> bool:
     return torch.cuda.is_available() and gpt_layer_specs.HAVE_TE
 
 
-def block_specs(config: TransformerConfig, vp_stage: int | None) -> tuple[Any, Any]:
+def block_specs(config: TransformerConfig, vp_stage: int | None, core_attention: type | None = None) -> tuple[Any, Any]:
     """Layer specs of this rank's part of the model (virtual stage `vp_stage`): (decoder block, MTP block or None).
 
     Dense and MoE layers follow `config.moe_layer_freq`. Without Transformer Engine, `LocalAttention` must stand behind
-    Megatron's local spec provider, which the CPU bridge sees to.
+    Megatron's local spec provider, which the CPU bridge sees to; `core_attention` is taken in its place.
     """
+    patches = Patches()
+    if core_attention is not None:
+        patches.attribute(LocalSpecProvider, "core_attention", lambda self: core_attention)
+    try:
+        return _block_specs(config, vp_stage)
+    finally:
+        patches.undo()
+
+
+def _block_specs(config: TransformerConfig, vp_stage: int | None) -> tuple[Any, Any]:
     te = uses_transformer_engine()
     normalization = config.normalization
     decoder = gpt_layer_specs.get_gpt_decoder_block_spec(

@@ -17,16 +17,19 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
+from epv2_plugin.megatron import context_parallel, pipeline
 from epv2_plugin.megatron.dispatcher import EpTokenDispatcher
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.launcher import INTERRUPTED
 from epv2_plugin.training.machine import machine, versions
 from epv2_plugin.training.recipe import Recipe, check_arms, parameter_count
-from epv2_plugin.training.report import write_report
+from epv2_plugin.training.report import OURS, write_report
 from epv2_plugin.training.stages import PeakMemory, StageClock, StockTraffic, moe_layers, skew_routing
 from epv2_plugin.training.trainer import Arm, Interrupts, leave, setup
 
 WARMUP_STEPS = 3  # allocators and caches settle
+# Bytes to other ranks: by experts' dispatch and combine, by these with a copy per (token, expert), and by the others.
+SENT = ("sent_bytes", "undeduplicated_bytes", "pipeline_bytes", "context_bytes")
 
 
 def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, command: str) -> int:
@@ -48,7 +51,8 @@ def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, co
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("report.md", "report.png"):
             (folder / name).unlink(missing_ok=True)
-        (folder / "meta.json").write_text(json.dumps(_meta(recipe, arms, skew, command, stream), indent=1) + "\n")
+        meta = _meta(recipe, measured, skew, command, stream)
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         metrics = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed below
     interrupted, failure = False, ""
     with Interrupts() as interrupts:
@@ -100,15 +104,15 @@ class _MeasuredArm:
         """One step; returns its record, the same on every rank."""
         self._clock.reset()
         self._memory.reset()
-        sent, plain = self._sent()
+        before = self._sent()
         dist.barrier()
         begin = time.perf_counter()
         with self._traffic.counting():
             result = self.arm.step(batch)
         seconds = time.perf_counter() - begin
-        sent_now, plain_now = self._sent()
+        sent = [now - then for now, then in zip(self._sent(), before, strict=True)]
         stages = list(self._clock.seconds.values())
-        sums = torch.tensor([sent_now - sent, plain_now - plain, *stages], dtype=torch.float64)
+        sums = torch.tensor([*sent, *stages], dtype=torch.float64)
         largest = torch.tensor([seconds, self._memory.read()], dtype=torch.float64)
         dist.all_reduce(sums)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -120,21 +124,26 @@ class _MeasuredArm:
             "grad_norm": result.grad_norm,
             "tokens": result.tokens,
             "step_ms": round(float(largest[0]) * 1e3, 3),
-            "sent_bytes": int(sums[0]),
-            "undeduplicated_bytes": int(sums[1]),
+            **{name: int(total) for name, total in zip(SENT, sums.tolist(), strict=False)},
             "peak_rss_mib": round(float(largest[1]) / 2**20, 1),
         }
-        for stage, total in zip(self._clock.seconds, sums[2:].tolist(), strict=True):
+        for stage, total in zip(self._clock.seconds, sums[len(SENT) :].tolist(), strict=True):
             name, _, backward = stage.partition("_")
             self.record[f"{name}_backward_ms" if backward else f"{name}_ms"] = round(total / ranks * 1e3, 3)
         return self.record
 
-    def _sent(self) -> tuple[int, int]:
-        """Bytes sent so far, and what they would have been with a copy per (token, expert); stock sends those."""
+    def _sent(self) -> tuple[int, int, int, int]:
+        """`SENT` so far. Stock dispatchers send a copy for each (token, expert)."""
+        stock = self._traffic
+        sent = plain = stock.sent_bytes
         if self._buffers:
             traffic = [buffer.traffic for buffer in self._buffers]
-            return sum(t.sent_bytes for t in traffic), sum(t.undeduplicated_bytes for t in traffic)
-        return self._traffic.sent_bytes, self._traffic.sent_bytes
+            sent, plain = sum(t.sent_bytes for t in traffic), sum(t.undeduplicated_bytes for t in traffic)
+        between_stages, in_context = stock.pipeline_bytes, stock.context_bytes
+        if self.arm.dispatcher == OURS:  # no other arm uses the plugin's groups
+            between_stages += sum(group["sent_bytes"] for group in pipeline.groups())
+            in_context += sum(group["sent_bytes"] for group in context_parallel.groups())
+        return sent, plain, between_stages, in_context
 
 
 def _show(step: int, steps: int, measured: list[_MeasuredArm]) -> None:
@@ -146,15 +155,18 @@ def _show(step: int, steps: int, measured: list[_MeasuredArm]) -> None:
         print(line, flush=True)
 
 
-def _meta(recipe: Recipe, arms: list[str], skew: float | None, command: str, stream: TokenStream) -> dict[str, Any]:
-    degrees = {"EP": "expert", "TP": "tensor", "PP": "pipeline"}
+def _meta(
+    recipe: Recipe, measured: list[_MeasuredArm], skew: float | None, command: str, stream: TokenStream
+) -> dict[str, Any]:
+    degrees = {"EP": "expert", "TP": "tensor", "PP": "pipeline", "VPP": "virtual_pipeline", "CP": "context"}
     layout = " ".join(f"{short}{recipe.degree(name)}" for short, name in degrees.items())  # type: ignore[arg-type]
     return {
         "name": recipe.name,
         "recipe": recipe.source,
         "command": command,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "arms": arms,
+        "arms": [m.arm.dispatcher for m in measured],
+        "runs": {m.arm.dispatcher: m.arm.runs for m in measured},
         "warmup_steps": min(WARMUP_STEPS, recipe.train.steps - 1),
         "processes": recipe.train.processes,
         "layout": f"{layout} DP{recipe.data_parallel}",

@@ -128,7 +128,7 @@ def load(arm: Arm, folder: Path) -> Path:
 
 
 def _layout(recipe: Recipe) -> dict[str, Any]:
-    names = ("tensor", "pipeline", "virtual_pipeline", "expert")
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
     return {
         **{f"plugin.parallel.{name}": getattr(recipe.plugin.parallel, name) for name in names},
         "train.processes": recipe.train.processes,

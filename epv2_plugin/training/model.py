@@ -128,12 +128,16 @@ def _decided(recipe: Recipe, dispatcher: str) -> dict[str, Any]:
     return fields
 
 
-def build_model(recipe: Recipe, config: MLATransformerConfig) -> list[DistributedDataParallel]:
+def build_model(
+    recipe: Recipe, config: MLATransformerConfig, core_attention: type | None = None
+) -> list[DistributedDataParallel]:
     """This rank's part of the model, one module for each virtual pipeline stage, wrapped for data parallelism.
 
     Megatron's parallel state must be initialised. The weights are Megatron's initial ones; see `seed_weights`.
+    `core_attention` replaces the core attention of Megatron's local specs.
     """
-    train, chunks = recipe.train, []
+    train = recipe.train
+    chunks: list[DistributedDataParallel] = []
     virtual = config.virtual_pipeline_model_parallel_size
     data_parallel = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -143,7 +147,7 @@ def build_model(recipe: Recipe, config: MLATransformerConfig) -> list[Distribute
     )
     for index in range(virtual or 1):
         stage = index if virtual else None
-        decoder, mtp = block_specs(config, stage)
+        decoder, mtp = block_specs(config, stage, core_attention)
         module: nn.Module = GPTModel(
             config=config,
             transformer_layer_spec=decoder,

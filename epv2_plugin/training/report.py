@@ -211,6 +211,10 @@ def _number(value: object) -> float:
 def _head(run: Run) -> str:
     meta = run.meta
     lines = [f"# A/B: {meta.get('name', 'unnamed run')}", "", verdict(run)]
+    parts = [part for part in ("expert", "pipeline", "context") if any(part in runs for runs in _runs(run).values())]
+    if len(parts) > 1:
+        rows = [[arm, *(runs.get(part, NO_VALUE) for part in parts)] for arm, runs in _runs(run).items()]
+        lines += ["", "Communication of each arm:", "", _table(["arm", *parts], rows)]
     wanted = max(len(run.steps(arm)) for arm in run.arms)
     for arm in run.arms:
         done = len(run.steps(arm))
@@ -221,6 +225,12 @@ def _head(run: Run) -> str:
     if run.unreadable:
         lines += ["", f"{run.unreadable} line(s) of metrics.jsonl could not be read and were left out."]
     return "\n".join(lines)
+
+
+def _runs(run: Run) -> dict[str, dict[str, str]]:
+    """What each arm runs, by kind of communication."""
+    runs = run.meta.get("runs") or {}
+    return {arm: runs.get(arm, {}) for arm in run.arms}
 
 
 def _times(run: Run) -> str:
@@ -288,8 +298,15 @@ def _traffic(run: Run) -> str:
         )
     header = ["arm", "sent MiB", "one copy per expert MiB", "deduplication factor"]
     header += ["peak memory MiB", "tokens", "tokens/s"]
+    for part in ("pipeline", "context"):
+        found = [run.values(arm, f"{part}_bytes", warm=False) for arm in run.arms]
+        if any(values.any() for values in found):
+            header.append(f"{part} MiB")
+            for row, values in zip(rows, found, strict=True):
+                row.append(f"{np.median(values) / MIB:.3f}" if len(values) else NO_VALUE)
     note = (
-        "Bytes to other ranks in a step, summed over ranks, MoE layers and directions; the deduplication factor says "
+        "Bytes to other ranks in a step, summed over ranks, layers and directions; sent = by dispatch and combine, "
+        "pipeline = between stages, context = keys, values and their gradients. The deduplication factor says "
         "how much more one copy for each token and expert would have been. Peak memory is the largest of all steps and "
         "ranks; the arms live in the same processes, so it includes the other arms' models and optimizers."
     )

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -102,10 +104,14 @@ class StageClock:
 
 
 class StockTraffic:
-    """Bytes that this rank hands to Megatron's collectives for other ranks of its expert-parallel groups.
+    """Bytes that this rank hands to Megatron's communication for other ranks.
 
     A collective counts as what must leave this rank: an all-to-all its rows for others, an all-gather its part for each
     of the others, a reduce-scatter the parts of the others.
+
+    Attributes:
+        sent_bytes: in expert-parallel groups. pipeline_bytes: to other stages, by Megatron's own communicator.
+        context_bytes: in the context-parallel group.
     """
 
     def __init__(self, chunks: list[Any]):
@@ -113,7 +119,8 @@ class StockTraffic:
         self._groups = {
             group for layer in layers for group in (layer.token_dispatcher.ep_group, layer.token_dispatcher.tp_ep_group)
         }
-        self.sent_bytes = 0
+        self._context = parallel_state.get_context_parallel_group()
+        self.sent_bytes = self.pipeline_bytes = self.context_bytes = 0
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -122,10 +129,21 @@ class StockTraffic:
         patches.attribute(dist, "all_to_all_single", self._all_to_all(dist.all_to_all_single))
         patches.attribute(mappings, "dist_all_gather_func", self._all_gather(mappings.dist_all_gather_func))
         patches.attribute(mappings, "dist_reduce_scatter_func", self._reduce_scatter(mappings.dist_reduce_scatter_func))
+        patches.attribute(P2PCommunicator, "_communicate", self._communicate(P2PCommunicator._communicate))
         try:
             yield
         finally:
             patches.undo()
+
+    def _communicate(self, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name in ("tensor_send_next", "tensor_send_prev"):
+                if kwargs.get(name) is not None:
+                    self.pipeline_bytes += kwargs[name].nbytes
+            return function(*args, **kwargs)
+
+        return call
 
     def _all_to_all(self, function: Callable) -> Callable:
         @functools.wraps(function)
@@ -148,8 +166,11 @@ class StockTraffic:
     def _all_gather(self, function: Callable) -> Callable:
         @functools.wraps(function)
         def call(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+            num_bytes = input.nbytes * (dist.get_world_size(group) - 1)
             if group in self._groups:
-                self.sent_bytes += input.numel() * input.itemsize * (dist.get_world_size(group) - 1)
+                self.sent_bytes += num_bytes
+            elif group is self._context:
+                self.context_bytes += num_bytes
             return function(output, input, *args, group=group, **kwargs)
 
         return call
@@ -158,7 +179,9 @@ class StockTraffic:
         @functools.wraps(function)
         def call(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
             if group in self._groups:
-                self.sent_bytes += (input.numel() - output.numel()) * input.itemsize
+                self.sent_bytes += input.nbytes - output.nbytes
+            elif group is self._context:
+                self.context_bytes += input.nbytes - output.nbytes
             return function(output, input, *args, group=group, **kwargs)
 
         return call

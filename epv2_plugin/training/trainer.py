@@ -23,13 +23,18 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from epv2_plugin.megatron import cpu_bridge
+from epv2_plugin.megatron.context_parallel import zigzag_split
+from epv2_plugin.megatron.local_attention import uses_transformer_engine
+from epv2_plugin.megatron.pipeline import schedule_groups
 from epv2_plugin.training import checkpoint
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.launcher import INTERRUPTED, process_group_store
 from epv2_plugin.training.model import build_model, seed_weights, transformer_config
 from epv2_plugin.training.recipe import Recipe, parameter_count
+from epv2_plugin.training.reference_attention import GatherThenAttend
 
 logger = logging.getLogger("epv2_plugin")
 
@@ -39,7 +44,7 @@ def setup(recipe: Recipe) -> None:
     Megatron's groups, seeds and micro-batch count for the recipe. A second call replaces what the first one made.
 
     Raises:
-        ConfigError: the recipe is for another number of ranks, or asks for context parallelism.
+        ConfigError: the recipe is for another number of ranks.
         RuntimeError: the process was not started as a rank.
     """
     cuda = torch.cuda.is_available()
@@ -61,14 +66,13 @@ def setup(recipe: Recipe) -> None:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     if recipe.train.processes != dist.get_world_size():
         raise recipe.fail("train.processes", f"the job was started with {dist.get_world_size()} ranks")
-    if recipe.degree("context") != 1:
-        raise recipe.fail("plugin.parallel.context", "must be 1: this trainer does not split sequences")
     _forget_groups()
     virtual = recipe.degree("virtual_pipeline")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=recipe.degree("tensor"),
         pipeline_model_parallel_size=recipe.degree("pipeline"),
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=recipe.degree("context"),
         expert_model_parallel_size=recipe.degree("expert"),
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
@@ -118,8 +122,10 @@ class Arm:
 
     Attributes:
         recipe: what it was made from.
-        dispatcher: the token dispatcher.
+        dispatcher: the token dispatcher. With "epv2", pipeline and context parallelism run as `recipe.plugin` says;
+            with the others, Megatron's own pipeline communication and, for context parallelism, `GatherThenAttend`.
         chunks: this rank's virtual pipeline stages, as Megatron's `DistributedDataParallel`.
+        runs: what runs `expert`, `pipeline` and `context` communication, in words, where there is any.
         optimizer: Megatron's optimizer.
         steps_done: steps since the initial weights; also the position in the data and in the schedule.
 
@@ -135,7 +141,20 @@ class Arm:
         self.recipe, self.dispatcher, self.steps_done = recipe, dispatcher, 0
         train = recipe.train
         config = transformer_config(recipe, dispatcher)
-        self.chunks = build_model(recipe, config)
+        stock = dispatcher != "epv2"
+        gathers_first = recipe.degree("context") > 1 and not uses_transformer_engine() and stock
+        self.chunks = build_model(recipe, config, GatherThenAttend if gathers_first else None)
+        self.runs = {"expert": dispatcher}
+        if recipe.degree("pipeline") > 1:
+            ours = not stock and recipe.plugin.pipeline.transport != "stock"
+            self.runs["pipeline"] = "epv2" if ours else "stock P2P"
+        if recipe.degree("context") > 1:
+            self.runs["context"] = GatherThenAttend.label if gathers_first else "stock" if stock else "epv2"
+        # Where the plugin is enabled for another arm, schedules take its communicator unless told otherwise.
+        self._pipeline: dict[str, Any] = {}
+        if stock and recipe.degree("pipeline") > 1:
+            groups = schedule_groups()
+            self._pipeline = {"p2p_communicator": P2PCommunicator(groups.pp, config), "pg_collection": groups}
         seed_weights(self.chunks, train.seed)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -200,12 +219,14 @@ class Arm:
             seq_length=model.seq_length,
             micro_batch_size=train.micro_batch_size,
             forward_only=False,
+            **self._pipeline,
         )
         self._schedule.num_steps = self.steps_done
         self._schedule.step(increment=1)
         updated, grad_norm, _ = self.optimizer.step()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        # One sum over all ranks: the last stage's tensor rank 0 of each data-parallel rank puts its losses in.
+        # One sum over all ranks: the last stage's tensor rank 0 of each data- and context-parallel rank puts its
+        # losses in.
         counts = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
         total = sum(float(output["loss"]) for output in outputs) if counts else 0.0
         tokens = train.global_batch_size * model.seq_length
@@ -221,8 +242,12 @@ class Arm:
 
     def _forward(self, micro_batches: Iterator[torch.Tensor], chunk: Any) -> tuple[torch.Tensor, Any]:
         sequences_BS = next(micro_batches).to(self._device)
-        tokens_BS, labels_BS = sequences_BS[:, :-1].contiguous(), sequences_BS[:, 1:].contiguous()
-        positions_BS = torch.arange(tokens_BS.size(1), device=self._device).expand_as(tokens_BS)
+        positions_BS = torch.arange(sequences_BS.size(1) - 1, device=self._device).expand(sequences_BS.size(0), -1)
+        rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+        tokens_BS, labels_BS, positions_BS = (
+            zigzag_split(t, 1, rank, size).contiguous()
+            for t in (sequences_BS[:, :-1], sequences_BS[:, 1:], positions_BS)
+        )
         return chunk(tokens_BS, positions_BS, None, labels=labels_BS), _loss
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -236,7 +261,9 @@ class Arm:
 
 def _loss(losses_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     losses_BS = losses_BS.float()
-    return losses_BS.mean(), {"loss": losses_BS.detach().sum(dtype=torch.float64)}
+    # Megatron multiplies by the context-parallel size, and averages gradients over those ranks, too.
+    mean = losses_BS.mean() / parallel_state.get_context_parallel_world_size()
+    return mean, {"loss": losses_BS.detach().sum(dtype=torch.float64)}
 
 
 def train(

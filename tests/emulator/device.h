@@ -261,8 +261,8 @@ inline uint32_t to_e4m3(float x) {
 inline float from_half(uint32_t bits) {
   const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023, sign = (bits & 0x8000) << 16;
   if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | mantissa << 13);
-  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                        : std::ldexp(static_cast<float>(1024 + mantissa), static_cast<int>(exponent) - 25);
+  const float steps = static_cast<float>(exponent == 0 ? mantissa : 1024 + mantissa);
+  const float magnitude = std::ldexp(steps, exponent == 0 ? -24 : static_cast<int>(exponent) - 25);
   return __uint_as_float(sign | __float_as_uint(magnitude));
 }
 

@@ -1,5 +1,5 @@
-// Which accesses to a CTA's shared memory are ordered: vector clocks, as race detectors have them. Ordinary accesses are
-// of the generic proxy, bulk copies of the async proxy; what the generic proxy wrote needs fence_proxy_async in between.
+// Which accesses of a CTA's threads to memory are ordered: vector clocks, as race detectors have them. Ordinary
+// accesses are of the generic proxy, bulk copies of the async proxy; what the generic proxy wrote needs fence_proxy_async.
 #pragma once
 
 #include <algorithm>
@@ -48,21 +48,22 @@ struct Access {
   bool atomic = false;
 };
 
+enum class Memory { shared, global };
+
 struct Conflict {
   Access earlier;
-  uint32_t offset = 0;
+  uint64_t address = 0;
   bool earlier_writes = false;
   bool unfenced = false;  // in order, but not visible to the bulk copy
 };
 
-class SharedOrder {
+class Order {
  public:
-  SharedOrder(int threads, uint32_t shared_bytes)
+  Order(int threads, uint32_t shared_bytes)
       : threads_(static_cast<size_t>(threads)),
         agents_(threads_),
         states_(threads_),
-        words_(static_cast<Word*>(std::calloc(shared_bytes / 4 + 1, sizeof(Word))), &std::free) {
-    if (words_ == nullptr) throw std::bad_alloc();
+        words_(zeroed(shared_bytes / 4 + 1)) {
     const auto nothing = std::make_shared<const Clock>();
     for (State& state : states_) state.known = nothing;
   }
@@ -77,8 +78,9 @@ class SharedOrder {
   }
 
   // Each of these returns whether it met an access that it is not in order with, described in `conflict`.
-  bool access(int thread, uint32_t offset, uint32_t bytes, bool writes, bool atomic, int32_t place, Conflict& conflict) {
-    return each_word(offset, bytes, [&](Word& word, uint8_t mask, uint32_t at) {
+  bool access(int thread, Memory memory, uint64_t address, uint64_t bytes, bool writes, bool atomic, int32_t place,
+              Conflict& conflict) {
+    return each_word(memory, address, bytes, [&](Word& word, uint8_t mask, uint64_t at) {
       if (find(word.writes, thread, mask, atomic, conflict)) return found(at, true, conflict);
       if (writes && find(word.reads, thread, mask, atomic, conflict)) return found(at, false, conflict);
       const Access access{states_[thread].own, place, static_cast<uint16_t>(thread), mask, atomic};
@@ -89,10 +91,10 @@ class SharedOrder {
       return false;
     });
   }
-  // A bulk copy that `thread` starts; `agent` will have done it at `clock`.
+  // The side in shared memory of a bulk copy that `thread` starts; `agent` will have done it at `clock`.
   bool copy(int thread, uint32_t offset, uint32_t bytes, bool writes, uint16_t agent, uint32_t clock, int32_t place,
             Conflict& conflict) {
-    return each_word(offset, bytes, [&](Word& word, uint8_t mask, uint32_t at) {
+    return each_word(Memory::shared, offset, bytes, [&](Word& word, uint8_t mask, uint64_t at) {
       if (find(word.writes, thread, mask, false, conflict)) return found(at, true, conflict);
       if (writes && find(word.reads, thread, mask, false, conflict)) return found(at, false, conflict);
       for (const Access& earlier : word.writes)
@@ -195,6 +197,7 @@ class SharedOrder {
   struct Word {
     Access writes[4], reads[4];  // writes have different bytes; of many readers some are forgotten
   };
+  using Words = std::unique_ptr<Word[], decltype(&std::free)>;
 
   bool fenced(int thread, const Access& write) const {
     const State& state = states_[thread];
@@ -214,8 +217,8 @@ class SharedOrder {
       }
     return false;
   }
-  static bool found(uint32_t offset, bool earlier_writes, Conflict& conflict) {
-    conflict.offset = offset;
+  static bool found(uint64_t address, bool earlier_writes, Conflict& conflict) {
+    conflict.address = address;
     conflict.earlier_writes = earlier_writes;
     return true;
   }
@@ -232,9 +235,10 @@ class SharedOrder {
   void remember_read(Word& word, const Access& access, int thread) {
     Access* place = nullptr;
     for (Access& slot : word.reads) {
+      const bool known = slot.agent == access.agent || knows(thread, slot.agent, slot.clock);
       if (slot.clock == 0) {
         place = &slot;
-      } else if ((slot.bytes & ~access.bytes) == 0 && (slot.agent == access.agent || knows(thread, slot.agent, slot.clock))) {
+      } else if (known && (slot.bytes & ~access.bytes) == 0) {  // whoever races with it races with this, too
         place = &slot;
         break;
       }
@@ -243,20 +247,33 @@ class SharedOrder {
     *place = access;
   }
   template <typename Visit>
-  bool each_word(uint32_t offset, uint32_t bytes, Visit visit) {
-    const uint32_t end = offset + bytes;
-    for (uint32_t at = offset; at < end;) {
-      const uint32_t word = at / 4, word_end = std::min(end, word * 4 + 4);
+  bool each_word(Memory memory, uint64_t address, uint64_t bytes, Visit visit) {
+    const uint64_t end = address + bytes;
+    for (uint64_t at = address; at < end;) {
+      const uint64_t word = at / 4, word_end = std::min(end, word * 4 + 4);
       const auto mask = static_cast<uint8_t>((0xf << at % 4) & (0xf >> (word * 4 + 4 - word_end)));
-      if (visit(words_[word], mask, at)) return true;
+      if (visit(memory == Memory::shared ? words_[word] : global_word(word), mask, at)) return true;
       at = word_end;
     }
     return false;
   }
 
+  Word& global_word(uint64_t word) {
+    Words& block = blocks_.try_emplace(word / kBlock, nullptr, &std::free).first->second;
+    if (block == nullptr) block = zeroed(kBlock);
+    return block[word % kBlock];
+  }
+  static Words zeroed(size_t words) {
+    Words memory(static_cast<Word*>(std::calloc(words, sizeof(Word))), &std::free);
+    if (memory == nullptr) throw std::bad_alloc();
+    return memory;
+  }
+
+  static constexpr uint64_t kBlock = 64;
   size_t threads_, agents_;
   std::vector<State> states_;
-  std::unique_ptr<Word[], decltype(&std::free)> words_;  // calloc: pages that nobody touches cost nothing
+  Words words_;  // of shared memory; calloc: pages that nobody touches cost nothing
+  std::unordered_map<uint64_t, Words> blocks_;  // of global memory
   std::unordered_map<const void*, Channel> flags_;
   Known fence_before_, fence_after_, acquire_before_, acquired_, acquire_after_;
   uint32_t forget_ = 0;

@@ -103,6 +103,7 @@ class EmulatedRuntime:
         self.device = torch.device("cpu")
         self.num_sms = num_sms
         self.description: dict[str, Any] = {"transport": "emulated", "device": "emulated H200", "ranks_on_device": 1}
+        self.machines = ["emulated"] * self.size
         self.launches: list[Launch] = []
         self._group, self._sources, self._limit_seconds = group, sources, limit_seconds
         self._random = random.Random(f"{seed}/{self.rank}")

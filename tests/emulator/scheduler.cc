@@ -102,7 +102,7 @@ struct Cta {
   std::vector<Warp> warps;
   Barrier barriers[kBarriers];
   std::vector<Mbarrier> mbarriers;
-  std::unique_ptr<SharedOrder> order;
+  std::unique_ptr<Order> order;
 };
 
 struct Copy {
@@ -113,6 +113,9 @@ struct Copy {
   uint64_t group = 0;
   std::vector<uint8_t> data;  // of a store that was read and not yet written
 };
+
+// Longer than a dispatch of another process takes to run into what this CTA has not done yet.
+constexpr double kLateSeconds = 0.03;
 
 // How the next warp is chosen: any ready one; the same until it blocks; the one with the highest (changing) priority.
 enum class Policy { uniform, burst, priority };
@@ -132,6 +135,8 @@ struct Launch {
   int alive = 0;
   bool progress = false;
   Policy policy = Policy::uniform;
+  int late_cta = -1;  // begins only when the others are done, or at this time: what must wait for it has to wait
+  double late_until = 0;
   uint32_t copy_one_in = 1;
   uint32_t switch_one_in = 0, accesses_left = 0;  // an ordinary access to memory in so many switches threads; 0: none
   uint64_t random = 0;
@@ -187,8 +192,9 @@ __attribute__((format(printf, 1, 2))) std::string print(const char* text, ...) {
 std::string source(const void* code) {
   Dl_info info;
   if (code == nullptr || dladdr(code, &info) == 0) return "[?]";
-  const auto offset = static_cast<const uint8_t*>(code) - static_cast<const uint8_t*>(info.dli_fbase);
-  return print("[%s+0x%llx]", info.dli_fname, static_cast<unsigned long long>(offset) - 1);  // in the call, not behind it
+  // A return address is behind the call; one less is in it.
+  const auto offset = static_cast<const uint8_t*>(code) - static_cast<const uint8_t*>(info.dli_fbase) - 1;
+  return print("[%s+0x%llx]", info.dli_fname, static_cast<unsigned long long>(offset));
 }
 
 int32_t relative(const void* code) {
@@ -265,7 +271,7 @@ void complete(Mbarrier& bar) {
   if (bar.pending != 0 || bar.bytes != 0) return;
   bar.phase++;
   bar.pending = bar.expected;
-  SharedOrder::publish(bar.channel, bar.agent, static_cast<uint32_t>(bar.phase));
+  Order::publish(bar.channel, bar.agent, static_cast<uint32_t>(bar.phase));
   for (Fiber* fiber : bar.waiters) wake(*fiber);
   bar.waiters.clear();
 }
@@ -328,7 +334,7 @@ uint32_t shared_offset(const char* what, const void* address, uint64_t bytes) {
 
 // Races.
 
-[[noreturn]] void report(const char* what, bool writes, const Conflict& conflict) {
+[[noreturn]] void report(const char* what, bool writes, Memory memory, const Conflict& conflict) {
   const Cta& cta = *run.current->cta;
   const Access& earlier = conflict.earlier;
   std::string who = print("thread %u", earlier.agent);
@@ -341,26 +347,31 @@ uint32_t shared_offset(const char* what, const void* address, uint64_t bytes) {
           who = print("a bulk_store of thread %d", warp.fibers[lane].thread);
   }
   const std::string place = source(earlier.place);
+  const std::string where = memory == Memory::shared
+                                ? print("shared memory offset %llu", static_cast<unsigned long long>(conflict.address))
+                                : print("global memory 0x%llx", static_cast<unsigned long long>(conflict.address));
   if (conflict.unfenced)
-    fail("%s: shared memory offset %u was written by %s at %s, and no fence_proxy_async makes that visible to it", what,
-         conflict.offset, who.c_str(), place.c_str());
-  fail("race: %s %s shared memory offset %u, which %s %s at %s; nothing orders the two", what,
-       writes ? "writes" : "reads", conflict.offset, who.c_str(), conflict.earlier_writes ? "wrote" : "read",
-       place.c_str());
+    fail("%s: %s was written by %s at %s, and no fence_proxy_async makes that visible to it", what, where.c_str(),
+         who.c_str(), place.c_str());
+  fail("race: %s %s %s, which %s %s at %s; nothing orders the two", what, writes ? "writes" : "reads", where.c_str(),
+       who.c_str(), conflict.earlier_writes ? "wrote" : "read", place.c_str());
 }
 
-// An ordinary or atomic access to any memory; only shared memory is watched.
+// An ordinary or atomic access to any memory. Races in global memory are found between threads of one CTA only.
 void watch(const void* address, uint64_t bytes, bool writes, bool atomic, const char* what) {
   Cta& cta = *run.current->cta;
   const auto offset = static_cast<uint64_t>(static_cast<const uint8_t*>(address) - cta.shared);
-  if (offset >= (run.shared_bytes + 127u) / 128 * 128) return;
-  if (offset + bytes > run.shared_bytes)
+  const bool shared = offset < (run.shared_bytes + 127u) / 128 * 128;
+  if (shared && offset + bytes > run.shared_bytes)
     fail("%s of %llu bytes at offset %llu of %u bytes of shared memory", what, static_cast<unsigned long long>(bytes),
          static_cast<unsigned long long>(offset), run.shared_bytes);
+  const uint8_t* stack = run.current->stack;
+  if (address >= stack && address < stack + kStack) return;
+  const Memory memory = shared ? Memory::shared : Memory::global;
+  const uint64_t at = shared ? offset : reinterpret_cast<uint64_t>(address);
   Conflict conflict;
-  if (cta.order->access(run.current->thread, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes), writes, atomic,
-                        relative(run.current->place), conflict))
-    report(what, writes, conflict);
+  if (cta.order->access(run.current->thread, memory, at, bytes, writes, atomic, relative(run.current->place), conflict))
+    report(what, writes, memory, conflict);
 }
 
 // Called for every load and store of the kernel that is not through a function here (-fsanitize=thread).
@@ -546,8 +557,8 @@ std::string waiting_for(const Fiber& fiber) {
     }
     case Wait::barrier: {
       const Barrier& barrier = cta.barriers[fiber.wait_object];
-      return print("barrier %u (%zu of %u threads there)", fiber.wait_object, barrier.arrived.size(), fiber.wait_value) +
-             at;
+      const size_t there = barrier.arrived.size();
+      return print("barrier %u (%zu of %u threads there)", fiber.wait_object, there, fiber.wait_value) + at;
     }
     case Wait::mbarrier: {
       const Mbarrier& bar = cta.mbarriers[fiber.wait_object];
@@ -587,7 +598,8 @@ std::string describe(const Cta& cta) {
     begin = thread;
   }
   std::string text;
-  for (size_t i = 0; i < states.size(); i++) text += (i == 0 ? "threads " : "; threads ") + ranges[i] + ": " + states[i];
+  for (size_t i = 0; i < states.size(); i++)
+    text += (i == 0 ? "threads " : "; threads ") + ranges[i] + ": " + states[i];
   return text;
 }
 
@@ -692,10 +704,18 @@ void unpause() {
   run.paused.clear();
 }
 
+void begin_late_cta() {
+  if (run.late_cta < 0) return;
+  for (Warp& warp : run.ctas[static_cast<size_t>(run.late_cta)].warps) add_ready(warp, kFull);
+  run.late_cta = -1;
+}
+
 void schedule() {
   const double deadline = seconds() + limit_seconds;
   int idle = 0;
   for (uint64_t step = 1; run.alive > 0; step++) {
+    if (run.late_cta >= 0 && ((run.ready.empty() && run.paused.empty()) || (step % 64 == 0 && seconds() > run.late_until)))
+      begin_late_cta();
     if (step % 4096 == 0 && seconds() > deadline) stop(print("still running after %g s:", limit_seconds) + describe());
     if (!run.copies.empty() && one_in(run.copy_one_in))
       advance_copy(draw_below(static_cast<uint32_t>(run.copies.size())));
@@ -763,6 +783,8 @@ void prepare(int ctas, int threads) {
   run.error.clear();
   run.alive = ctas * threads;
   run.policy = static_cast<Policy>(draw_below(3));
+  run.late_cta = ctas > 1 && one_in(2) ? static_cast<int>(draw_below(static_cast<uint32_t>(ctas))) : -1;
+  run.late_until = seconds() + kLateSeconds;
   run.copy_one_in = draw_below(3) == 0 ? 2 : one_in(2) ? 32 : 4096;
   run.switch_one_in = one_in(2) ? 0 : one_in(2) ? 32 : 1024;
   run.accesses_left = run.switch_one_in;
@@ -773,7 +795,7 @@ void prepare(int ctas, int threads) {
     cta.alive = threads;
     cta.shared = pool.shared[static_cast<size_t>(c)] - shared_room;
     std::memset(cta.shared, kUninitialised, shared_room);
-    cta.order = std::make_unique<SharedOrder>(threads, run.shared_bytes);
+    cta.order = std::make_unique<Order>(threads, run.shared_bytes);
     cta.warps.resize(static_cast<size_t>(threads / kWarp));
     for (size_t w = 0; w < cta.warps.size(); w++) {
       Warp& warp = cta.warps[w];
@@ -794,7 +816,7 @@ void prepare(int ctas, int threads) {
         fiber.store_agent = 0;
         fiber.place = nullptr;
       }
-      add_ready(warp, kFull);
+      if (c != run.late_cta) add_ready(warp, kFull);
     }
   }
 }
@@ -1059,7 +1081,7 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* addre
   Conflict conflict;
   if (run.current->cta->order->copy(run.current->thread, copy.offset, bytes, true, bar.agent,
                                     static_cast<uint32_t>(bar.phase + 1), relative(run.current->place), conflict))
-    report("bulk_load", true, conflict);
+    report("bulk_load", true, Memory::shared, conflict);
   std::memset(shared, kInFlight, bytes);
   bar.loading = bar.phase + 1;
   run.copies.push_back(std::move(copy));
@@ -1082,7 +1104,7 @@ void bulk_store(void* global, const void* shared, uint32_t bytes) {
   Conflict conflict;
   if (fiber.cta->order->copy(fiber.thread, copy.offset, bytes, false, fiber.store_agent,
                              static_cast<uint32_t>(copy.group + 1), relative(fiber.place), conflict))
-    report("bulk_store", false, conflict);
+    report("bulk_store", false, Memory::shared, conflict);
   fiber.groups.back().unread++;
   fiber.groups.back().unwritten++;
   run.copies.push_back(std::move(copy));
@@ -1106,10 +1128,11 @@ uint32_t load_acquire_system(const uint32_t* address) {
   check_aligned(address, 4);
   yield_one_in(4);
   const uint32_t value = __atomic_load_n(address, __ATOMIC_SEQ_CST);
-  SharedOrder& order = *run.current->cta->order;
+  Order& order = *run.current->cta->order;
   Channel& flag = order.flag(address);
   order.acquire(run.current->thread, flag);
-  if (value != flag.value && in_window(address)) order.acquired_from_peer(run.current->thread, relative(run.current->place));
+  if (value != flag.value && in_window(address))
+    order.acquired_from_peer(run.current->thread, relative(run.current->place));
   flag.value = value;
   return value;
 }
@@ -1118,9 +1141,9 @@ void store_release_system(uint32_t* address, uint32_t value) {
   EPV2_PLACE();
   check_aligned(address, 4);
   yield_one_in(4);
-  SharedOrder& order = *run.current->cta->order;
+  Order& order = *run.current->cta->order;
   order.release(run.current->thread, order.flag(address));
-  SharedOrder::publish(order.flag(address));
+  Order::publish(order.flag(address));
   __atomic_store_n(address, value, __ATOMIC_SEQ_CST);
   yield_one_in(4);
 }
@@ -1129,9 +1152,9 @@ uint32_t atomic_add_acq_rel(uint32_t* address, uint32_t value) {
   EPV2_PLACE();
   check_aligned(address, 4);
   yield_one_in(4);
-  SharedOrder& order = *run.current->cta->order;
+  Order& order = *run.current->cta->order;
   order.release(run.current->thread, order.flag(address));
-  SharedOrder::publish(order.flag(address));
+  Order::publish(order.flag(address));
   order.acquire(run.current->thread, order.flag(address));
   const uint32_t old = __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
   yield_one_in(4);

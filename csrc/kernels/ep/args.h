@@ -96,7 +96,7 @@ struct CombineArgs {
   Common common;
   uint64_t counts;
   uint64_t metadata;        // int32 [rows_capacity, 2 + K]
-  uint64_t x;               // [rows, row_bytes] that go back
+  uint64_t x;               // [rows, row_bytes] that go back; by_row: they lie at rows_offset instead
   uint64_t weights;         // fp32 [rows, K] compact, [rows] expanded
   uint64_t topk_idx;        // int64 [T, K]
   uint64_t bias_0;          // [T, row_bytes]
@@ -112,7 +112,6 @@ struct CombineArgs {
   int32_t num_groups;       // independent rings of a CTA
   int32_t num_slots;        // pieces of a ring
   int32_t expand;
-  int32_t in_window;        // 1 = the expert rows lie at rows_offset already, x does not matter
 };
 
 struct BareArgs {

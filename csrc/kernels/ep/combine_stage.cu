@@ -1,8 +1,8 @@
 // Combine, first kernel: put what goes back to the tokens' owners where they can read it.
 //
-// Either each received row becomes the sum of its expert rows (in top-k order, in fp32, rounded once), or, with
-// `by_row`, the expert rows go into the window as they are (nothing to do if they were written there) along with a table
-// that tells owners where. The place of a sum is source rank * M + token: both sides know it.
+// Each received row becomes the sum of its expert rows, in top-k order, in fp32, rounded once. Its place is source
+// rank * M + token: both sides know it. With `by_row` the expert rows lie in the window already, and a table tells owners
+// where.
 #include "ep/sum_rows.cuh"
 
 using namespace epv2;
@@ -45,24 +45,14 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring) {
         reinterpret_cast<float*>(window + args.weights_offset)[at] = weight;
       }
     }
-    if (args.in_window) continue;
+    if (c.by_row) continue;
     const uint32_t present = __ballot_sync(0xffffffffu, place >= 0);
-    if (c.by_row) {
+    uint8_t* out = window + args.rows_offset + static_cast<int64_t>(slot) * args.row_bytes;
+    for (int offset = 0; offset < args.row_bytes; offset += args.piece_bytes) {
       for (uint32_t left = present; left != 0; left &= left - 1) {
         const int64_t at = static_cast<int64_t>(__shfl_sync(0xffffffffu, place, __ffs(left) - 1)) * args.row_bytes;
-        for (int offset = 0; offset < args.row_bytes; offset += args.piece_bytes) {
-          producer.push(x + at + offset, window + args.rows_offset + at + offset,
-                        min(args.piece_bytes, args.row_bytes - offset), true, true);
-        }
-      }
-    } else {
-      uint8_t* out = window + args.rows_offset + static_cast<int64_t>(slot) * args.row_bytes;
-      for (int offset = 0; offset < args.row_bytes; offset += args.piece_bytes) {
-        for (uint32_t left = present; left != 0; left &= left - 1) {
-          const int64_t at = static_cast<int64_t>(__shfl_sync(0xffffffffu, place, __ffs(left) - 1)) * args.row_bytes;
-          producer.push(x + at + offset, out + offset, min(args.piece_bytes, args.row_bytes - offset), left == present,
-                        (left & (left - 1)) == 0);
-        }
+        producer.push(x + at + offset, out + offset, min(args.piece_bytes, args.row_bytes - offset), left == present,
+                      (left & (left - 1)) == 0);
       }
     }
   }

@@ -84,6 +84,7 @@ __device__ void gather_counts(const DispatchStageArgs& args, uint32_t number, in
   bool here = true;
   for (int p = lane; p < c.num_ranks; p += kWarp) here &= wait_flag(c, kCountsReady, p, number, true);
   if (!__all_sync(0xffffffffu, here)) return;
+  __syncwarp();  // what one lane waited for, all may read
   const Counts counts(args.counts, c);
   for (int column = lane; column < columns; column += kWarp) {
     int sum = 0;

@@ -1,4 +1,6 @@
-"""What `ElasticBuffer` asks of a backend, and what passes between them.
+"""What `ElasticBuffer` asks of a backend, and what passes between them. It checks arguments before it calls.
+
+On a GPU an event or a wait orders the current stream; on the host it blocks the caller.
 
 Legend: T tokens, H hidden, K top-k, E_local experts of a rank, R received rows (one per token and rank), N rows in
 expert order.
@@ -6,7 +8,7 @@ expert order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +16,8 @@ import torch
 
 from epv2_plugin.elastic.event import Event
 from epv2_plugin.elastic.handle import Route
+
+NUM_CHANNELS = 4  # independent orders of tensors between two ranks
 
 
 @dataclass
@@ -49,6 +53,52 @@ class Received:
     event: Event
 
 
+class PointToPoint(Protocol):
+    """Tensors from one rank to another, in order within each (sender, receiver, channel)."""
+
+    def configure(self, max_tensor_bytes: int, max_inflight: int) -> None:
+        """Collective: what was sent before is taken, then rings of `max_inflight` slots are ready."""
+
+    def send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool) -> Event:
+        """Start sending; blocks while `max_inflight` tensors for `peer` and `channel` have not been taken.
+
+        `copy` = the caller may overwrite the tensor at once; otherwise its memory is held until the peer has it.
+        """
+
+    def receive(self, tensor: torch.Tensor, peer: int, channel: int) -> Event:
+        """Start receiving into `tensor`, which holds data after the event."""
+
+    def flush(self) -> None:
+        """Wait until everything sent has been taken."""
+
+
+class Sessions(Protocol):
+    """All-gathers and reduce-scatters inside sessions, which bound the memory that they take."""
+
+    active: bool
+
+    def configure(self, max_session_bytes: int, max_operations: int) -> None:
+        """Collective: limits of every session from now on."""
+
+    def begin(self) -> None:
+        """Start a session."""
+
+    def end(self) -> None:
+        """Complete everything that the session started."""
+
+    def abandon(self) -> None:
+        """End the session after an error, without waiting for what it started."""
+
+    def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
+        """This rank's part of gathered tensors that are yet to be gathered."""
+
+    def all_gather(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        """Start gathering; returns tensors `[ranks, *shape]` and the wait after which they hold data."""
+
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        """Start summing `[ranks, *shape]` over ranks; returns this rank's sums and the wait for them."""
+
+
 class Backend(Protocol):
     """Dispatch and combine for one group of ranks. Arguments come checked from `ElasticBuffer`.
 
@@ -56,6 +106,7 @@ class Backend(Protocol):
         name: "host" or "cuda". device: of the tensors it takes. dtypes: of rows, apart from e4m3 with scales.
         num_sms: SMs of the device, 0 on the host. traffic: bytes so far.
         needs_limit: True where every dispatch must name `num_max_tokens_per_rank`.
+        point_to_point, sessions: what the backend has beside dispatch and combine, None = not in this version.
     """
 
     name: str
@@ -64,12 +115,26 @@ class Backend(Protocol):
     num_sms: int
     needs_limit: bool
     traffic: Traffic
+    point_to_point: PointToPoint | None
+    sessions: Sessions | None
 
     def describe(self) -> dict[str, Any]:
         """What carries the data, for `status()`: transport and versions."""
 
+    def machines(self) -> Sequence[object]:
+        """What tells each rank's machine from others, by rank. Collective."""
+
     def theoretical_sms(
-        self, num_experts: int, num_topk: int, hidden: int, num_tokens: int, use_fp8: bool, scale_up: float | None
+        self,
+        num_experts: int,
+        num_topk: int,
+        *,
+        hidden: int,
+        num_tokens: int,
+        use_fp8: bool,
+        nvlink_gbs: float,
+        sm_read_gbs: float,
+        sm_write_gbs: float,
     ) -> int:
         """See `ElasticBuffer.get_theoretical_num_sms`; 0 on the host."""
 
@@ -115,7 +180,7 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None, Event]:
         """See `ElasticBuffer.combine`."""
 
-    def combine_buffer(self, route: Any, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
+    def combine_buffer(self, route: Any, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """See `ElasticBuffer.get_combine_buffer`."""
 
     def barrier(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from epv2_plugin.elastic import model, sizing
-from epv2_plugin.elastic.backends.base import Received, Traffic
+from epv2_plugin.elastic.backends.base import PointToPoint, Received, Sessions, Traffic
 from epv2_plugin.elastic.backends.device import Runtime
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import Event
@@ -162,6 +162,8 @@ class CudaBackend:
     name = "cuda"
     dtypes: tuple[torch.dtype, ...] = tuple(_DTYPES)
     needs_limit = True
+    point_to_point: PointToPoint | None = None
+    sessions: Sessions | None = None
 
     def __init__(
         self,
@@ -202,7 +204,8 @@ class CudaBackend:
         self._host_counts: Any = None  # mapped memory that grows with the number of experts
         self._tag = 0
         self._dispatches = 0
-        self._last: tuple[Any, bool, Any] | None = None  # stream, being captured, event of the last operation
+        # Stream, whether it is being captured, and event of the last operation (first: of the zeros above).
+        self._last = (runtime.current_stream(), False, runtime.record())
         self._failure: CommunicationError | ValueError | None = None
 
     # ---- what it is ---------------------------------------------------------------------------------------------
@@ -255,16 +258,27 @@ class CudaBackend:
         wanted = f"at most {expected} rows (with do_cpu_sync=False a token must not name an expert twice)"
         return CommunicationError(rank, peer, name, wanted, f"row {seen}")
 
+    def machines(self) -> list[str]:
+        return self.runtime.machines
+
     def theoretical_sms(
-        self, num_experts: int, num_topk: int, hidden: int, num_tokens: int, use_fp8: bool, scale_up: float | None
+        self,
+        num_experts: int,
+        num_topk: int,
+        *,
+        hidden: int,
+        num_tokens: int,
+        use_fp8: bool,
+        nvlink_gbs: float,
+        sm_read_gbs: float,
+        sm_write_gbs: float,
     ) -> int:
         gpu, sharing = self.runtime.description["device"], self.runtime.description["ranks_on_device"]
-        if sharing == self.runtime.size > 1:
-            link = math.inf  # their memory is one
-        else:
-            link = model.scale_up_rate(gpu, "auto" if scale_up is None else scale_up)
+        one_memory = sharing == self.runtime.size > 1
+        link = math.inf if one_memory else model.scale_up_rate(gpu, nvlink_gbs or "auto")
         shape = model.Shape(num_tokens, hidden, num_topk, num_experts, self.runtime.size, fp8=use_fp8)
-        machine = model.Machine(gpu, self.num_sms, model.load_rates(gpu), link, sharing)
+        rates = model.load_rates(gpu).override(sm_read_gbs, sm_write_gbs)
+        machine = model.Machine(gpu, self.num_sms, rates, link, sharing)
         return min(model.num_sms(shape, machine), self.num_sms)
 
     def check_size(
@@ -370,8 +384,9 @@ class CudaBackend:
             event.current_stream_wait()
         # Operations of a buffer run one by one, whatever streams they are on. What a graph captured is ordered by it.
         stream, capturing = runtime.current_stream(), runtime.is_capturing()
-        if self._last is not None and self._last[0] != stream and self._last[1] == capturing:
-            runtime.wait(self._last[2])
+        last_stream, last_captured, last_event = self._last
+        if last_stream != stream and last_captured == capturing:
+            runtime.wait(last_event)
         return _Stream(self, stream, capturing, caller)
 
     # ---- dispatch -----------------------------------------------------------------------------------------------
@@ -407,7 +422,10 @@ class CudaBackend:
         if scales is not None:
             scale_words, scale_dtype = scales.shape[1], scales.dtype
         cached = route is not None
-        with self._operation(previous, asynchronous, (x_TH, scales, topk_idx_TK, topk_weights_TK, statistics)) as place:
+        inputs = [x_TH, scales, topk_idx_TK, topk_weights_TK, statistics]
+        if route is not None:
+            inputs += [route.counts, route.metadata, route.recv_topk_idx]
+        with self._operation(previous, asynchronous, inputs) as place:
             if route is None:
                 self._dispatches += 1
                 words = sizing.counts_words(runtime.size, num_experts // runtime.size)
@@ -607,8 +625,7 @@ class CudaBackend:
         in_window = expanded and self._lies_in_window(x, route, row_bytes)
         by_row = expanded and (in_window or not self._allow_multiple_reduction)
         layout = self._combine_layout(route, row_bytes, by_row)
-        if not in_window:
-            x = _aligned(x)
+        x = x if by_row else _aligned(x)
         biases = [_aligned(bias) for bias in bias_TH]
         num_tokens = route.topk_idx_TK.shape[0]
         shape = sizing.sum_shape(self.runtime.size, row_bytes)
@@ -627,7 +644,7 @@ class CudaBackend:
             fields = {
                 "counts": _pointer(route.counts),
                 "metadata": _pointer(route.metadata),
-                "x": 0 if in_window else _pointer(x),
+                "x": 0 if by_row else _pointer(x),
                 "weights": _pointer(topk_weights),
                 "topk_idx": _pointer(route.topk_idx_TK),
                 "bias_0": _pointer(biases[0]) if biases else 0,
@@ -643,8 +660,11 @@ class CudaBackend:
                 "num_groups": shape.groups,
                 "num_slots": shape.stages,
                 "expand": int(expanded),
-                "in_window": int(in_window),
             }
+            if by_row and not in_window:
+                self._wait_until_idle()
+                # By a copy engine: it costs no SM, which copying the same bytes in a kernel would.
+                self._window_rows(layout, route, x.dtype, hidden).copy_(x)
             for kernel in (kernels.COMBINE_STAGE, kernels.COMBINE_PULL):
                 variant = kernel[_DTYPES[x.dtype]]
                 self._launch(variant, self._arguments(variant, shared, route, **fields), num_sms, shape)
@@ -659,17 +679,24 @@ class CudaBackend:
             raise ValueError("x lies in the buffer's window, but is not what get_combine_buffer gave for this handle")
         return True
 
-    def combine_buffer(self, route: CudaRoute, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
+    def combine_buffer(self, route: CudaRoute, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         if dtype not in _DTYPES:
             raise TypeError(f"dtype is {dtype}: must be {' or '.join(map(str, _DTYPES))}")
         _check_row(hidden, dtype)
-        row_bytes = hidden * dtype.itemsize
-        layout = self._combine_layout(route, row_bytes, by_row=True)
+        layout = self._combine_layout(route, hidden * dtype.itemsize, by_row=True)
         with self._operation((), False, ()) as place:
-            arguments = self._arguments(kernels.COMBINE_IDLE, {})
-            self._launch(kernels.COMBINE_IDLE, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
+            self._wait_until_idle()
             place.end(())
-        num_bytes = route.num_expanded_rows * row_bytes
+        return self._window_rows(layout, route, dtype, hidden)
+
+    def _wait_until_idle(self) -> None:
+        """What follows on this stream may overwrite what peers read in the last combine."""
+        arguments = self._arguments(kernels.COMBINE_IDLE, {})
+        self._launch(kernels.COMBINE_IDLE, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
+
+    def _window_rows(self, layout: CombineLayout, route: CudaRoute, dtype: torch.dtype, hidden: int) -> torch.Tensor:
+        """`[N, hidden]`: where expert rows lie in the window."""
+        num_bytes = route.num_expanded_rows * hidden * dtype.itemsize
         return self._window.tensor[layout.rows : layout.rows + num_bytes].view(dtype).view(-1, hidden)
 
     def barrier(self) -> None:

@@ -62,7 +62,7 @@ class Runtime(Protocol):
     """The device of one rank of a group. "Collective" = every rank calls it, in the same order.
 
     Attributes:
-        rank, size: in the group. device: of tensors. num_sms: SMs of the device.
+        rank, size: in the group. device: of tensors. num_sms: SMs of the device. machines: names, by rank.
         description: what `status()` shows. `device`: its model's name. `ranks_on_device`: ranks of the group that share
             it. `transport`, NCCL version and so on.
     """
@@ -71,6 +71,7 @@ class Runtime(Protocol):
     size: int
     device: torch.device
     num_sms: int
+    machines: list[str]
     description: dict[str, Any]
 
     def window(self, num_bytes: int) -> Window:
@@ -177,6 +178,7 @@ class CudaRuntime:
                 self._communicator.abort()
             raise
         self.description["ranks_on_device"] = places.count(places[self.rank])
+        self.machines = [place.split()[0] for place in places]
         self._stream = torch.cuda.Stream(self.device, priority=-1)
 
     def _start(self) -> str:

@@ -8,6 +8,9 @@ Legend: T tokens, H hidden, K top-k, P ranks, S rows sent, R rows received, N ex
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import socket
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.elastic.backends.base import Received, Traffic
+from epv2_plugin.elastic.backends.base import PointToPoint, Received, Sessions, Traffic
+from epv2_plugin.elastic.backends.host_p2p import HostPointToPoint
+from epv2_plugin.elastic.backends.host_sessions import HostSessions
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import Event, HostEvent
 from epv2_plugin.elastic.quant import per_token_cast_to_fp8
@@ -28,6 +33,7 @@ from epv2_plugin.elastic.sizing import RowLayout, align, buffer_bytes, max_expan
 # is larger than its receiver expects; with unequal tags it does not match, and the wait times out.
 _SEQUENCE_BITS, _KIND_BITS, _STEP_BITS = 16, 11, 2
 _HEADER, _ROWS, _LATE_ROWS = range(3)
+_NEVER_SENT = (1 << 31) - 1  # a tag
 _EARLY_BYTES = 1 << 30  # most that is set aside for rows whose number is not known yet
 _HEADER_FIELDS = ("hidden size", "dtype", "top-k", "num_max_tokens_per_rank", "topk_weights", "scales")
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -118,40 +124,58 @@ class Transport:
                 str(error).splitlines()[0],
             ) from error
 
-    def begin(self, name: str) -> Operation:
-        """Start an operation; every rank starts the same operations in the same order."""
+    def check(self) -> None:
+        """Raise what made the group give up, if it has."""
         if self._failure is not None:
             raise self._failure
+
+    def begin(self, name: str) -> Operation:
+        """Start an operation; every rank starts the same operations in the same order."""
+        self.check()
         self._sequence += 1
         return Operation(self, f"{name} #{self._sequence}", self._sequence % (1 << _SEQUENCE_BITS))
 
-    def _send(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
+    def post_send(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
+        """Start sending `payload` (contiguous uint8, not empty); it must stay as it is until the work is done."""
         assert self._gloo is not None
         try:
             return self._gloo.send([payload], peer, tag)
         except RuntimeError as error:
             raise self._fail(peer, phase, f"rank {peer} to take {payload.numel()} bytes", error) from error
 
-    def _receive(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
+    def post_receive(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
+        """Start receiving at most `payload` (contiguous uint8, not empty)."""
         assert self._gloo is not None
         try:
             return self._gloo.recv([payload], peer, tag)
         except RuntimeError as error:
             raise self._fail(peer, phase, f"{payload.numel()} bytes", error) from error
 
-    def _wait(self, work: dist.Work, peer: int, phase: str, expected: str, seconds: float) -> None:
+    def wait(
+        self,
+        work: dist.Work,
+        peer: int,
+        phase: str,
+        expected: str,
+        seconds: float,
+        explain: Callable[[], str] = lambda: "",
+    ) -> None:
+        """Wait for a message; `explain` may know better than gloo why it failed."""
         try:
             work.wait(timedelta(seconds=max(seconds, 0.001)))
         except RuntimeError as error:
-            raise self._fail(peer, phase, expected, error) from error
+            raise self._fail(peer, phase, expected, error, explain()) from error
 
-    def _fail(self, peer: int, phase: str, expected: str, error: RuntimeError) -> CommunicationError:
-        reason = str(error)
-        if "Timed out" in reason or "timed out" in reason:
-            kind: type[CommunicationError] = CommunicationTimeout
+    def _fail(
+        self, peer: int, phase: str, expected: str, error: RuntimeError, explanation: str = ""
+    ) -> CommunicationError:
+        reason, kind = str(error), CommunicationError
+        if explanation:
+            seen = explanation
+        elif "Timed out" in reason or "timed out" in reason:
+            kind = CommunicationTimeout
             seen = f"nothing within {self.timeout_seconds:g} s"
         else:
-            kind = CommunicationError
             seen = "a closed connection (the process ended or gave up)"
         self.abandon(kind(self.rank, peer, phase, expected, seen))
         assert self._failure is not None
@@ -160,6 +184,12 @@ class Transport:
     def abandon(self, failure: CommunicationError) -> None:
         """Give the group up after an error: its peers see closed connections and raise instead of waiting."""
         self._failure = failure
+        if self._gloo is not None:
+            # Dropping the group is not enough: gloo keeps connections that an unfinished message refers to. It closes
+            # all of them when any wait times out.
+            with contextlib.suppress(RuntimeError):
+                peer = (self.rank + 1) % self.size
+                self._gloo.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
         self.close()
 
     def close(self) -> None:
@@ -186,26 +216,27 @@ class Operation:
         """Start sending `payloads[p]` (contiguous uint8, not empty) to each peer p that has one."""
         tag, phase = self._tag(step, kind), f"{self._name}, {phase}"
         for peer, payload in payloads.items():
-            self._sends.append((peer, phase, self._transport._send(payload, peer, tag, phase), payload))
+            self._sends.append((peer, phase, self._transport.post_send(payload, peer, tag, phase), payload))
 
     def wait_sent(self) -> None:
         """Wait until every peer has taken what was sent: after this the process may end without hurting anybody."""
         for peer, phase, work, payload in self._sends:
             expected = f"rank {peer} to take {payload.numel()} bytes"
-            self._transport._wait(work, peer, phase, expected, self._transport.timeout_seconds)
+            self._transport.wait(work, peer, phase, expected, self._transport.timeout_seconds)
         self._sends.clear()
 
     def receive(self, step: int, payloads: Mapping[int, torch.Tensor], phase: str, kind: tuple) -> Callable[[], None]:
         """Start receiving at most `payloads[p]` from each peer p that has one; returns the wait for all of them."""
         transport, tag, phase = self._transport, self._tag(step, kind), f"{self._name}, {phase}"
         pending = [
-            (peer, payload.numel(), transport._receive(payload, peer, tag, phase)) for peer, payload in payloads.items()
+            (peer, payload.numel(), transport.post_receive(payload, peer, tag, phase))
+            for peer, payload in payloads.items()
         ]
 
         def wait() -> None:
             deadline = time.monotonic() + transport.timeout_seconds
             for peer, num_bytes, work in pending:
-                transport._wait(work, peer, phase, f"{num_bytes} bytes", deadline - time.monotonic())
+                transport.wait(work, peer, phase, f"{num_bytes} bytes", deadline - time.monotonic())
 
         return wait
 
@@ -445,14 +476,29 @@ class HostBackend:
     ):
         self.transport = Transport(group, timeout_seconds)
         self.traffic = Traffic()
+        self.point_to_point: PointToPoint | None = HostPointToPoint(self.transport, self.traffic)
+        self.sessions: Sessions | None = HostSessions(self.transport, self.traffic)
         self._allow_multiple_reduction, self._limit_bytes = allow_multiple_reduction, limit_bytes
         self._most_tokens = 0  # of any rank in any dispatch so far; every rank has seen the same
 
     def describe(self) -> dict[str, Any]:
         return {"transport": "gloo"}
 
+    def machines(self) -> list[int]:
+        name = hashlib.sha256(socket.gethostname().encode()).digest()
+        return self.all_gather("creation of the buffer", int.from_bytes(name[:8], "big", signed=True))
+
     def theoretical_sms(
-        self, num_experts: int, num_topk: int, hidden: int, num_tokens: int, use_fp8: bool, scale_up: float | None
+        self,
+        num_experts: int,
+        num_topk: int,
+        *,
+        hidden: int,
+        num_tokens: int,
+        use_fp8: bool,
+        nvlink_gbs: float,
+        sm_read_gbs: float,
+        sm_write_gbs: float,
     ) -> int:
         return 0
 
@@ -474,7 +520,7 @@ class HostBackend:
     def comm_stream(self) -> None:
         return None
 
-    def combine_buffer(self, route: HostRoute, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
+    def combine_buffer(self, route: HostRoute, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(sum(align(n, route.expert_alignment) for n in route.rows_per_expert), hidden, dtype=dtype)
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ EPV2_KERNEL(misuse, TestArgs, 128) {
       __syncthreads();
       if (thread == 0) epv2::mbarrier_arrive(bar);
       break;
-    case 24: if (thread % 2 == 0 || thread >= 96) epv2::barrier_sync(4, 64); break;  // 1/2 of three warps and a whole one
+    case 24: if (thread % 2 == 0 || thread >= 96) epv2::barrier_sync(4, 64); break;  // half of some warps
     case 25: if (thread == 9) epv2::mbarrier_arrive_expect(bar, 1 << 20); break;
     case 26: if (thread == 9) *(bar + 1) = recurse(thread); break;
     case 27: if (thread == 9) epv2::mbarrier_wait(bar, 2); break;

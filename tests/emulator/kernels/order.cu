@@ -105,6 +105,11 @@ EPV2_KERNEL(order, TestArgs, 128) {
       *out = words[lane];
       break;
     }
+    case 9:  // global memory
+      *out = static_cast<uint32_t>(thread);
+      if (good) __syncthreads();
+      if (thread == 77) out[-77] = out[-76] + 1;
+      break;
     default: break;
   }
 }

@@ -1,0 +1,174 @@
+"""All-gather and reduce-scatter on the host: a message to and from every peer, sums in fp32 in rank order.
+
+Every operation begins with a header that names its tensors, so that ranks that came with others see it. Several
+operations may be under way; each has its own tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from epv2_plugin.elastic.backends.host_p2p import byte_view, describe, message_text, text_message
+from epv2_plugin.elastic.errors import BufferSizeError
+from epv2_plugin.elastic.event import HostEvent
+from epv2_plugin.elastic.sizing import session_bytes
+
+if TYPE_CHECKING:
+    from epv2_plugin.elastic.backends.host import Traffic, Transport
+
+_HEADER, _DATA = range(2)
+
+Wait = Callable[[], None]
+
+
+class HostSessions:
+    """See `interfaces.Sessions`."""
+
+    def __init__(self, transport: Transport, traffic: Traffic):
+        self._transport, self._traffic = transport, traffic
+        self.active = False
+        self._max_bytes = self._max_operations = 0
+        self._bytes = 0
+        self._pending: list[HostEvent] = []
+        self._slots: dict[int, torch.Tensor] = {}  # whole gathered tensors, by the address of this rank's part
+
+    def configure(self, max_session_bytes: int, max_operations: int) -> None:
+        """Collective; raises CommunicationError where another rank came with other values."""
+        self._check_active(False, "agrs_set_config")
+        values = (max_session_bytes, max_operations)
+        text = "(max_session_bytes, max_all_gathers_per_session) = {}"
+        wait = self._exchange("agrs_set_config", text.format(values), {}, {})
+        wait()
+        self._max_bytes, self._max_operations = values
+
+    def begin(self) -> None:
+        self._check_active(False, "create_agrs_session")
+        if not self._max_operations:
+            raise RuntimeError("create_agrs_session before agrs_set_config")
+        self.active, self._bytes, self._pending = True, 0, []
+
+    def end(self) -> None:
+        self._check_active(True, "destroy_agrs_session")
+        pending = self._pending
+        self.abandon()
+        for event in pending:
+            event.current_stream_wait()
+
+    def abandon(self) -> None:
+        self.active, self._pending = False, []
+        self._slots.clear()
+
+    def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
+        self._check_active(True, "agrs_get_inplace_tensor")
+        slots = []
+        for shape in shapes:
+            whole = torch.empty(self._transport.size, *shape, dtype=dtype)
+            slot = whole[self._transport.rank]
+            self._slots[slot.data_ptr()] = whole
+            slots.append(slot)
+        return slots
+
+    def all_gather(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Wait]:
+        rank, peers = self._transport.rank, self._peers()
+        self._admit("all_gather", sum(session_bytes(self._transport.size, t.shape, t.itemsize) for t in tensors))
+        gathered = []
+        for tensor in tensors:
+            whole = self._slots.pop(tensor.data_ptr(), None) if tensor.numel() else None
+            if whole is None or whole.dtype != tensor.dtype or whole.shape[1:] != tensor.shape:
+                whole = tensor.new_empty(self._transport.size, *tensor.shape)
+                whole[rank] = tensor
+            gathered.append(whole)
+        wait = self._exchange(
+            "all_gather",
+            ", ".join(map(describe, tensors)),
+            {peer: [byte_view(whole[rank]) for whole in gathered] for peer in peers},
+            {peer: [byte_view(whole[peer]) for whole in gathered] for peer in peers},
+        )
+        return gathered, self._start(wait)
+
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Wait]:
+        rank, peers = self._transport.rank, self._peers()
+        self._admit("reduce_scatter", sum(session_bytes(t.shape[0], t.shape[1:], t.itemsize) for t in tensors))
+        arrived = [torch.empty_like(tensor) for tensor in tensors]
+        reduced = [tensor.new_empty(tensor.shape[1:]) for tensor in tensors]
+        wait = self._exchange(
+            "reduce_scatter",
+            ", ".join(map(describe, tensors)),
+            {peer: [byte_view(tensor[peer]) for tensor in tensors] for peer in peers},
+            {peer: [byte_view(tensor[peer]) for tensor in arrived] for peer in peers},
+        )
+
+        def finish() -> None:
+            wait()
+            for tensor, others, result in zip(tensors, arrived, reduced, strict=True):
+                others[rank] = tensor[rank]
+                total = others[0].to(torch.float64 if others.dtype == torch.float64 else torch.float32, copy=True)
+                for part in others[1:]:
+                    total += part
+                result.copy_(total)
+
+        return reduced, self._start(finish)
+
+    def _peers(self) -> list[int]:
+        return [peer for peer in range(self._transport.size) if peer != self._transport.rank]
+
+    def _check_active(self, needed: bool, call: str) -> None:
+        if self.active != needed:
+            raise RuntimeError(f"{call} {'outside' if needed else 'inside'} an all-gather session")
+
+    def _admit(self, call: str, num_bytes: int) -> None:
+        self._check_active(True, call)
+        if len(self._pending) >= self._max_operations:
+            raise BufferSizeError(
+                f"{call}: this session has had its {self._max_operations} operations; "
+                "agrs_set_config with a larger max_all_gathers_per_session"
+            )
+        if self._bytes + num_bytes > self._max_bytes:
+            raise BufferSizeError(
+                f"{call}: the session would hold {self._bytes + num_bytes} bytes, agrs_set_config allowed "
+                f"{self._max_bytes}"
+            )
+        self._bytes += num_bytes
+
+    def _start(self, finish: Wait) -> Wait:
+        event = HostEvent(finish)
+        self._pending.append(event)
+        return event.current_stream_wait
+
+    def _exchange(
+        self, name: str, text: str, sent: dict[int, list[torch.Tensor]], received: dict[int, list[torch.Tensor]]
+    ) -> Wait:
+        """Start sending `sent[p]` to and receiving `received[p]` from each peer p; returns the wait for all of it.
+
+        Every rank must come with the same `text`, which says what the messages are.
+        """
+        operation = self._transport.begin(name)
+        ours = text_message(text)
+        headers = {peer: torch.empty_like(ours) for peer in operation.peers}
+        waits = [operation.receive(_HEADER, headers, "header", ())]
+        operation.send(_HEADER, dict.fromkeys(operation.peers, ours), "header", ())
+        count = len(next(iter(sent.values()), []))
+        num_bytes = len(operation.peers) * ours.numel()
+        for index in range(count):
+            # Tensors without bytes make no message; the text says that there are none.
+            parts = {peer: own[index] for peer, own in received.items() if own[index].numel()}
+            waits.append(operation.receive(_DATA, parts, f"tensor {index}", (text, index)))
+            parts = {peer: own[index] for peer, own in sent.items() if own[index].numel()}
+            operation.send(_DATA, parts, f"tensor {index}", (text, index))
+            num_bytes += sum(part.numel() for part in parts.values())
+        self._traffic.sent_bytes += num_bytes
+        self._traffic.undeduplicated_bytes += num_bytes
+
+        def finish() -> None:
+            waits[0]()
+            for peer, header in headers.items():
+                if not torch.equal(header, ours):
+                    raise operation.mismatch(peer, "header", f"{text} as on this rank", message_text(header))
+            for wait in waits[1:]:
+                wait()
+            operation.wait_sent()
+
+        return finish

@@ -1,0 +1,326 @@
+"""`pp_send` and `pp_recv`: any rank to any other, in order, in any interleaving; and everything that can go wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer
+from tests import harness
+from tests.harness import Pool
+
+DTYPES = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn),
+    *(torch.int64, torch.int32, torch.uint8, torch.bool),
+)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One tensor, the `number`-th of a plan."""
+
+    number: int
+    source: int
+    target: int
+    channel: int
+    shape: tuple[int, ...]
+    dtype: int
+    async_send: bool
+    async_receive: bool
+
+    def content(self) -> torch.Tensor:
+        gen = torch.Generator().manual_seed(self.number)
+        # Small integers survive every dtype.
+        return torch.randint(0, 2, self.shape, generator=gen).to(DTYPES[self.dtype])
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[int, int, list[Message]]:
+    """(ranks, slots, messages). Every rank walks the list and does its own part of each, so no plan can block."""
+    size, slots = draw(st.integers(2, 4)), draw(st.integers(1, 3))
+    messages = []
+    for number in range(draw(st.integers(1, 14))):
+        source = draw(st.integers(0, size - 1))
+        target = (source + draw(st.integers(1, size - 1))) % size
+        shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
+        flags = draw(st.tuples(st.booleans(), st.booleans()))
+        dtype = draw(st.integers(0, len(DTYPES) - 1))
+        messages.append(Message(number, source, target, draw(st.integers(0, 1)), shape, dtype, *flags))
+    return size, slots, messages
+
+
+def walk(rank: int, size: int, slots: int, messages: list[Message]) -> int:
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(8 * 5**4, slots)
+    open_events, received = [], []
+    for message in messages:
+        if rank == message.source:
+            tensor = message.content()
+            event = buffer.pp_send(
+                tensor, message.target, channel=message.channel, async_with_compute_stream=message.async_send
+            )
+            if message.async_send:
+                tensor.data = torch.empty(1, dtype=tensor.dtype)  # what Megatron does to outputs that it has sent
+            else:
+                tensor.view(torch.uint8).fill_(1) if tensor.numel() and tensor.dim() else None
+            open_events.append(event)
+        if rank == message.target:
+            tensor = torch.zeros_like(message.content())
+            event = buffer.pp_recv(
+                tensor, message.source, channel=message.channel, async_with_compute_stream=message.async_receive
+            )
+            received.append((message, tensor))
+            open_events.append(event)
+    for event in reversed(open_events):
+        event.current_stream_wait()
+    for message, tensor in received:
+        assert tensor.dtype == DTYPES[message.dtype]
+        assert torch.equal(tensor.view(-1).view(torch.uint8), message.content().view(-1).view(torch.uint8)), message
+    buffer.pp_flush()
+    buffer.destroy()
+    return len(received)
+
+
+@given(plan=plans())
+@settings(max_examples=25)
+def test_every_interleaving_arrives(pool: Callable[[int], Pool], plan: tuple[int, int, list[Message]]) -> None:
+    size, slots, messages = plan
+    assert sum(pool(size).run(walk, slots, messages, timeout=30)) == len(messages)
+
+
+def both_ways_at_once(rank: int, size: int) -> None:
+    """Every rank fills its rings to everybody before anybody receives; then reads in another order."""
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 20, 3)
+    others = [p for p in range(size) if p != rank]
+    for number in range(3):
+        for peer in others:
+            buffer.pp_send(torch.full((1 << 18,), 10.0 * rank + number), peer)
+    buffer.barrier()
+    for peer in reversed(others):
+        for number in range(3):
+            into = torch.empty(1 << 18)
+            buffer.pp_recv(into, peer)
+            assert torch.equal(into, torch.full((1 << 18,), 10.0 * peer + number))
+    # Memory that is not dense, on both sides.
+    if rank == 0:
+        buffer.pp_send(torch.arange(12.0).view(3, 4).t(), 1)
+    if rank == 1:
+        into = torch.zeros(3, 4).t()
+        buffer.pp_recv(into, 0)
+        assert torch.equal(into, torch.arange(12.0).view(3, 4).t())
+    assert buffer.traffic.sent_bytes >= 3 * len(others) << 20
+    buffer.pp_set_config(64, 1)  # again, smaller
+    with pytest.raises(BufferSizeError, match="pp_set_config allowed 64"):
+        buffer.pp_send(torch.zeros(17), others[0])
+    buffer.barrier()
+
+
+def test_full_rings_in_both_directions(pool: Callable[[int], Pool]) -> None:
+    pool(3).run(both_ways_at_once)
+
+
+def blocks_until_taken(rank: int, size: int) -> float:
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(64, 2)
+    buffer.barrier()
+    begin = time.monotonic()
+    if rank == 0:
+        for number in range(3):
+            buffer.pp_send(torch.tensor([number]), 1)
+        seconds = time.monotonic() - begin
+        buffer.pp_flush()
+        return seconds
+    time.sleep(1)
+    into = torch.zeros(1, dtype=torch.int64)
+    for number in range(3):
+        buffer.pp_recv(into, 0)
+        assert into.item() == number
+    return 0.0
+
+
+def test_a_full_ring_blocks_the_sender_until_one_is_taken(pool: Callable[[int], Pool]) -> None:
+    assert 0.7 < pool(2).run(blocks_until_taken)[0] < 10
+
+
+def bad_input(rank: int, size: int) -> None:
+    buffer = ElasticBuffer(dist.group.WORLD, num_bytes=2 << 20, num_cpu_timeout_secs=10)
+    t = torch.zeros(4)
+    cases: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (RuntimeError, "call pp_set_config before", lambda: buffer.pp_send(t, 1 - rank)),
+        (ValueError, "max_inflight = 0: must be positive", lambda: buffer.pp_set_config(64, 0)),
+        (ValueError, "max_tensor_bytes = -1", lambda: buffer.pp_set_config(-1, 1)),
+        (
+            BufferSizeError,
+            "2 tensors of 1048576 bytes in flight need 8388608",
+            lambda: buffer.pp_set_config(1 << 20, 2),
+        ),
+    ]
+    for kind, match, call in cases:
+        with pytest.raises(kind, match=match):
+            call()
+    buffer.pp_set_config(64, 2)
+    cases = [
+        (ValueError, f"dst_rank = {rank}: must be another rank", lambda: buffer.pp_send(t, rank)),
+        (ValueError, "src_rank = 2: must be another rank of the group \\(0 to 1", lambda: buffer.pp_recv(t, 2)),
+        (ValueError, "channel = 4: must be 0 to 3", lambda: buffer.pp_send(t, 1 - rank, channel=4)),
+        (TypeError, "t must be a tensor, got list", lambda: buffer.pp_send([t], 1 - rank)),
+        (ValueError, "on meta", lambda: buffer.pp_recv(t.to("meta"), 1 - rank)),
+        (
+            BufferSizeError,
+            f"rank {rank}, src_rank {1 - rank}: t has 68 bytes",
+            lambda: buffer.pp_recv(torch.zeros(17), 1 - rank),
+        ),
+    ]
+    for kind, match, call in cases:
+        with pytest.raises(kind, match=match):
+            call()
+    into = torch.zeros(4)
+    pending = buffer.pp_recv(into, 1 - rank, async_with_compute_stream=True)
+    buffer.pp_send(t + rank, 1 - rank)
+    pending.current_stream_wait()
+    assert torch.equal(into, t + 1 - rank)
+    assert ElasticBuffer.get_pp_buffer_size_hint(1 << 20, 4) == 16 << 20
+    assert ElasticBuffer.get_pp_buffer_size_hint(33, 1, num_peers=1) == 2 << 20
+    with pytest.raises(CommunicationError, match=r"pp_set_config #3, values: .*\(128, .\) as on this|closed"):
+        buffer.pp_set_config(128, 1 + rank)
+
+
+def test_bad_input_is_refused_before_anything_is_sent(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(bad_input)
+
+
+def mismatch(rank: int, size: int, what: str) -> str:
+    """Rank 0 sends three tensors to rank 1, which expects something else for the third."""
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=8)
+    buffer.pp_set_config(1 << 20, 2)
+    begin = time.monotonic()
+    try:
+        if rank == 0:
+            for _ in range(3):
+                event = buffer.pp_send(torch.ones(64, 8), 1)
+            event.current_stream_wait()
+        elif rank == 1:
+            for _ in range(2):
+                buffer.pp_recv(torch.empty(64, 8), 0)
+            third = {
+                "smaller": torch.empty(3),
+                "larger": torch.empty(4096),
+                "same bytes": torch.empty(8, 64),
+                "dtype": torch.empty(64, 8, dtype=torch.int32),
+                "empty": torch.empty(0, 8),
+            }[what]
+            buffer.pp_recv(third, 0)
+        else:
+            return "not concerned"
+    except CommunicationError as error:
+        assert not isinstance(error, CommunicationTimeout)
+        assert time.monotonic() - begin < 6
+        with pytest.raises(CommunicationError):  # at once: nobody goes on with a broken order
+            buffer.pp_recv(torch.empty(1), 1 - rank)
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("what", ["smaller", "larger", "same bytes", "dtype", "empty"])
+def test_wrong_shape_or_dtype_is_named_on_both_ranks(pool: Callable[[int], Pool], what: str) -> None:
+    sender, receiver, _ = pool(3).run(mismatch, what, timeout=30)
+    assert "rank 1, waiting for rank 0 in pp_recv from rank 0, tensor #2, slot 0 of 2" in receiver
+    assert "seen #2 [64, 8] float32" in receiver
+    assert "rank 0, waiting for rank 1 in pp_send to rank 1, tensor #2, slot 0 of 2" in sender
+    assert "a refusal: rank 1 expected #2 " in sender
+    assert "and saw #2 [64, 8] float32" in sender
+
+
+def not_taken(rank: int, size: int, who: str) -> str:
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=2)
+    buffer.pp_set_config(64, 2)
+    begin = time.monotonic()
+    try:
+        if who == "sender" and rank == 0:
+            for _ in range(3):
+                buffer.pp_send(torch.zeros(3), 1)
+        elif who == "receiver" and rank == 1:
+            buffer.pp_recv(torch.zeros(3), 0)
+        else:
+            time.sleep(3)
+    except CommunicationTimeout as error:
+        assert 1.5 < time.monotonic() - begin < 6
+        return str(error)
+    return ""
+
+
+def test_a_ring_that_stays_full_times_out(pool: Callable[[int], Pool]) -> None:
+    assert pool(2).run(not_taken, "sender")[0] == (
+        "rank 0, waiting for rank 1 in pp_send to rank 1, tensor #2, slot 0 of 2: expected rank 1 to take [3] float32 "
+        "of pp_send to rank 1, tensor #0, slot 0 of 2, seen nothing within 2 s"
+    )
+
+
+def test_a_tensor_that_never_comes_times_out(pool: Callable[[int], Pool]) -> None:
+    assert pool(2).run(not_taken, "receiver")[1] == (
+        "rank 1, waiting for rank 0 in pp_recv from rank 0, tensor #0, slot 0 of 2: expected #0 [3] float32, "
+        "seen nothing within 2 s"
+    )
+
+
+def dies(rank: int, size: int) -> str:
+    """Rank 2 is killed while rank 0 sends to it and rank 1 receives from it."""
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 22, 2)
+    buffer.barrier()
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    try:
+        for _ in range(3):
+            if rank == 0:
+                buffer.pp_send(torch.zeros(1 << 20), 2)
+            else:
+                buffer.pp_recv(torch.zeros(1 << 20), 2)
+    except CommunicationError as error:
+        assert time.monotonic() - begin < 15
+        return str(error)
+    return ""
+
+
+def test_killed_peer() -> None:
+    results = harness.outcomes(3, dies, timeout=60)
+    assert results[2].error_type == "Killed"
+    for rank, call in ((0, "pp_send to rank 2"), (1, "pp_recv from rank 2")):
+        assert results[rank].error == "", results[rank].error
+        assert f"rank {rank}, waiting for rank 2 in {call}, tensor #" in results[rank].value
+        assert "slot " in results[rank].value
+        assert "closed connection" in results[rank].value
+
+
+def beside_collectives(rank: int, size: int) -> None:
+    """Sends that nobody has taken yet do not mix with dispatches over the same connections."""
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 12, 4)
+    for number in range(4):
+        buffer.pp_send(torch.full((5,), float(number)), 1 - rank)
+    x = torch.arange(8.0).view(2, 4) + rank
+    for _ in range(70):  # past the point where tensor numbers wrap in tags
+        recv_x, _, _, handle, _ = buffer.dispatch(x, torch.tensor([[0, 1], [1, 0]]), num_experts=2)
+        combined, _, _ = buffer.combine(recv_x, handle)
+        assert torch.equal(combined, x * 2)
+        into = torch.empty(5)
+        for number in range(4):
+            buffer.pp_recv(into, 1 - rank)
+            assert into[0] == number
+            buffer.pp_send(torch.full((5,), float(number)), 1 - rank)
+    buffer.barrier()
+
+
+def test_beside_dispatch_and_combine(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(beside_collectives)

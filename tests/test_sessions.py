@@ -1,0 +1,205 @@
+"""All-gather and reduce-scatter in sessions: values, several in flight, gradients, limits, ranks that disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epv2_plugin import BufferSizeError, CommunicationError, ElasticBuffer
+from epv2_plugin.elastic import autograd
+from tests.harness import Pool
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8)
+
+
+def _values(rank: int, call: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    gen = torch.Generator().manual_seed(1000 * call + rank)
+    values = torch.randn(shape, generator=gen, dtype=torch.float64) * 5
+    return values.to(torch.int64).to(dtype) if not dtype.is_floating_point else values.to(dtype)
+
+
+def gathers(rank: int, size: int, calls: list[tuple], order: list[int]) -> None:
+    """Every call gathers its shapes; the waits come in another order."""
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    need = sum(
+        ElasticBuffer.get_agrs_num_max_session_bytes(dist.group.WORLD, shapes, DTYPES[dtype])
+        for shapes, dtype, _ in calls
+    )
+    buffer.agrs_set_config(max(need, 1), len(calls))
+    for _ in range(2):
+        results = []
+        with buffer.agrs_new_session():
+            for number, (shapes, dtype, in_place) in enumerate(calls):
+                own = [_values(rank, number, shape, DTYPES[dtype]) for shape in shapes]
+                if in_place:
+                    slots = buffer.agrs_get_inplace_tensor(shapes, DTYPES[dtype])
+                    for slot, value in zip(slots, own, strict=True):
+                        slot.copy_(value)
+                    own = list(slots)
+                *out, wait = buffer.all_gather(own if len(own) > 1 else own[0])
+                if in_place and own[0].numel():
+                    assert out[0][rank].data_ptr() == own[0].data_ptr()
+                results.append((out, wait))
+            for number in order:
+                results[number][1]()
+        for number, (shapes, dtype, _) in enumerate(calls):
+            for shape, out in zip(shapes, results[number][0], strict=True):
+                want = torch.stack([_values(p, number, shape, DTYPES[dtype]) for p in range(size)])
+                assert torch.equal(out, want)
+    buffer.destroy()
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[int, list[tuple], list[int]]:
+    shape = st.lists(st.integers(0, 6), max_size=3).map(tuple)
+    call = st.tuples(st.lists(shape, min_size=1, max_size=3), st.integers(0, len(DTYPES) - 1), st.booleans())
+    calls = draw(st.lists(call, min_size=1, max_size=5))
+    order = draw(st.permutations(range(len(calls))))
+    return draw(st.integers(1, 3)), calls, order[: draw(st.integers(0, len(calls)))]
+
+
+@given(plan=plans())
+@settings(max_examples=15)
+def test_gathered_tensors(pool: Callable[[int], Pool], plan: tuple[int, list[tuple], list[int]]) -> None:
+    size, calls, order = plan
+    pool(size).run(gathers, calls, order)
+
+
+def scatters(rank: int, size: int) -> list[torch.Tensor]:
+    """Sums of bf16 that depend on order and on precision; two in flight and an all-gather beside them."""
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    buffer.agrs_set_config(1 << 20, 8)
+    found = []
+    with buffer.agrs_new_session():
+        waits = []
+        for number, dtype in enumerate((torch.bfloat16, torch.float32, torch.float64)):
+            mine = torch.stack([_values(rank, 10 * number + p, (7, 3), dtype) for p in range(size)])
+            reduced, wait = buffer.reduce_scatter(mine)
+            gathered, wait_gathered = buffer.all_gather(mine)
+            waits += [wait_gathered, wait]
+            found.append((dtype, number, reduced, gathered))
+        for wait in reversed(waits):
+            wait()
+    for dtype, number, reduced, gathered in found:
+        total = torch.zeros(7, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for source in range(size):
+            total += _values(source, 10 * number + rank, (7, 3), dtype)
+            assert torch.equal(gathered[source, rank], _values(source, 10 * number + rank, (7, 3), dtype))
+        assert torch.equal(reduced, total.to(dtype))
+    return [reduced for _, _, reduced, _ in found]
+
+
+def test_sums_run_in_fp32_in_rank_order(pool: Callable[[int], Pool]) -> None:
+    for first, second in zip(pool(3).run(scatters), pool(3).run(scatters), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def gradients(rank: int, size: int) -> tuple[torch.Tensor, ...]:
+    """A little network that gathers two tensors and scatters a third; its output and gradients."""
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    buffer.agrs_set_config(1 << 16, 4)
+    x, y = (_values(rank, n, (2, 3), torch.float64).requires_grad_() for n in (0, 1))
+    with buffer.agrs_new_session():
+        (all_x, all_y), wait = autograd.all_gather(buffer, [x, y.t()])
+        wait()
+        mixed = (all_x.sin() * (rank + 1)) @ all_y.transpose(1, 2).reshape(size, 2, 3).transpose(1, 2)
+        (part,), wait = autograd.reduce_scatter(buffer, [mixed])
+        wait()
+    part.cos().sum().backward()
+    assert x.grad is not None
+    assert y.grad is not None
+    return part.detach(), x.grad, y.grad
+
+
+def test_gradients_are_those_of_one_process(pool: Callable[[int], Pool]) -> None:
+    size = 3
+    x, y = (torch.stack([_values(r, n, (2, 3), torch.float64) for r in range(size)]).requires_grad_() for n in (0, 1))
+    all_y = y.transpose(1, 2)
+    total = sum(
+        (x.sin() * (rank + 1)) @ all_y.transpose(1, 2).reshape(size, 2, 3).transpose(1, 2) for rank in range(size)
+    )
+    total.cos().sum().backward()
+    assert x.grad is not None
+    assert y.grad is not None
+    for rank, (part, dx, dy) in enumerate(pool(size).run(gradients)):
+        torch.testing.assert_close(part, total[rank].detach())
+        torch.testing.assert_close(dx, x.grad[rank])
+        torch.testing.assert_close(dy, y.grad[rank])
+
+
+def bad_input(rank: int, size: int) -> None:
+    buffer = ElasticBuffer(dist.group.WORLD, num_bytes=2 << 20, num_cpu_timeout_secs=10)
+    t = torch.zeros(4)
+    cases: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (RuntimeError, "create_agrs_session before agrs_set_config", buffer.create_agrs_session),
+        (ValueError, "max_session_bytes = 0: must be positive", lambda: buffer.agrs_set_config(0, 1)),
+        (ValueError, "max_all_gathers_per_session = 0", lambda: buffer.agrs_set_config(64, 0)),
+        (BufferSizeError, "the session needs 4194304", lambda: buffer.agrs_set_config(4 << 20, 1)),
+        (RuntimeError, "all_gather outside an all-gather session", lambda: buffer.all_gather(t)),
+        (RuntimeError, "destroy_agrs_session outside", buffer.destroy_agrs_session),
+        (RuntimeError, "agrs_get_inplace_tensor outside", lambda: buffer.agrs_get_inplace_tensor((2,), t.dtype)),
+    ]
+    for kind, match, call in cases:
+        with pytest.raises(kind, match=match):
+            call()
+    buffer.agrs_set_config(96, 2)
+    with buffer.agrs_new_session(enabled=False):
+        assert not buffer.agrs_in_session
+    with buffer.agrs_new_session():
+        cases = [
+            (RuntimeError, "create_agrs_session inside", buffer.create_agrs_session),
+            (RuntimeError, "agrs_set_config inside", lambda: buffer.agrs_set_config(96, 2)),
+            (ValueError, "t is empty", lambda: buffer.all_gather([])),
+            (TypeError, "t must be a tensor or tensors, got int", lambda: buffer.all_gather([3])),
+            (ValueError, "must be dense", lambda: buffer.all_gather(torch.zeros(4, 2).t())),
+            (ValueError, "t has shape \\[4\\]: must be \\[2 ranks", lambda: buffer.reduce_scatter(t)),
+            (TypeError, "t is torch.int64", lambda: buffer.reduce_scatter(torch.zeros(2, 1, dtype=torch.int64))),
+            (BufferSizeError, "128 bytes, agrs_set_config allowed 96", lambda: buffer.all_gather(torch.zeros(16))),
+        ]
+        for kind, match, call in cases:
+            with pytest.raises(kind, match=match):
+                call()
+        buffer.all_gather(t)
+        gathered, wait = buffer.all_gather(t + rank)
+        with pytest.raises(BufferSizeError, match="had its 2 operations"):
+            buffer.all_gather(t)
+        wait()
+        wait()
+        assert torch.equal(gathered, torch.tensor([[0.0] * 4, [1.0] * 4]))
+    single = ElasticBuffer.get_agrs_num_max_session_bytes(dist.group.WORLD, (3, 5), torch.bfloat16)
+    assert single == 64
+    assert ElasticBuffer.get_agrs_num_max_session_bytes(dist.group.WORLD, [(3, 5), (1,)], torch.bfloat16) == 96
+    assert ElasticBuffer.get_agrs_buffer_size_hint(dist.group.WORLD, single) == 2 << 20
+
+
+def test_bad_input_is_refused_before_anything_is_sent(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(bad_input)
+
+
+def disagree(rank: int, size: int, what: str) -> str:
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=3)
+    buffer.agrs_set_config(1 << 16, 4)
+    tensors = {
+        "shape": [torch.zeros(4 + rank)],
+        "dtype": [torch.zeros(4, dtype=(torch.float32, torch.int32)[rank])],
+        "number": [torch.zeros(4)] * (1 + rank),
+        "operation": [torch.zeros(size, 4)],
+    }[what]
+    operation = buffer.reduce_scatter if what == "operation" and rank else buffer.all_gather
+    with pytest.raises(CommunicationError) as error, buffer.agrs_new_session():
+        operation(tensors)
+    assert not buffer.agrs_in_session
+    return str(error.value)
+
+
+@pytest.mark.parametrize("what", ["shape", "dtype", "number", "operation"])
+def test_ranks_that_disagree(pool: Callable[[int], Pool], what: str) -> None:
+    messages = pool(2).run(disagree, what, timeout=30)
+    assert all(f"rank {rank}, waiting for rank {1 - rank} in" in m for rank, m in enumerate(messages)), messages
+    if what != "operation":
+        assert any("expected [4] float32 as on this rank, seen" in m for m in messages), messages
