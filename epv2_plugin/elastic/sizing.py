@@ -396,10 +396,13 @@ def stage_shape(num_ranks: int, num_local_experts: int) -> LaunchShape:
     return _shape(32 * warps, fixed + counting * per_warp, counting_warps=counting)
 
 
-def route_shape(num_local_experts: int) -> LaunchShape:
-    """Of dispatch_route."""
-    warps = 16
-    return _shape(32 * warps, 16 + warps * 4 * (num_local_experts + CHUNK_TOKENS))
+def route_shape(num_local_experts: int, num_topk: int) -> LaunchShape:
+    """Of dispatch_route: a warp keeps a chunk's experts and weights, and a counter for each expert."""
+    per_warp = 4 * (48 * num_topk + CHUNK_TOKENS + align(num_local_experts, 4))
+    warps = min(16, (SHARED_BYTES - 16) // per_warp)
+    if warps < 1:
+        raise ValueError(f"{num_local_experts} experts on a rank: more than a kernel can count")
+    return _shape(32 * warps, 16 + warps * per_warp)
 
 
 def pull_shape(num_ranks: int, data_bytes: int, scale_words: int) -> LaunchShape:

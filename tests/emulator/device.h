@@ -224,6 +224,7 @@ __forceinline__ void bulk_wait_read() {
 }
 __forceinline__ void bulk_wait_all() { emulator::bulk_wait(0, false); }
 void fence_proxy_async();
+inline void fence_proxy_async_shared() { fence_proxy_async(); }
 
 uint32_t load_acquire_system(const uint32_t* address);
 void store_release_system(uint32_t* address, uint32_t value);
@@ -274,6 +275,9 @@ inline float half_low(uint32_t pair) { return emulator::from_half(pair & 0xffff)
 inline float half_high(uint32_t pair) { return emulator::from_half(pair >> 16); }
 inline uint32_t pack_bf16(float low, float high) { return emulator::to_bf16(low) | emulator::to_bf16(high) << 16; }
 inline uint32_t pack_half(float low, float high) { return emulator::to_half(low) | emulator::to_half(high) << 16; }
+inline uint32_t max_halves(uint32_t a, uint32_t b) {
+  return std::max(a & 0xffffu, b & 0xffffu) | std::max(a >> 16, b >> 16) << 16;
+}
 inline uint32_t pack_e4m3x4(float a, float b, float c, float d) {
   using emulator::to_e4m3;
   return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 | to_e4m3(d) << 24;

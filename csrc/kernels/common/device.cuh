@@ -39,6 +39,11 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* bar, uint32_t arrivals) 
 
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
+// The same for shared memory alone, which is all that ordinary reads before a bulk load need.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   fence_proxy_async();
@@ -164,6 +169,9 @@ __device__ __forceinline__ uint32_t pack_half(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
+
+// Larger of each half of two pairs of magnitudes: as unsigned integers, 16-bit floats are in the same order, NaN last.
+__device__ __forceinline__ uint32_t max_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 
 // Four e4m3 values, `a` in the lowest byte; too large becomes +-448.
 __device__ __forceinline__ uint32_t pack_e4m3x4(float a, float b, float c, float d) {

@@ -27,12 +27,19 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring, ui
     const int64_t at = (static_cast<int64_t>(c.rank) * c.max_tokens + token) * c.num_topk + lane;
     return reinterpret_cast<const int32_t*>(peers[expert / c.num_local_experts] + args.table_offset)[at];
   };
+  auto fetch_weight = [&](int token, int expert) {
+    if (expert < 0 || !c.has_weights) return 0.0f;
+    const int64_t at = (static_cast<int64_t>(c.rank) * c.max_tokens + token) * c.num_topk + lane;
+    return reinterpret_cast<const float*>(peers[expert / c.num_local_experts] + args.weights_offset)[at];
+  };
   int token = blockIdx.x + gridDim.x * group;
   int expert = fetch_expert(token), next_expert = fetch_expert(token + step);
   int place = c.by_row ? fetch_place(token, expert) : -1;
+  float weight = fetch_weight(token, expert);
   for (; token < args.num_tokens; token += step) {
     const int later_expert = fetch_expert(token + 2 * step);
     const int next_place = c.by_row ? fetch_place(token + step, next_expert) : -1;
+    const float next_weight = fetch_weight(token + step, next_expert);
     const int rank = expert < 0 ? -1 : expert / c.num_local_experts;
     const uint8_t* from = nullptr;
     if (c.by_row) {
@@ -45,10 +52,7 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring, ui
       }
     }
     if (c.has_weights && lane < c.num_topk) {
-      const int64_t mine = static_cast<int64_t>(token) * c.num_topk + lane;
-      const int64_t there = (static_cast<int64_t>(c.rank) * c.max_tokens + token) * c.num_topk + lane;
-      reinterpret_cast<float*>(args.out_weights)[mine] =
-          rank < 0 ? 0.0f : reinterpret_cast<const float*>(peers[rank] + args.weights_offset)[there];
+      reinterpret_cast<float*>(args.out_weights)[static_cast<int64_t>(token) * c.num_topk + lane] = weight;
     }
     const uint32_t present = __ballot_sync(0xffffffffu, from != nullptr);
     const int64_t row = static_cast<int64_t>(token) * args.row_bytes;
@@ -72,6 +76,7 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring, ui
     expert = next_expert;
     next_expert = later_expert;
     place = next_place;
+    weight = next_weight;
   }
   producer.end();
 }

@@ -123,7 +123,7 @@ class Puller {
       }
     }
     // The next bulk load into this slot must not overtake these reads.
-    fence_proxy_async();
+    fence_proxy_async_shared();
     __syncwarp();
   }
 
@@ -143,11 +143,13 @@ class Puller {
 };
 
 __device__ void zero_gaps(const DispatchPullArgs& args, const Counts& counts) {
-  for_each_gap(counts, args.expert_alignment, args.expanded_capacity, [&](int row) {
-    uint8_t* out = reinterpret_cast<uint8_t*>(args.out) + static_cast<int64_t>(row) * args.data_bytes;
-    for (int i = 0; i < args.data_bytes; i += 16) store_streaming(out + i, make_uint4(0, 0, 0, 0));
-    for (int i = 0; i < args.scale_words; i++) {
-      reinterpret_cast<uint32_t*>(args.out_scales)[row * args.scale_row_stride + i * args.scale_column_stride] = 0;
+  const int lane = threadIdx.x % kWarp;
+  for_each_gap(counts, args.expert_alignment, args.expanded_capacity, [&](int begin, int end) {
+    for (int row = begin; row < end; row++) {
+      uint8_t* out = reinterpret_cast<uint8_t*>(args.out) + static_cast<int64_t>(row) * args.data_bytes;
+      for (int i = lane * 16; i < args.data_bytes; i += kWarp * 16) store_streaming(out + i, make_uint4(0, 0, 0, 0));
+      uint32_t* scales = reinterpret_cast<uint32_t*>(args.out_scales) + row * args.scale_row_stride;
+      for (int i = lane; i < args.scale_words; i += kWarp) scales[i * args.scale_column_stride] = 0;
     }
   });
 }

@@ -10,9 +10,18 @@ using namespace epv2;
 namespace {
 
 struct Warp {
-  int32_t* next;  // [L] row in expert order that the next copy for an expert gets
-  int32_t* lead;  // [32] K - the first top-k position of a token that leads here, 0 = none does
+  int16_t* topk;   // [32, K] experts of the chunk's tokens
+  float* weights;  // [32, K]
+  int32_t* next;   // [L] row in expert order that the next copy for an expert gets
+  int32_t* lead;   // [32] K - the first top-k position of a token that leads here, 0 = none does
 };
+
+// One warp: `bytes` from far away, all loads at once.
+__device__ __forceinline__ void fetch(void* to, const uint8_t* from, int bytes) {
+  for (int i = threadIdx.x % kWarp; i * 16 < bytes; i += kWarp) {
+    static_cast<uint4*>(to)[i] = load_streaming(from + i * 16);
+  }
+}
 
 __device__ void route_chunk(const DispatchRouteArgs& args, int source, int chunk, Warp memory) {
   const Common& c = args.common;
@@ -23,8 +32,9 @@ __device__ void route_chunk(const DispatchRouteArgs& args, int source, int chunk
   const int num_entries = num_tokens * c.num_topk;
   const uint8_t* peer = peer_pointer(c.window, 0, source);
   const int64_t first_entry = static_cast<int64_t>(chunk) * kChunk * c.num_topk;
-  const int16_t* topk = reinterpret_cast<const int16_t*>(peer + args.topk_offset) + first_entry;
-  const float* weights = reinterpret_cast<const float*>(peer + args.weights_offset) + first_entry;
+  fetch(memory.topk, peer + args.topk_offset + first_entry * 2, num_entries * 2);
+  if (args.recv_weights != 0) fetch(memory.weights, peer + args.weights_offset + first_entry * 4, num_entries * 4);
+  const int16_t* topk = memory.topk;
   const int32_t* before = reinterpret_cast<const int32_t*>(peer + args.prefix_offset) +
                           (static_cast<int64_t>(chunk) * c.num_ranks + c.rank) * columns;
 
@@ -66,7 +76,7 @@ __device__ void route_chunk(const DispatchRouteArgs& args, int source, int chunk
     const int token = i / c.num_topk, k = i % c.num_topk;
     const int row = first_row + __popc(comes & ((1u << token) - 1));
     if (row >= args.rows_capacity) continue;
-    const float weight = args.recv_weights != 0 && here ? weights[i] : 0.0f;
+    const float weight = args.recv_weights != 0 && here ? memory.weights[i] : 0.0f;
     if (!args.expand) {
       metadata[static_cast<int64_t>(row) * stride + 2 + k] = -1;
       const int64_t at = static_cast<int64_t>(row) * c.num_topk + k;
@@ -123,13 +133,15 @@ __device__ void fill_rest(const DispatchRouteArgs& args) {
       if (args.recv_weights != 0) weights[i] = 0;
     }
   } else if (args.recv_weights != 0) {
-    for_each_gap(counts, args.expert_alignment, args.expanded_capacity, [&](int row) { weights[row] = 0; });
+    for_each_gap(counts, args.expert_alignment, args.expanded_capacity, [&](int begin, int end) {
+      for (int row = begin + threadIdx.x % kWarp; row < end; row += kWarp) weights[row] = 0;
+    });
   }
 }
 
 }  // namespace
 
-// Shared memory: 4 words, then L + 32 words for each warp.
+// Shared memory: 4 words, then for each warp 48 * K + 32 words and L, rounded up to 4. See sizing.route_shape.
 EPV2_KERNEL(epv2_dispatch_route, DispatchRouteArgs, 512) {
   const Common& c = args.common;
   const Counts counts(args.counts, c);
@@ -152,8 +164,10 @@ EPV2_KERNEL(epv2_dispatch_route, DispatchRouteArgs, 512) {
     fill_rest(args);
     return;
   }
-  int32_t* words = reinterpret_cast<int32_t*>(shared_memory()) + 4 + warp * (c.num_local_experts + kChunk);
-  const Warp memory{words, words + c.num_local_experts};
+  const int words_per_warp = 48 * c.num_topk + kChunk + (c.num_local_experts + 3) / 4 * 4;
+  int32_t* words = reinterpret_cast<int32_t*>(shared_memory()) + 4 + warp * words_per_warp;
+  const Warp memory{reinterpret_cast<int16_t*>(words), reinterpret_cast<float*>(words + 16 * c.num_topk),
+                    words + 48 * c.num_topk + kChunk, words + 48 * c.num_topk};
   int most_chunks = 0;
   for (int p = 0; p < c.num_ranks; p++) most_chunks = max(most_chunks, (counts.tokens(p) + kChunk - 1) / kChunk);
   for (int i = blockIdx.x + gridDim.x * warp; i < most_chunks * c.num_ranks; i += gridDim.x * num_warps) {

@@ -11,6 +11,8 @@ using namespace epv2;
 
 namespace {
 
+constexpr int kAhead = 8;  // loads that are on their way together
+
 // ---- counts ---------------------------------------------------------------------------------------------------
 
 __device__ void count_chunk(const DispatchStageArgs& args, int chunk, int32_t* count, int16_t* topk_out,
@@ -65,16 +67,24 @@ __device__ void sum_chunks(int32_t* counts, int32_t* totals, int width, int num_
       int before = 0;
       for (int s = 0; s < segment; s++) before += partial[s * width + threadIdx.x % width];
       if (segment == segments - 1) totals[column] = before + sum;
-#pragma unroll 4
-      for (int i = from; i < to; i++) {
-        const int64_t at = static_cast<int64_t>(i) * width + column;
-        const int here = counts[at];
-        counts[at] = before;
-        before += here;
+      // Some at a time: a load may not pass a store to what could be the same place.
+      for (int i = from; i < to; i += kAhead) {
+        int here[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; j++) here[j] = i + j < to ? counts[static_cast<int64_t>(i + j) * width + column] : 0;
+#pragma unroll
+        for (int j = 0; j < kAhead; j++) {
+          if (i + j < to) counts[static_cast<int64_t>(i + j) * width + column] = before;
+          before += here[j];
+        }
       }
     }
     __syncthreads();
   }
+}
+
+__device__ __forceinline__ const int32_t* totals_of(const DispatchStageArgs& args, int rank) {
+  return reinterpret_cast<const int32_t*>(peer_pointer(args.common.window, args.totals_offset, rank));
 }
 
 // One warp: what arrives here, from everybody's totals. `column_total` holds L + 1 words of shared memory.
@@ -88,19 +98,26 @@ __device__ void gather_counts(const DispatchStageArgs& args, uint32_t number, in
   const Counts counts(args.counts, c);
   for (int column = lane; column < columns; column += kWarp) {
     int sum = 0;
-    for (int p = 0; p < c.num_ranks; p++) {
-      const int32_t* totals = reinterpret_cast<const int32_t*>(peer_pointer(c.window, args.totals_offset, p));
-      const int rows = totals[c.rank * columns + column];
-      counts.from(p, column) = rows;
-      counts.begin(p, column) = sum;
-      sum += rows;
+    for (int first = 0; first < c.num_ranks; first += kAhead) {
+      int rows[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; j++) {
+        rows[j] = first + j < c.num_ranks ? totals_of(args, first + j)[c.rank * columns + column] : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; j++) {
+        if (first + j < c.num_ranks) {
+          counts.from(first + j, column) = rows[j];
+          counts.begin(first + j, column) = sum;
+        }
+        sum += rows[j];
+      }
     }
     counts.total(column) = sum;
     column_total[column] = sum;
   }
   for (int p = lane; p < c.num_ranks; p += kWarp) {
-    const int32_t* totals = reinterpret_cast<const int32_t*>(peer_pointer(c.window, args.totals_offset, p));
-    counts.tokens(p) = totals[c.num_ranks * columns];
+    counts.tokens(p) = totals_of(args, p)[c.num_ranks * columns];
   }
   __syncwarp();
   // In expert order each expert's rows follow those of the experts before it, rounded up to the alignment.
@@ -157,6 +174,11 @@ struct Raw {
   }
 };
 
+#if EPV2_CAST == 3
+// Larger of two magnitudes; NaN wins, as in torch.
+__device__ __forceinline__ float max_magnitude(float a, float b) { return a > b || a != a ? a : b; }
+#endif
+
 // One warp casts one row. 16 lanes hold one block of 128 values, 8 each, so that loads and stores are contiguous.
 __device__ void cast_row(const uint8_t* from, uint8_t* to, float* scales, int hidden) {
   constexpr int kUnroll = 4 / kSourceVectors;
@@ -173,30 +195,58 @@ __device__ void cast_row(const uint8_t* from, uint8_t* to, float* scales, int hi
             at < hidden ? load_streaming(from + (at / 8 * kSourceVectors + i) * 16) : make_uint4(0, 0, 0, 0);
       }
     }
+#if EPV2_CAST == 3
 #pragma unroll
     for (int j = 0; j < kUnroll; j++) {
       float value[8];
       raw[j].widen(value);
-      amax[j] = kSmallestAmax;
+      amax[j] = 0;
 #pragma unroll
-      for (int i = 0; i < 8; i++) amax[j] = fmaxf(amax[j], fabsf(value[i]));
+      for (int i = 0; i < 8; i++) amax[j] = max_magnitude(amax[j], fabsf(value[i]));
     }
 #pragma unroll
     for (int d = 1; d < 16; d *= 2) {
 #pragma unroll
-      for (int j = 0; j < kUnroll; j++) amax[j] = fmaxf(amax[j], __shfl_xor_sync(0xffffffffu, amax[j], d));
+      for (int j = 0; j < kUnroll; j++) amax[j] = max_magnitude(amax[j], __shfl_xor_sync(0xffffffffu, amax[j], d));
     }
+#else
+    // Magnitudes stay 16 bits wide, two vectors in a word: half the shuffles, and no widening.
+    uint32_t most[kUnroll];
 #pragma unroll
     for (int j = 0; j < kUnroll; j++) {
+      const uint4 v = raw[j].vector[0];
+      most[j] = max_halves(max_halves(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu),
+                           max_halves(v.z & 0x7fff7fffu, v.w & 0x7fff7fffu));
+    }
+#pragma unroll
+    for (int j = 0; j < kUnroll; j += 2) {
+      const uint32_t low = (most[j] & 0xffffu) | most[j + 1] << 16, high = most[j] >> 16 | (most[j + 1] & 0xffff0000u);
+      uint32_t pair = max_halves(low, high);
+#pragma unroll
+      for (int d = 1; d < 16; d *= 2) pair = max_halves(pair, __shfl_xor_sync(0xffffffffu, pair, d));
+      amax[j] = EPV2_CAST == 1 ? bf16_low(pair) : half_low(pair);
+      amax[j + 1] = EPV2_CAST == 1 ? bf16_high(pair) : half_high(pair);
+    }
+#endif
+    // Lane j of each half warp divides for vector j. A NaN is no smaller than the smallest: it stays, as on the host.
+    const int mine = lane % kUnroll;
+    float my_amax = amax[0];
+#pragma unroll
+    for (int j = 1; j < kUnroll; j++) my_amax = mine == j ? amax[j] : my_amax;
+    my_amax = my_amax < kSmallestAmax ? kSmallestAmax : my_amax;
+    const float my_inverse = __fdiv_rn(kE4m3Max, my_amax);
+    const int my_block = (base + (mine * kWarp + lane / 16 * 16) * 8) / kScaleBlock;
+    if (lane % 16 < kUnroll && my_block * kScaleBlock < hidden) scales[my_block] = __fdiv_rn(my_amax, kE4m3Max);
+#pragma unroll
+    for (int j = 0; j < kUnroll; j++) {
+      const float inverse = __shfl_sync(0xffffffffu, my_inverse, lane / 16 * 16 + j);
       const int at = base + (j * kWarp + lane) * 8;
       if (at >= hidden) continue;
-      const float inverse = __fdiv_rn(kE4m3Max, amax[j]);
       float v[8];
       raw[j].widen(v);
       *reinterpret_cast<uint2*>(to + at) =
           make_uint2(pack_e4m3x4(v[0] * inverse, v[1] * inverse, v[2] * inverse, v[3] * inverse),
                      pack_e4m3x4(v[4] * inverse, v[5] * inverse, v[6] * inverse, v[7] * inverse));
-      if (lane % 16 == 0) scales[at / kScaleBlock] = __fdiv_rn(amax[j], kE4m3Max);
     }
   }
 }

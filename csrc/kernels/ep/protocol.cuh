@@ -97,19 +97,19 @@ struct Counts {
   __device__ int words() const { return (2 * num_ranks + 1) * columns + num_ranks; }
 };
 
-// All lanes of all warps: `visit(row)` for every row below `capacity` in expert order that belongs to no token.
+// All warps, each with all its lanes: `visit(begin, end)` for the rows below `capacity`, in expert order, that belong to
+// no token.
 template <typename Visit>
 __device__ __forceinline__ void for_each_gap(const Counts& counts, int alignment, int capacity, Visit visit) {
-  const int lane = threadIdx.x % kWarp, num_experts = counts.columns - 1;
+  const int num_experts = counts.columns - 1, last = num_experts - 1;
   const int warp = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp, warps = gridDim.x * (blockDim.x / kWarp);
   for (int e = warp; e < num_experts; e += warps) {
     const int begin = counts.begin(0, e), rows = counts.total(e);
-    const int end = min(begin + (rows + alignment - 1) / alignment * alignment, capacity);
-    for (int row = begin + rows + lane; row < end; row += kWarp) visit(row);
+    visit(begin + rows, min(begin + (rows + alignment - 1) / alignment * alignment, capacity));
   }
-  const int last = num_experts - 1;
   const int end = counts.begin(0, last) + (counts.total(last) + alignment - 1) / alignment * alignment;
-  for (int row = end + warp * kWarp + lane; row < capacity; row += warps * kWarp) visit(row);
+  const int64_t left = max(capacity - end, 0);
+  visit(end + static_cast<int>(left * warp / warps), end + static_cast<int>(left * (warp + 1) / warps));
 }
 
 __device__ __forceinline__ uint32_t* state_word(const Common& c, int word) {

@@ -130,18 +130,26 @@ __device__ inline void consume(const Ring& ring, int consumer, int last_vectors,
   float sum[kVectors][kPerVector];
   uint32_t parity = 0;
   int piece = 0;
-  for (int slot = 0;;) {
+  const uint8_t* const mine = ring.memory + first_vector * 16;
+  // A warp whose vectors are all there, in every piece, need not look which are: that is nearly every warp.
+  const int least = num_pieces == 1 ? last_vectors : min(full_vectors, last_vectors);
+  const bool whole = (consumer + 1) * kVectors * kWarp <= least;
+  for (int slot = 0, at = 0;;) {
     mbarrier_wait(ring.full(slot), parity);
     const uint64_t info = *ring.info(slot);
     if (info & kEnd) return;
     const int vectors = piece == num_pieces - 1 ? last_vectors : full_vectors;
-    const uint8_t* memory = ring.memory + slot * ring.piece_bytes;
     uint4 raw[kVectors];
+    if (whole && !(info & kZero)) {
 #pragma unroll
-    for (int v = 0; v < kVectors; v++) {
-      const int i = first_vector + v * kWarp;
-      raw[v] = i < vectors && !(info & kZero) ? *reinterpret_cast<const uint4*>(memory + i * 16)
-                                              : make_uint4(0, 0, 0, 0);
+      for (int v = 0; v < kVectors; v++) raw[v] = *reinterpret_cast<const uint4*>(mine + at + v * kWarp * 16);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVectors; v++) {
+        raw[v] = first_vector + v * kWarp < vectors && !(info & kZero)
+                     ? *reinterpret_cast<const uint4*>(mine + at + v * kWarp * 16)
+                     : make_uint4(0, 0, 0, 0);
+      }
     }
     if (info & kFirst) {
 #pragma unroll
@@ -157,8 +165,9 @@ __device__ inline void consume(const Ring& ring, int consumer, int last_vectors,
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(ring.empty(slot));
+    at += ring.piece_bytes;
     if (++slot == ring.slots) {
-      slot = 0;
+      slot = at = 0;
       parity ^= 1;
     }
     if (info & kLast) {

@@ -570,7 +570,9 @@ class CudaBackend:
             expanded_capacity=route.num_expanded_rows,
             expert_alignment=route.expert_alignment,
         )
-        self._launch(kernels.DISPATCH_ROUTE, arguments, num_sms, sizing.route_shape(route.num_local_experts))
+        self._launch(
+            kernels.DISPATCH_ROUTE, arguments, num_sms, sizing.route_shape(route.num_local_experts, route.num_topk)
+        )
 
     def _make_host_counts(self, route: CudaRoute) -> None:
         """Mapped memory in which the stage kernel tells what arrives, and the tag that will say that it has."""
