@@ -15,10 +15,17 @@ from epv2_plugin.elastic.buffer import resolve_backend
 
 logger = logging.getLogger("epv2_plugin")
 
+# Keys, and whole sections, that have nothing to act on with a backend.
+WITHOUT_EFFECT = {
+    "host": ("sm_budget", "network", "pipeline", "context", "timeouts.gpu_seconds"),
+    "cuda": ("sm_budget.pipeline", "sm_budget.context", "network.rdma_gbytes_per_s", "pipeline", "context"),
+}
+
 
 @dataclass
 class _Enabled:
     config: PluginConfig
+    backend: str
     bridged: bool
 
 
@@ -49,7 +56,7 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
             )
         return
     _show_log()
-    _check(loaded)
+    backend = _check(loaded)
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         raise ImportError("Megatron-Core is not installed: pip install 'epv2_plugin[megatron]'")
     # Megatron reads the device at import: the bridge comes first.
@@ -63,13 +70,13 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
     except BaseException:
         cpu_bridge.uninstall()
         raise
-    _enabled = _Enabled(loaded, bridged)
+    _enabled = _Enabled(loaded, backend, bridged)
     logger.info(
         "epv2: enabled with %s; flex backend 'epv2' is there for expert parallelism, pipeline and context are stock",
         loaded.source,
     )
-    if unused := _unused(loaded):
-        logger.info("epv2: without effect on the host backend: %s", ", ".join(unused))
+    if unused := _unused(loaded, backend):
+        logger.info("epv2: without effect on the %s backend: %s", backend, ", ".join(unused))
 
 
 def _show_log() -> None:
@@ -79,12 +86,13 @@ def _show_log() -> None:
         logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
-def _unused(config: PluginConfig) -> list[str]:
-    """Keys that are set but have nothing to act on with the host backend."""
+def _unused(config: PluginConfig, backend: str) -> list[str]:
+    """Keys that are set but have nothing to act on with `backend`."""
     given = config.model_dump(exclude_defaults=True)
-    sections = ("sm_budget", "network", "pipeline", "context")
-    keys = [f"{name}.{key}" for name in sections for key, value in given.get(name, {}).items() if value != "stock"]
-    return keys + (["timeouts.gpu_seconds"] if "gpu_seconds" in given.get("timeouts", {}) else [])
+    sections = {name: section for name, section in given.items() if isinstance(section, dict)}
+    keys = [f"{name}.{key}" for name, section in sections.items() for key in section if section[key] != "stock"]
+    idle = WITHOUT_EFFECT[backend]
+    return [key for key in keys if key in idle or key.partition(".")[0] in idle]
 
 
 def disable() -> None:
@@ -102,8 +110,9 @@ def disable() -> None:
 
 def status() -> dict[str, Any]:
     """What is active: `enabled`, `config`, `backend`, `unused` (keys without effect there),
-    `expert`/`pipeline`/`context` (who runs it), `replaced` (dotted
-    names of the symbols replaced), `bridge` (likewise, for Megatron on a CPU), `groups` (one entry per EP group)."""
+    `expert`/`pipeline`/`context` (who runs it), `replaced` (dotted names of the symbols replaced), `bridge` (likewise,
+    for Megatron on a CPU), `groups` (one entry for each buffer: ranks, backend, mode, transport, SMs, queue pairs,
+    bytes sent). On a GPU a buffer is made at the first micro-batch, unless something says how large it must be."""
     if _enabled is None:
         return {"enabled": False, "replaced": [], "bridge": [], "groups": []}
     from epv2_plugin.megatron import arguments, cpu_bridge, dispatcher
@@ -111,8 +120,8 @@ def status() -> dict[str, Any]:
     return {
         "enabled": True,
         "config": _enabled.config.source,
-        "backend": "host",
-        "unused": _unused(_enabled.config),
+        "backend": _enabled.backend,
+        "unused": _unused(_enabled.config, _enabled.backend),
         "expert": "epv2",
         "pipeline": "stock",
         "context": "stock",
@@ -122,19 +131,20 @@ def status() -> dict[str, Any]:
     }
 
 
-def _check(config: PluginConfig) -> None:
-    """Refuse what this version or machine can't do."""
+def _check(config: PluginConfig) -> str:
+    """Refuse what this version or machine can't do; returns the backend that runs."""
     cuda = torch.cuda.is_available()
     config.check(device_sms=torch.cuda.get_device_properties(0).multi_processor_count if cuda else None)
     try:
-        resolve_backend(config.backend)
+        backend = resolve_backend(config.backend)
     except RuntimeError as error:
         raise config.fail("backend", str(error)) from None
-    if cuda:
+    if cuda and backend == "host":
         raise config.fail(
             "backend", "the host backend trains on the CPU; hide the GPU (CUDA_VISIBLE_DEVICES=) to use it"
         )
     if config.expert.mode == "hybrid":
-        raise config.fail("expert.mode", "the host backend makes one hop: 'auto' or 'direct'")
+        raise config.fail("expert.mode", f"the {backend} backend makes one hop in this version: 'auto' or 'direct'")
     if not config.expert.host_sync:
-        raise config.fail("expert.host_sync", "must be true on the host backend, whose experts take exact counts")
+        raise config.fail("expert.host_sync", "must be true for Megatron, whose experts take exact counts")
+    return backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -145,6 +145,11 @@ class ElasticBuffer:
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Queue pairs for `num_sms` SMs; the host backend has none: 0."""
         return 0
+
+    def describe(self) -> dict[str, Any]:
+        """What runs: `backend`, `mode` (direct = one hop), `transport`, `sms` and `qps` that an operation holds."""
+        self._open()
+        return {"backend": "host", "mode": "direct", "transport": "gloo", "sms": 0, "qps": 0}
 
     def _find_machines(self) -> tuple[int, int]:
         name = hashlib.sha256(socket.gethostname().encode()).digest()

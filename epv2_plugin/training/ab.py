@@ -1,17 +1,18 @@
 """A/B: the same model, weights, data and routing, trained with each token dispatcher in turn, in one launch.
 
 All arms live in the same processes and take turns step by step, in an order that rotates, so that whatever else the
-machine does hits all of them.
+machine does hits all of them. In bf16 a stock run that rounds its sums in another order follows, alone: how far its
+losses are from stock's is the noise that the plugin's losses are judged by.
 """
 
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import platform
 import sys
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -19,10 +20,13 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
+from epv2_plugin import plugin
+from epv2_plugin.elastic import ElasticBuffer
 from epv2_plugin.megatron.dispatcher import EpTokenDispatcher
+from epv2_plugin.training import devices
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.launcher import INTERRUPTED
-from epv2_plugin.training.recipe import Recipe, check_arms, parameter_count
+from epv2_plugin.training.recipe import REORDERED, Recipe, check_arms, parameter_count
 from epv2_plugin.training.report import write_report
 from epv2_plugin.training.stages import PeakMemory, StageClock, StockTraffic, moe_layers, skew_routing
 from epv2_plugin.training.trainer import Arm, Interrupts, leave, setup
@@ -42,43 +46,91 @@ def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, co
     """
     check_arms(recipe, arms)
     setup(recipe)
-    stream = TokenStream(recipe)
-    measured = [_MeasuredArm(Arm(recipe, name), skew) for name in arms]
-    metrics: IO[str] | None = None
+    training = _Run(recipe, folder)
+    meta = _meta(recipe, arms, skew, command, training.stream)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("report.md", "report.png"):
             (folder / name).unlink(missing_ok=True)
-        (folder / "meta.json").write_text(json.dumps(_meta(recipe, arms, skew, command, stream), indent=1) + "\n")
-        metrics = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed below
-    interrupted, failure = False, ""
+        _write(folder, meta)
     with Interrupts() as interrupts:
-        try:
-            for step in range(recipe.train.steps):
-                batch = stream.sequences(step)
-                turn = step % len(measured)
-                for arm in measured[turn:] + measured[:turn]:
-                    record = arm.step(batch)
-                    if metrics is not None:
-                        metrics.write(json.dumps(record) + "\n")
-                        metrics.flush()
-                if metrics is not None:
-                    _show(step, recipe.train.steps, measured)
-                if interrupted := interrupts.anywhere():
-                    break
-        except FloatingPointError as error:  # every rank raises it
-            failure = f"{arm.arm.dispatcher}: {error}"
-    if metrics is not None:
-        metrics.close()
+        training.steps([_MeasuredArm(Arm(recipe, name), skew) for name in arms], interrupts)
+        meta["expert_parallel"] = plugin.status()["groups"]
+        if "noise" in meta and not training.over:
+            if dist.get_rank() == 0:
+                print("\nonce more with stock, whose sums are rounded in another order:", flush=True)
+            _free_memory()
+            training.steps([_MeasuredArm(Arm(recipe, REORDERED), skew)], interrupts)
+    if dist.get_rank() == 0:
+        training.close()
+        _write(folder, meta)
         print(flush=True)
         report = write_report(folder)
         print(report.read_text().split("\n##")[0].strip())
         print(f"\nreport: {report}", flush=True)
-        if failure:
-            print(f"stopped early: {failure}", file=sys.stderr)
+        if training.failure:
+            print(f"stopped early: {training.failure}", file=sys.stderr)
     dist.barrier()
     leave()
-    return 1 if failure else INTERRUPTED if interrupted else 0
+    return 1 if training.failure else INTERRUPTED if training.interrupted else 0
+
+
+class _Run:
+    """The steps of an A/B run, and `metrics.jsonl`, which rank 0 writes.
+
+    Attributes:
+        stream: the data.
+        interrupted: whether a rank was asked to stop.
+        failure: which arm's loss was not finite; empty = none.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.stream = TokenStream(recipe)
+        self.interrupted, self.failure = False, ""
+        self._steps, self._folder = recipe.train.steps, folder
+        self._metrics: IO[str] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether no further step is to be made."""
+        return self.interrupted or bool(self.failure)
+
+    def steps(self, measured: list[_MeasuredArm], interrupts: Interrupts) -> None:
+        """Train the arms, which take turns, until the recipe's last step, an interrupt or a loss that is not finite."""
+        if dist.get_rank() == 0 and self._metrics is None:
+            self._metrics = open(self._folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed by close()
+        try:
+            for step in range(self._steps):
+                batch = self.stream.sequences(step)
+                turn = step % len(measured)
+                for arm in measured[turn:] + measured[:turn]:
+                    record = arm.step(batch)
+                    if self._metrics is not None:
+                        self._metrics.write(json.dumps(record) + "\n")
+                        self._metrics.flush()
+                if self._metrics is not None:
+                    _show(step, self._steps, measured)
+                self.interrupted = interrupts.anywhere()
+                if self.interrupted:
+                    return
+        except FloatingPointError as error:  # every rank raises it
+            self.failure = f"{arm.arm.dispatcher}: {error}"
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def _write(folder: Path, meta: dict[str, Any]) -> None:
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def _free_memory() -> None:
+    """Give back what arms held that are gone: a model and its optimizer refer to themselves in circles."""
+    gc.collect()
+    if devices.on_gpu():
+        torch.cuda.empty_cache()
 
 
 class _MeasuredArm:
@@ -88,29 +140,30 @@ class _MeasuredArm:
         self.arm = arm
         self.record: dict[str, Any] = {}
         self._clock, self._memory, self._traffic = StageClock(arm.chunks), PeakMemory(), StockTraffic(arm.chunks)
-        # Layers of one group share a buffer.
-        self._buffers = {
-            layer.token_dispatcher.buffer
-            for layer in moe_layers(arm.chunks)
-            if isinstance(layer.token_dispatcher, EpTokenDispatcher)
-        }
+        dispatchers = [layer.token_dispatcher for layer in moe_layers(arm.chunks)]
+        self._ours = [dispatcher for dispatcher in dispatchers if isinstance(dispatcher, EpTokenDispatcher)]
         if skew is not None:
-            skew_routing(arm.chunks, skew)
+            last = arm.recipe.model.moe.num_experts - 1
+            skew_routing(arm.chunks, skew, popular=last if arm.dispatcher == REORDERED else 0)
 
     def step(self, batch: torch.Tensor) -> dict[str, Any]:
         """One step; returns its record, the same on every rank."""
         self._clock.reset()
         self._memory.reset()
         sent, plain = self._sent()
+        devices.synchronize()
         dist.barrier()
-        begin = time.perf_counter()
+        begin = devices.mark()
         with self._traffic.counting():
             result = self.arm.step(batch)
-        seconds = time.perf_counter() - begin
+        end = devices.mark()
+        stages = self._clock.seconds()  # waits for the device
+        seconds = devices.seconds_between(begin, end)
         sent_now, plain_now = self._sent()
-        stages = list(self._clock.seconds.values())
-        sums = torch.tensor([sent_now - sent, plain_now - plain, *stages], dtype=torch.float64)
-        largest = torch.tensor([seconds, self._memory.read()], dtype=torch.float64)
+        here = devices.current()
+        counted = [sent_now - sent, plain_now - plain, *stages.values()]
+        sums = torch.tensor(counted, dtype=torch.float64, device=here)
+        largest = torch.tensor([seconds, self._memory.read()], dtype=torch.float64, device=here)
         dist.all_reduce(sums)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         ranks = dist.get_world_size()
@@ -123,17 +176,19 @@ class _MeasuredArm:
             "step_ms": round(float(largest[0]) * 1e3, 3),
             "sent_bytes": int(sums[0]),
             "undeduplicated_bytes": int(sums[1]),
-            "peak_rss_mib": round(float(largest[1]) / 2**20, 1),
+            "peak_mib": round(float(largest[1]) / 2**20, 1),
         }
-        for stage, total in zip(self._clock.seconds, sums[2:].tolist(), strict=True):
+        for stage, total in zip(stages, sums[2:].tolist(), strict=True):
             name, _, backward = stage.partition("_")
             self.record[f"{name}_backward_ms" if backward else f"{name}_ms"] = round(total / ranks * 1e3, 3)
         return self.record
 
     def _sent(self) -> tuple[int, int]:
         """Bytes sent so far, and what they would have been with a copy per (token, expert); stock sends those."""
-        if self._buffers:
-            traffic = [buffer.traffic for buffer in self._buffers]
+        if self._ours:
+            # Layers share buffers; before the first micro-batch there may be none.
+            buffers: set[ElasticBuffer] = {layer.buffer for layer in self._ours if layer.buffer is not None}
+            traffic = [buffer.traffic for buffer in buffers]
             return sum(t.sent_bytes for t in traffic), sum(t.undeduplicated_bytes for t in traffic)
         return self._traffic.sent_bytes, self._traffic.sent_bytes
 
@@ -150,7 +205,8 @@ def _show(step: int, steps: int, measured: list[_MeasuredArm]) -> None:
 def _meta(recipe: Recipe, arms: list[str], skew: float | None, command: str, stream: TokenStream) -> dict[str, Any]:
     degrees = {"EP": "expert", "TP": "tensor", "PP": "pipeline"}
     layout = " ".join(f"{short}{recipe.degree(name)}" for short, name in degrees.items())  # type: ignore[arg-type]
-    return {
+    where = devices.place(devices.usable_gpus(recipe))
+    meta: dict[str, Any] = {
         "name": recipe.name,
         "recipe": recipe.source,
         "command": command,
@@ -161,11 +217,16 @@ def _meta(recipe: Recipe, arms: list[str], skew: float | None, command: str, str
         "layout": f"{layout} DP{recipe.data_parallel}",
         "skew": skew,
         "versions": {"python": platform.python_version(), **_versions()},
-        "machine": _machine(),
+        "machine": {**_machine(), **devices.facts(where)},
         "data": {"path": recipe.data.path, "tokens": stream.num_tokens, "digest": stream.digest},
         "precision": recipe.train.precision,
         "parameters": parameter_count(recipe).total,
+        "dispatch_dtype": recipe.plugin.expert.dispatch_dtype,
+        "sm_budget": recipe.plugin.sm_budget.expert,
     }
+    if recipe.train.precision == "bf16":
+        meta["noise"] = {"arm": REORDERED, "base": next(arm for arm in arms if arm != "epv2")}
+    return meta
 
 
 def _versions() -> dict[str, str]:

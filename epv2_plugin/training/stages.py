@@ -8,8 +8,8 @@ backward pass meets the brackets in reverse. Waiting for slower ranks falls into
 from __future__ import annotations
 
 import functools
+import itertools
 import resource
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from epv2_plugin.megatron.patches import Patches
+from epv2_plugin.training import devices
 
 # The brackets in the order in which the forward pass meets them, and the stage that ends at each.
 BRACKETS = ("before dispatch", "after dispatch", "before combine", "after combine")
@@ -48,10 +49,9 @@ class _Bracket(torch.autograd.Function):
 
 
 class StageClock:
-    """Seconds per stage since `reset`, summed over the MoE layers and micro-batches of `chunks`, on the host's clock.
+    """Seconds per stage since `reset`, summed over the MoE layers and micro-batches of `chunks`.
 
-    Attributes:
-        seconds: forward seconds by stage, and backward seconds by stage + "_backward".
+    On a GPU the time is that of the stream that runs the layer: work on other streams counts where that one waits.
     """
 
     def __init__(self, chunks: list[Any]):
@@ -68,8 +68,16 @@ class StageClock:
 
     def reset(self) -> None:
         """Start counting anew."""
-        self.seconds = {stage + suffix: 0.0 for suffix in ("", "_backward") for stage in STAGES}
-        self._last = 0.0
+        self._passed: list[tuple[str | None, Any]] = []  # stage that ended, time
+
+    def seconds(self) -> dict[str, float]:
+        """Forward seconds by stage, and backward seconds by stage + "_backward". Waits for the device."""
+        devices.synchronize()
+        sums = {stage + suffix: 0.0 for suffix in ("", "_backward") for stage in STAGES}
+        for (_, begin), (stage, end) in itertools.pairwise(self._passed):
+            if stage is not None:
+                sums[stage] += devices.seconds_between(begin, end)
+        return sums
 
     def forward(self, bracket: str) -> None:
         """The forward pass is at `bracket`."""
@@ -81,10 +89,7 @@ class StageClock:
         self._pass(stage and stage + "_backward")
 
     def _pass(self, stage: str | None) -> None:
-        now = time.perf_counter()
-        if stage is not None:
-            self.seconds[stage] += now - self._last
-        self._last = now
+        self._passed.append((stage, devices.mark()))
 
     def _bracketed(self, method: Callable, before: str | None, after: str | None) -> Callable:
         @functools.wraps(method)
@@ -167,12 +172,12 @@ class StockTraffic:
 class SkewedRouting:
     """Routing with one popular expert, in the place of Megatron's `RouterReplay`: the same for every arm and every run.
 
-    A fixed share of the tokens sends its last choice to expert 0 instead, unless it chose that already; the scores stay
-    the router's.
+    A fixed share of the tokens sends its last choice to the popular expert instead, unless it chose that already; the
+    scores stay the router's.
     """
 
-    def __init__(self, share: float):
-        self._share = share
+    def __init__(self, share: float, popular: int):
+        self._share, self._popular = share, popular
 
     def get_replay_topk(
         self, scores: torch.Tensor, topk: int, num_groups: Any, group_topk: Any, default_compute_topk: Callable
@@ -181,25 +186,29 @@ class SkewedRouting:
         _, chosen_TK = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         # Multiples of the golden ratio spread the popular tokens evenly whatever their number.
         token_T = torch.arange(scores.shape[0], device=scores.device, dtype=torch.float64)
-        popular_T = (token_T * 0.6180339887498949 % 1.0 < self._share) & (chosen_TK != 0).all(1)
+        popular_T = (token_T * 0.6180339887498949 % 1.0 < self._share) & (chosen_TK != self._popular).all(1)
         chosen_TK = chosen_TK.clone()
-        chosen_TK[popular_T, -1] = 0
+        chosen_TK[:, -1] = chosen_TK[:, -1].masked_fill(popular_T, self._popular)
         return scores.gather(1, chosen_TK), chosen_TK
 
 
-def skew_routing(chunks: list[Any], share: float) -> None:
-    """Give every MoE layer a `SkewedRouting`."""
+def skew_routing(chunks: list[Any], share: float, popular: int) -> None:
+    """Give every MoE layer a `SkewedRouting` with expert `popular`."""
     for layer in moe_layers(chunks):
-        layer.router.router_replay = SkewedRouting(share)
+        layer.router.router_replay = SkewedRouting(share, popular)
 
 
 class PeakMemory:
-    """Peak resident memory of this process in bytes since `reset`, or since its start where Linux can't reset it."""
+    """Peak memory of this process in bytes since `reset`: on a GPU, what torch allocated there; on the CPU, resident
+    memory, since the start of the process where Linux can't reset it."""
 
     _clear, _status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
     def reset(self) -> None:
         """Forget the peak so far."""
+        if devices.on_gpu():
+            torch.cuda.reset_peak_memory_stats()
+            return
         try:
             self._clear.write_text("5")
             self._resettable = True
@@ -208,6 +217,8 @@ class PeakMemory:
 
     def read(self) -> int:
         """The peak in bytes."""
+        if devices.on_gpu():
+            return torch.cuda.max_memory_allocated()
         if self._resettable:
             for line in self._status.read_text().splitlines():
                 if line.startswith("VmHWM:"):

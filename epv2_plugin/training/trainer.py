@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sys
-import time
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +23,12 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from epv2_plugin.megatron import cpu_bridge
-from epv2_plugin.training import checkpoint
+from epv2_plugin.megatron import cpu_bridge, dispatcher, local_attention
+from epv2_plugin.training import checkpoint, devices
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.launcher import INTERRUPTED, process_group_store
 from epv2_plugin.training.model import build_model, seed_weights, transformer_config
-from epv2_plugin.training.recipe import Recipe, parameter_count
+from epv2_plugin.training.recipe import REORDERED, Recipe, parameter_count
 
 logger = logging.getLogger("epv2_plugin")
 
@@ -39,26 +38,27 @@ def setup(recipe: Recipe) -> None:
     Megatron's groups, seeds and micro-batch count for the recipe. A second call replaces what the first one made.
 
     Raises:
-        ConfigError: the recipe is for another number of ranks, or asks for context parallelism.
+        ConfigError: the recipe is for another number of ranks or another kind of machine, or asks for context
+            parallelism.
         RuntimeError: the process was not started as a rank.
     """
-    cuda = torch.cuda.is_available()
-    cpu_bridge.install()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
-        torch.set_num_threads(1)
+    where = devices.place(devices.usable_gpus(recipe))
+    if not cpu_bridge.install():
+        local_attention.install()
+    notice = devices.take(where)
     timeouts = recipe.plugin.timeouts
-    timeout = timedelta(seconds=timeouts.gpu_seconds if cuda else timeouts.host_seconds)
+    timeout = timedelta(seconds=timeouts.gpu_seconds if where.gpus else timeouts.host_seconds)
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             raise RuntimeError("RANK is not set: start ranks by `epv2 train`, `epv2 ab` or torchrun")
-        backend, store = "nccl" if cuda else "gloo", process_group_store(timeout)
+        backend, store = devices.process_group_backend(), process_group_store(timeout)
         if store is None:
             dist.init_process_group(backend, timeout=timeout)
         else:
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    if notice and dist.get_rank() == 0:
+        logger.info("%s", notice)
     if recipe.train.processes != dist.get_world_size():
         raise recipe.fail("train.processes", f"the job was started with {dist.get_world_size()} ranks")
     if recipe.degree("context") != 1:
@@ -86,6 +86,7 @@ def setup(recipe: Recipe) -> None:
 
 
 def _forget_groups() -> None:
+    dispatcher.release()
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
 
@@ -93,6 +94,7 @@ def _forget_groups() -> None:
 def leave() -> None:
     """End a rank's part in everything that `setup` made."""
     _forget_groups()
+    local_attention.uninstall()
     dist.destroy_process_group()
 
 
@@ -116,6 +118,9 @@ class StepResult:
 class Arm:
     """A model with its optimizer and schedule, for one of `recipe.DISPATCHERS`. `setup` must have been called.
 
+    `recipe.REORDERED` is stock `alltoall` with expert e's weights, and its row of the router, in the place of expert
+    E - 1 - e: the same function and the same training, but for the order in which sums are rounded.
+
     Attributes:
         recipe: what it was made from.
         dispatcher: the token dispatcher.
@@ -134,9 +139,10 @@ class Arm:
             enable(recipe.plugin)
         self.recipe, self.dispatcher, self.steps_done = recipe, dispatcher, 0
         train = recipe.train
-        config = transformer_config(recipe, dispatcher)
+        reordered = dispatcher == REORDERED
+        config = transformer_config(recipe, "alltoall" if reordered else dispatcher)
         self.chunks = build_model(recipe, config)
-        seed_weights(self.chunks, train.seed)
+        seed_weights(self.chunks, train.seed, reverse_experts=reordered)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -172,7 +178,7 @@ class Arm:
         if train.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self._device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        self._device = devices.current()
         for chunk in self.chunks:
             chunk.train()
 
@@ -276,9 +282,11 @@ def train(
     saved = arm.steps_done
     with Interrupts() as interrupts:
         while arm.steps_done < last:
-            begin = time.perf_counter()
+            begin = devices.mark()
             result = arm.step(stream.sequences(arm.steps_done))
-            seconds = time.perf_counter() - begin
+            end = devices.mark()
+            devices.synchronize()
+            seconds = devices.seconds_between(begin, end)
             if report is not None:
                 report.step(arm.steps_done, result, seconds)
             interrupted = interrupts.anywhere()
@@ -299,7 +307,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         self._asked = False
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = devices.current()
         self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
