@@ -70,7 +70,7 @@ def make_run(
                 lines.append(json.dumps(changed))
         if step < noise_steps:
             drift = 1 + NOISE * (step + 1) / steps
-            lines.append(json.dumps({"arm": "reordered", "step": step, "loss": 5.0 * math.exp(-step / 20) * drift}))
+            lines.append(json.dumps({"arm": "allgather", "step": step, "loss": 5.0 * math.exp(-step / 20) * drift}))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -240,7 +240,7 @@ def _drifting(factor: float) -> Change:
     return change
 
 
-BF16 = {"precision": "bf16", "noise": {"arm": "reordered", "base": "alltoall"}}
+BF16 = {"precision": "bf16", "noise": {"arm": "allgather", "base": "alltoall"}}
 
 
 @pytest.mark.parametrize(
@@ -255,11 +255,11 @@ def test_bf16_losses_are_judged_by_the_noise_of_two_stock_runs(tmp_path, factor,
     folder = make_run(tmp_path / "run", change=_drifting(factor), noise_steps=30, **BF16)
     assert words in verdict_of(folder)
     text = (folder / "report.md").read_text()
-    assert "two runs of alltoall that round their sums in another order by 1.0e-03 (step 29)" in text
-    assert "| rounding noise: reordered and alltoall | 30 | 1.00e-03 | 29 | 0 |" in text
+    assert "stock's own allgather and alltoall by 1.0e-03 (step 29)" in text
+    assert "| rounding noise: allgather and alltoall | 30 | 1.00e-03 | 29 | 0 |" in text
     assert "| step | alltoall | epv2 | epv2 difference | noise |" in text
     # A yardstick is no arm: it has no time and no traffic.
-    assert "reordered" not in text.partition("## Losses")[0].partition("## Time")[2]
+    assert "allgather" not in text.partition("## Losses")[0].partition("## Time")[2]
 
 
 def test_fp8_dispatch_is_named_where_losses_differ(tmp_path):
@@ -269,10 +269,17 @@ def test_fp8_dispatch_is_named_where_losses_differ(tmp_path):
     assert "epv2 dispatches in fp8, which rounds more" in verdict_of(folder)
 
 
+def test_the_other_dispatcher_may_be_an_arm(tmp_path):
+    folder = make_run(tmp_path / "run", change=_drifting(0.5), arms=["alltoall", "allgather", "epv2"], **BF16)
+    assert "tolerance 2e-02 for bf16" in verdict_of(folder)  # equal losses measure no noise
+    text = (folder / "report.md").read_text()
+    assert "| rounding noise: allgather and alltoall | 30 | 0.00e+00 |" in text
+
+
 def test_too_short_a_noise_run_is_no_yardstick(tmp_path):
     folder = make_run(tmp_path / "run", change=_drifting(4.0), noise_steps=12, **BF16)
     assert "tolerance 2e-02 for bf16" in verdict_of(folder)
-    assert "| rounding noise: reordered and alltoall | 12 |" in (folder / "report.md").read_text()
+    assert "| rounding noise: allgather and alltoall | 12 |" in (folder / "report.md").read_text()
 
 
 @pytest.mark.parametrize("mps", [True, False])

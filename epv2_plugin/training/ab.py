@@ -1,14 +1,13 @@
 """A/B: the same model, weights, data and routing, trained with each token dispatcher in turn, in one launch.
 
 All arms live in the same processes and take turns step by step, in an order that rotates, so that whatever else the
-machine does hits all of them. In bf16 a stock run that rounds its sums in another order follows, alone: how far its
-losses are from stock's is the noise that the plugin's losses are judged by.
+machine does hits all of them. In bf16 a run with stock's other dispatcher follows, alone: how far the losses of
+stock's two dispatchers, which round their sums in different orders, are apart is what the plugin's are judged by.
 """
 
 from __future__ import annotations
 
 import datetime
-import gc
 import json
 import os
 import platform
@@ -26,11 +25,12 @@ from epv2_plugin.megatron.dispatcher import EpTokenDispatcher
 from epv2_plugin.training import devices
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.launcher import INTERRUPTED
-from epv2_plugin.training.recipe import REORDERED, Recipe, check_arms, parameter_count
+from epv2_plugin.training.recipe import Recipe, check_arms, parameter_count
 from epv2_plugin.training.report import write_report
 from epv2_plugin.training.stages import PeakMemory, StageClock, StockTraffic, moe_layers, skew_routing
 from epv2_plugin.training.trainer import Arm, Interrupts, leave, setup
 
+STOCK = ("alltoall", "allgather")
 WARMUP_STEPS = 3  # allocators and caches settle
 
 
@@ -54,13 +54,16 @@ def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, co
             (folder / name).unlink(missing_ok=True)
         _write(folder, meta)
     with Interrupts() as interrupts:
-        training.steps([_MeasuredArm(Arm(recipe, name), skew) for name in arms], interrupts)
+        measured = [_MeasuredArm(Arm(recipe, name), skew) for name in arms]
+        training.steps(measured, interrupts)
         meta["expert_parallel"] = plugin.status()["groups"]
-        if "noise" in meta and not training.over:
+        other = meta.get("noise", {}).get("arm")
+        if other is not None and other not in arms and not training.over:
             if dist.get_rank() == 0:
-                print("\nonce more with stock, whose sums are rounded in another order:", flush=True)
-            _free_memory()
-            training.steps([_MeasuredArm(Arm(recipe, REORDERED), skew)], interrupts)
+                print("\nstock with its other dispatcher, for the rounding noise of the losses:", flush=True)
+            for arm in measured:
+                arm.arm.release()
+            training.steps([_MeasuredArm(Arm(_without_overlap(recipe), other), skew)], interrupts)
     if dist.get_rank() == 0:
         training.close()
         _write(folder, meta)
@@ -122,15 +125,15 @@ class _Run:
             self._metrics.close()
 
 
+def _without_overlap(recipe: Recipe) -> Recipe:
+    """The same model without what stock's `allgather` lacks."""
+    lacks = ("moe_shared_expert_overlap", "moe_pad_expert_input_to_capacity")
+    kept = {name: value for name, value in recipe.megatron.items() if name not in lacks}
+    return recipe.model_copy(update={"megatron": kept})
+
+
 def _write(folder: Path, meta: dict[str, Any]) -> None:
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-
-
-def _free_memory() -> None:
-    """Give back what arms held that are gone: a model and its optimizer refer to themselves in circles."""
-    gc.collect()
-    if devices.on_gpu():
-        torch.cuda.empty_cache()
 
 
 class _MeasuredArm:
@@ -143,8 +146,7 @@ class _MeasuredArm:
         dispatchers = [layer.token_dispatcher for layer in moe_layers(arm.chunks)]
         self._ours = [dispatcher for dispatcher in dispatchers if isinstance(dispatcher, EpTokenDispatcher)]
         if skew is not None:
-            last = arm.recipe.model.moe.num_experts - 1
-            skew_routing(arm.chunks, skew, popular=last if arm.dispatcher == REORDERED else 0)
+            skew_routing(arm.chunks, skew)
 
     def step(self, batch: torch.Tensor) -> dict[str, Any]:
         """One step; returns its record, the same on every rank."""
@@ -225,7 +227,8 @@ def _meta(recipe: Recipe, arms: list[str], skew: float | None, command: str, str
         "sm_budget": recipe.plugin.sm_budget.expert,
     }
     if recipe.train.precision == "bf16":
-        meta["noise"] = {"arm": REORDERED, "base": next(arm for arm in arms if arm != "epv2")}
+        base = next(arm for arm in arms if arm in STOCK)
+        meta["noise"] = {"arm": next(arm for arm in STOCK if arm != base), "base": base}
     return meta
 
 

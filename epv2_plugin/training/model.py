@@ -22,8 +22,6 @@ from torch.nn.functional import silu
 from epv2_plugin.megatron.local_attention import block_specs, uses_transformer_engine
 from epv2_plugin.training.recipe import DECIDED_BY, DISPATCHERS, Recipe
 
-_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")  # in a parameter's name
-
 
 def transformer_config(recipe: Recipe, dispatcher: str) -> MLATransformerConfig:
     """Megatron's configuration of the recipe's model with one of `DISPATCHERS`.
@@ -203,7 +201,7 @@ def global_name(model: Any, name: str) -> str:
     first = (
         parallel_state.get_expert_model_parallel_rank() * config.num_moe_experts // config.expert_model_parallel_size
     )
-    return _EXPERT.sub(lambda match: str(first + int(match.group())), name)
+    return re.sub(r"(?<=\.local_experts\.)\d+", lambda match: str(first + int(match.group())), name)
 
 
 def global_parameters(chunks: list[Any]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -223,20 +221,15 @@ def global_buffers(chunks: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def seed_weights(chunks: list[Any], seed: int, *, reverse_experts: bool = False) -> None:
+def seed_weights(chunks: list[Any], seed: int) -> None:
     """Overwrite every weight by one that depends on `seed` and its global name alone, not on the parallel layout.
 
     Each matrix is drawn at its full shape in fp32, N(0, init_std), the projections that write to the residual stream
     narrower by sqrt(2 x layers), and cut for tensor parallelism. Norms are 1 and biases 0. Call it before the optimizer
     is made, which may copy the weights.
-
-    Args:
-        reverse_experts: put the routed experts, and the router's rows for them, in the reverse order.
     """
     config = unwrap(chunks[0]).config
     for name, parameter in global_parameters(chunks):
-        if reverse_experts:
-            name = _EXPERT.sub(lambda match: str(config.num_moe_experts - 1 - int(match.group())), name)
         if parameter.dim() < 2:
             parameter.fill_(float(name.endswith("weight")))
             continue
@@ -257,6 +250,4 @@ def seed_weights(chunks: list[Any], seed: int, *, reverse_experts: bool = False)
             parts = 2 if config.gated_linear_unit and name.endswith("linear_fc1.weight") else 1
             rank = parallel_state.get_tensor_model_parallel_rank()
             full = torch.cat([part.chunk(split, dim)[rank] for part in full.chunk(parts, dim)], dim)
-        if reverse_experts and name.endswith(".router.weight"):
-            full = full.flip(0)
         parameter.copy_(full)

@@ -14,7 +14,6 @@ from pydantic import Field, PrivateAttr
 from epv2_plugin.config import ConfigError, PluginConfig, Section, parse, parse_config, read_yaml
 
 DISPATCHERS = ("alltoall", "allgather", "epv2")
-REORDERED = "alltoall-reordered"  # stock `alltoall` that rounds its sums in another order; see `trainer.Arm`
 
 
 class Mla(Section):

@@ -70,13 +70,13 @@ class Run:
         self.arms: list[str] = [str(arm) for arm in self.meta.get("arms", [])]
         if not self.arms:
             raise ConfigError(str(folder), "meta.json: arms", self.meta.get("arms"), "must name at least one arm")
-        # A stock run that rounds its sums in another order than the stock arm `base`: not an arm, but a yardstick.
+        # Stock's other dispatcher, which rounds its sums in another order than the stock arm `base`: a yardstick for
+        # losses, and not an arm unless it was asked for as one.
         noise = self.meta.get("noise") or {}
         self.noise: str | None = noise.get("arm")
         self.noise_base: str = noise.get("base", self.arms[0])
-        self.records: dict[str, dict[int, dict[str, Any]]] = {
-            arm: {} for arm in [*self.arms, *([self.noise] if self.noise else [])]
-        }
+        names = [*self.arms, *([self.noise] if self.noise else [])]
+        self.records: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in names}
         self.unreadable = 0
         for line in lines:
             try:
@@ -168,7 +168,7 @@ def _loss_sentence(run: Run, arm: str) -> str:
         return "There is no step at which the losses can be compared."
     detail = f"largest relative difference {difference.largest:.1e} at step {difference.at_step}"
     noise = noise_difference(run, difference.steps)
-    if noise is not None and noise.steps:
+    if noise is not None and noise.largest > 0:
         return _noise_sentence(arm, difference, run, noise)
     if difference.largest <= tolerance:
         return (
@@ -179,12 +179,12 @@ def _loss_sentence(run: Run, arm: str) -> str:
 
 def _noise_sentence(arm: str, difference: LossDifference, run: Run, noise: LossDifference) -> str:
     detail = (
-        f"{arm} and {run.baseline} differ by at most {difference.largest:.1e} (step {difference.at_step}), two runs of "
-        f"{run.noise_base} that round their sums in another order by {noise.largest:.1e} (step {noise.at_step})"
+        f"{arm} and {run.baseline} differ by at most {difference.largest:.1e} (step {difference.at_step}), stock's own "
+        f"{run.noise} and {run.noise_base} by {noise.largest:.1e} (step {noise.at_step})"
     )
     if difference.largest <= noise.largest:
         return f"Losses agree within rounding noise at each of {difference.steps} steps: {detail}."
-    times = difference.largest / max(noise.largest, 1e-30)
+    times = difference.largest / noise.largest
     if times <= CHANCE:
         return f"Losses differ by {times:.1f} times the rounding noise, which may be chance: {detail}."
     why = "" if run.meta.get("dispatch_dtype") != "fp8" else " epv2 dispatches in fp8, which rounds more."
@@ -226,7 +226,7 @@ def loss_difference(run: Run, arm: str, base: str | None = None) -> LossDifferen
 
 
 def noise_difference(run: Run, steps: int | None = None) -> LossDifference | None:
-    """How far the two stock runs are apart that differ only in the order in which they round their sums.
+    """How far stock's two dispatchers are apart, which differ only in the order in which they round their sums.
 
     Args:
         steps: as many steps must have been compared; None = any number.
@@ -365,8 +365,8 @@ def _losses(run: Run) -> str:
         text += [_table(header, summary), ""]
     if noise is not None:
         text += [
-            f"Rounding noise: after the arms, {run.noise_base} was trained once more with its experts in the reverse "
-            "order. That is the same function, only sums are rounded in another order.",
+            "Rounding noise: stock's two dispatchers compute the same function, but alltoall sums all of a token's "
+            "expert rows at once, and allgather those of each rank first.",
             "",
         ]
     columns = ["step", *run.arms, *(f"{arm} difference" for arm in rivals), *(["noise"] if noise is not None else [])]
@@ -515,7 +515,7 @@ def _draw_differences(run: Run, axes: Any, losses: Any) -> None:
         steps = [step for step in run.steps(run.noise or "") if math.isfinite(_noise_at(run, step))]
         band = np.maximum.accumulate([max(_noise_at(run, step), floor) for step in steps])
         axes.fill_between(steps, floor, band, color="#8a8f98", alpha=0.25, lw=0, label="rounding noise")
-        tolerance, label = float(band[-1]), "rounding noise of two stock runs"
+        tolerance, label = float(band[-1]), "rounding noise of stock"
     else:
         tolerance, label = LOSS_TOLERANCE.get(str(run.meta.get("precision")), LOSS_TOLERANCE["fp32"]), "tolerance"
         axes.axhline(tolerance, color="#555555", lw=0.8, ls=":")

@@ -172,12 +172,12 @@ class StockTraffic:
 class SkewedRouting:
     """Routing with one popular expert, in the place of Megatron's `RouterReplay`: the same for every arm and every run.
 
-    A fixed share of the tokens sends its last choice to the popular expert instead, unless it chose that already; the
-    scores stay the router's.
+    A fixed share of the tokens sends its last choice to expert 0 instead, unless it chose that already; the scores stay
+    the router's.
     """
 
-    def __init__(self, share: float, popular: int):
-        self._share, self._popular = share, popular
+    def __init__(self, share: float):
+        self._share = share
 
     def get_replay_topk(
         self, scores: torch.Tensor, topk: int, num_groups: Any, group_topk: Any, default_compute_topk: Callable
@@ -186,16 +186,16 @@ class SkewedRouting:
         _, chosen_TK = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         # Multiples of the golden ratio spread the popular tokens evenly whatever their number.
         token_T = torch.arange(scores.shape[0], device=scores.device, dtype=torch.float64)
-        popular_T = (token_T * 0.6180339887498949 % 1.0 < self._share) & (chosen_TK != self._popular).all(1)
+        popular_T = (token_T * 0.6180339887498949 % 1.0 < self._share) & (chosen_TK != 0).all(1)
         chosen_TK = chosen_TK.clone()
-        chosen_TK[:, -1] = chosen_TK[:, -1].masked_fill(popular_T, self._popular)
+        chosen_TK[:, -1] = chosen_TK[:, -1].masked_fill(popular_T, 0)
         return scores.gather(1, chosen_TK), chosen_TK
 
 
-def skew_routing(chunks: list[Any], share: float, popular: int) -> None:
-    """Give every MoE layer a `SkewedRouting` with expert `popular`."""
+def skew_routing(chunks: list[Any], share: float) -> None:
+    """Give every MoE layer a `SkewedRouting`."""
     for layer in moe_layers(chunks):
-        layer.router.router_replay = SkewedRouting(share, popular)
+        layer.router.router_replay = SkewedRouting(share)
 
 
 class PeakMemory:

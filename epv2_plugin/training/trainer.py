@@ -28,7 +28,7 @@ from epv2_plugin.training import checkpoint, devices
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.launcher import INTERRUPTED, process_group_store
 from epv2_plugin.training.model import build_model, seed_weights, transformer_config
-from epv2_plugin.training.recipe import REORDERED, Recipe, parameter_count
+from epv2_plugin.training.recipe import Recipe, parameter_count
 
 logger = logging.getLogger("epv2_plugin")
 
@@ -118,9 +118,6 @@ class StepResult:
 class Arm:
     """A model with its optimizer and schedule, for one of `recipe.DISPATCHERS`. `setup` must have been called.
 
-    `recipe.REORDERED` is stock `alltoall` with expert e's weights, and its row of the router, in the place of expert
-    E - 1 - e: the same function and the same training, but for the order in which sums are rounded.
-
     Attributes:
         recipe: what it was made from.
         dispatcher: the token dispatcher.
@@ -139,10 +136,9 @@ class Arm:
             enable(recipe.plugin)
         self.recipe, self.dispatcher, self.steps_done = recipe, dispatcher, 0
         train = recipe.train
-        reordered = dispatcher == REORDERED
-        config = transformer_config(recipe, "alltoall" if reordered else dispatcher)
+        config = transformer_config(recipe, dispatcher)
         self.chunks = build_model(recipe, config)
-        seed_weights(self.chunks, train.seed, reverse_experts=reordered)
+        seed_weights(self.chunks, train.seed)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -230,6 +226,23 @@ class Arm:
         tokens_BS, labels_BS = sequences_BS[:, :-1].contiguous(), sequences_BS[:, 1:].contiguous()
         positions_BS = torch.arange(tokens_BS.size(1), device=self._device).expand_as(tokens_BS)
         return chunk(tokens_BS, positions_BS, None, labels=labels_BS), _loss
+
+    def release(self) -> None:
+        """Give the memory of weights, gradients and optimizer states back; the arm can't be used afterwards.
+
+        Forgetting the arm would not do: Megatron's hooks on gradient accumulation keep it alive for ever.
+        """
+        held: list[Any] = []
+        for chunk in self.chunks:
+            held += [tensor for p in chunk.parameters() for tensor in (p, getattr(p, "main_grad", None))]
+        for inner in checkpoint.inner_optimizers(self):
+            held += [p for group in inner.param_groups for p in group["params"]]
+            held += [value for state in inner.state.values() for value in state.values()]
+        for tensor in held:
+            if isinstance(tensor, torch.Tensor):
+                tensor.untyped_storage().resize_(0)
+        if devices.on_gpu():
+            torch.cuda.empty_cache()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write a checkpoint into `folder`; see `checkpoint.save`. Every rank must call it."""
