@@ -177,11 +177,11 @@ class EpTokenDispatcher(FlexTokenDispatcher):
             previous_event=buffer.capture() if overlap else None,
             async_with_compute_stream=overlap,
         )
-        self._topk_idx_TK = None
         if self.shared_experts is not None:
             # After the dispatch, so that a GPU has that first; and its backward comes first, too.
             self.shared_experts.linear_fc1_forward_and_act(recv_x)
             event.current_stream_wait(release_handle=True)
+        self._topk_idx_TK = None  # read until here, on the communication stream
         assert recv_weights is not None
         return recv_x, recv_weights
 
