@@ -276,6 +276,13 @@ def test_the_other_dispatcher_may_be_an_arm(tmp_path):
     assert "| rounding noise: allgather and alltoall | 30 | 0.00e+00 |" in text
 
 
+def test_a_yardstick_that_stock_refuses_is_named(tmp_path):
+    noise = BF16["noise"] | {"missing": "r.yaml: megatron = {}: Megatron refuses this model"}
+    folder = make_run(tmp_path / "run", precision="bf16", noise=noise)
+    assert "tolerance 2e-02 for bf16" in verdict_of(folder)
+    assert "Rounding noise is not known: r.yaml: megatron" in (folder / "report.md").read_text()
+
+
 def test_too_short_a_noise_run_is_no_yardstick(tmp_path):
     folder = make_run(tmp_path / "run", change=_drifting(4.0), noise_steps=12, **BF16)
     assert "tolerance 2e-02 for bf16" in verdict_of(folder)

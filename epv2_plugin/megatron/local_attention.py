@@ -27,7 +27,7 @@ _patches = Patches()
 
 
 class LocalAttention(MegatronModule):
-    """Scaled dot-product attention with head sizes taken from the tensors; deterministic.
+    """Scaled dot-product attention with head sizes taken from the tensors; deterministic on the CPU.
 
     Raises:
         NotImplementedError: context parallelism, a sliding window or softmax variants, which this does not compute.

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from epv2_plugin import plugin
+from epv2_plugin.config import ConfigError
 from epv2_plugin.elastic import ElasticBuffer
 from epv2_plugin.megatron.dispatcher import EpTokenDispatcher
 from epv2_plugin.training import devices
@@ -63,7 +64,12 @@ def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, co
                 print("\nstock with its other dispatcher, for the rounding noise of the losses:", flush=True)
             for arm in measured:
                 arm.arm.release()
-            training.steps([_MeasuredArm(Arm(_without_overlap(recipe), other), skew)], interrupts)
+            try:
+                yardstick = Arm(_without_overlap(recipe), other)
+            except ConfigError as error:  # every rank raises it
+                meta["noise"]["missing"] = str(error)
+            else:
+                training.steps([_MeasuredArm(yardstick, skew)], interrupts)
     if dist.get_rank() == 0:
         training.close()
         _write(folder, meta)

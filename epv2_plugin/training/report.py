@@ -363,7 +363,9 @@ def _losses(run: Run) -> str:
     if rivals:
         header = ["arm", "steps compared", "largest relative difference", "at step", "steps not finite"]
         text += [_table(header, summary), ""]
-    if noise is not None:
+    if "missing" in (run.meta.get("noise") or {}):
+        text += [f"Rounding noise is not known: {run.meta['noise']['missing']}", ""]
+    elif noise is not None:
         text += [
             "Rounding noise: stock's two dispatchers compute the same function, but alltoall sums all of a token's "
             "expert rows at once, and allgather those of each rank first.",
