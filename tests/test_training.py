@@ -144,6 +144,31 @@ def test_two_runs_are_bit_equal(train: Callable[..., list[Any]]) -> None:
     assert train(4, EP[4]) == train(4, EP[4])
 
 
+def _released(rank: int, size: int) -> tuple[int, int, list[Any], list[Any]]:
+    """Bytes of an arm's tensors before and after it gave its memory back, and the steps of the arm and of the next."""
+    from epv2_plugin.training.model import global_parameters
+
+    overrides = EP[2] | BF16 | {"train.distributed_optimizer": True}
+    arm, stream = _arm(size, overrides)
+    first = _steps(arm, stream, 2)
+    parameters = [parameter for _, parameter in global_parameters(arm.chunks)]
+    storages = [tensor.untyped_storage() for p in parameters for tensor in (p, p.main_grad)]
+    for optimizer in arm.optimizer.chained_optimizers:
+        for parameter, state in optimizer.optimizer.state.items():
+            storages += [tensor.untyped_storage() for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+    before = sum(storage.nbytes() for storage in storages)
+    arm.release()
+    after = sum(storage.nbytes() for storage in storages)
+    return before, after, first, _steps(*_arm(size, overrides), 2)
+
+
+def test_an_arm_gives_its_memory_back(pool: Callable[[int], Pool]) -> None:
+    for before, after, first, second in pool(2).run(_released, timeout=WAIT):
+        assert before > 1_000_000
+        assert after == 0
+        assert first == second
+
+
 def _weights(arm: Any) -> dict[str, Any]:
     from epv2_plugin.training.model import global_buffers, global_parameters
 
