@@ -34,6 +34,7 @@ SMALL = Setup(
     layout="expanded",
     routing="uniform",
     zero_copy=False,
+    unsummed=False,
     iterations=2,
     backend="host",
     sms=(0,),
@@ -85,7 +86,10 @@ def both_paths(rank: int, size: int, setup: Setup) -> list[tuple[Any, ...]]:
     """What the plugin and the stock path return for the same batch, each checked against the reference."""
     assert dist.group.WORLD is not None
     if setup.backend == "cuda":
-        buffer = emulated_buffer(**ep.buffer_options(setup))
+        buffer = emulated_buffer(
+            **ep.buffer_options(setup, whole_rows=setup.zero_copy or setup.unsummed),
+            allow_multiple_reduction=not setup.unsummed,
+        )
     else:
         buffer = ElasticBuffer(dist.group.WORLD, backend="host")
     found = []
@@ -118,14 +122,18 @@ def test_the_stock_path_gives_the_same_numbers(pool, layout, routing, dtype):
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype", "zero_copy"),
-    [("expanded", "fp8", False), ("expanded", "fp8", True), ("expanded", "bf16", True), ("compact", "bf16", False)],
+    ("layout", "dtype", "combine"),
+    [
+        ("expanded", "fp8", ""),
+        ("expanded", "fp8", "zero_copy"),
+        ("expanded", "bf16", "unsummed"),
+        ("compact", "bf16", ""),
+    ],
 )
-def test_the_kernels_give_the_same_numbers(pool, layout, dtype, zero_copy):
+def test_the_kernels_give_the_same_numbers(pool, layout, dtype, combine):
     """The cuda backend on the emulator, with rows that a buffer sized by its tokens alone would have no room for."""
-    setup = replace(
-        SMALL, layout=layout, dtype=dtype, zero_copy=zero_copy, backend="cuda", sms=(2,), tokens=24, experts=4
-    )
+    setup = replace(SMALL, layout=layout, dtype=dtype, backend="cuda", sms=(2,), tokens=24, experts=4)
+    setup = replace(setup, **{combine: True} if combine else {})
     for ours, stock in pool(2).run(both_paths, setup):
         assert ours[2] == stock[2]
         assert torch.equal(ours[1], stock[1])
@@ -427,7 +435,8 @@ def check_schema(document: dict[str, Any], setup: Setup) -> None:
     assert document["row_bytes"].keys() == {"dispatch", "combine"}
     shape = (setup.iterations, setup.ranks)
     assert torch.tensor(document["received_rows"]).shape == shape
-    assert [result["path"] for result in document["results"]] == ["epv2", "all-to-all"]
+    ours = ["epv2", *["epv2 zero-copy"] * setup.zero_copy, *["epv2 unsummed"] * setup.unsummed]
+    assert [result["path"] for result in document["results"]] == [*ours, "all-to-all"]
     for result in document["results"]:
         assert result.keys() == {"path", "sends", "fp8", "sms", "checked", "samples_us", "launches", "limit"}
         assert (result["sms"], result["checked"], result["launches"], result["limit"]) == (0, True, None, None)
@@ -441,12 +450,15 @@ def bench_ep(setup: Setup, *more: str) -> subprocess.CompletedProcess[str]:
     words = ["--ranks", setup.ranks, "--tokens", setup.tokens, "--hidden", setup.hidden, "--topk", setup.topk]
     words += ["--experts", setup.experts, "--dtype", setup.dtype, "--layout", setup.layout]
     words += ["--routing", setup.routing, "--iters", setup.iterations, "--backend", "host", *more]
+    words += ["--zero-copy"] * setup.zero_copy + ["--unsummed"] * setup.unsummed
     command = [sys.executable, "-m", "epv2_plugin.cli", "bench", "ep", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
-    "setup", [replace(SMALL, dtype="fp8"), replace(SMALL, layout="compact", routing="skewed")], ids=["fp8", "compact"]
+    "setup",
+    [replace(SMALL, dtype="fp8", zero_copy=True, unsummed=True), replace(SMALL, layout="compact", routing="skewed")],
+    ids=["fp8", "compact"],
 )
 def test_bench_ep_on_the_host(tmp_path, setup):
     done = bench_ep(setup, "--json", str(tmp_path / "out.json"))
@@ -468,10 +480,8 @@ def test_bench_ep_on_the_host(tmp_path, setup):
         (["--experts", "10"], "--experts = 10: must be a multiple of the 4 ranks"),
         (["--topk", "9", "--experts", "8"], "--topk = 9: must be at most the 8 experts"),
         (["--topk", "8", "--experts", "8", "--routing", "skewed"], "--routing = 'skewed': needs more experts than "),
-        (
-            ["--zero-copy", "--layout", "compact"],
-            "--zero-copy = True: experts can write into the window in the expanded",
-        ),
+        (["--zero-copy", "--layout", "compact"], "--zero-copy = True: needs the expanded layout"),
+        (["--unsummed", "--layout", "compact"], "--unsummed = True: needs the expanded layout"),
         (["--json", "/nowhere/out.json"], "--json = '/nowhere/out.json': there is no folder /nowhere"),
         (["--json", "/tmp"], "--json = '/tmp': is a folder"),
     ],

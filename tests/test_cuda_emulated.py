@@ -51,7 +51,7 @@ def round_trip(rank: int, size: int, case: Case) -> dict[str, Any]:
     key = (size, case.multiple_reduction)
     if key not in _buffers:
         _buffers[key] = emulated_buffer(num_bytes=WINDOW, allow_multiple_reduction=case.multiple_reduction)
-    made, budget = _buffers[key], 1 + case.seed % SMS
+    made, budget = _buffers[key], SMS - case.seed % SMS
     made.get_theoretical_num_sms = lambda *_: budget
     made.runtime.launches.clear()
     result = test_elastic.round_trip(rank, size, case, made)
@@ -277,6 +277,17 @@ def sizes(rank: int, size: int) -> None:
     for kind, match, call in cases:
         with pytest.raises(kind, match=match):
             call()
+    for experts, topk, rates in (
+        (16, 2, {}),
+        (256, 8, {"nvlink_gbs": 1}),
+        (2, 1, {"sm_read_gbs": 1, "sm_write_gbs": 1}),
+    ):
+        assert made.get_theoretical_num_sms(experts, topk, **rates) == SMS  # 4 at least, but there are no more
+    with pytest.raises(ValueError, match="nvlink_gbs = -1"):
+        made.get_theoretical_num_sms(16, 2, nvlink_gbs=-1)
+    made.runtime.description["device"] = "Some PCIe card"
+    with pytest.raises(ValueError, match=r"network.scale_up_gbytes_per_s = 'auto'.*'Some PCIe card'"):
+        made.get_theoretical_num_sms(17, 2)
     big = emulated_buffer(num_bytes=WINDOW)
     with pytest.raises(ValueError, match="num_max_tokens_per_rank = 0: the cuda backend needs"):
         big.dispatch(x, **good)

@@ -55,8 +55,12 @@ def round_trip(rank: int, size: int, case: Case, buffer: ElasticBuffer | None = 
     with event:
         pass
     sent = buffer.traffic.sent_bytes - before
+    other_rows = (
+        reversed_bytes(mine.x) if mine.scales is None else (reversed_bytes(mine.x), reversed_bytes(mine.scales))
+    )
+    other_weights = None if weights is None else 2 * weights
     again = buffer.dispatch(
-        rows, None, weights, handle=handle, do_expand=case.expand, do_zero_padding=case.zero_padding
+        other_rows, None, other_weights, handle=handle, do_expand=case.expand, do_zero_padding=case.zero_padding
     )
     assert again[3] is handle
 
@@ -108,6 +112,11 @@ def round_trip(rank: int, size: int, case: Case, buffer: ElasticBuffer | None = 
     return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in seen.items()}
 
 
+def reversed_bytes(rows: torch.Tensor) -> torch.Tensor:
+    """Other data of the same shape and dtype, with the bytes of each row in reverse order."""
+    return rows.contiguous().view(torch.uint8).flip(-1).view(rows.dtype)
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     bits = [torch.empty(t.numel(), dtype=t.dtype).copy_(t.flatten()).view(torch.uint8) for t in (a, b)]
     return a.shape == b.shape and torch.equal(*bits)
@@ -131,17 +140,17 @@ def check(case: Case, results: list[dict[str, Any]], leftovers_are_zero: bool = 
             assert allocated == handle["num_expanded_tokens" if case.expand else "num_recv_tokens"]
         for row, value in want["x"].items():
             assert same_bits(got["x"][row], value.view(torch.uint8)), (rank, row)
-            assert same_bits(got["x_again"][row], value.view(torch.uint8)), (rank, row)
+            assert same_bits(got["x_again"][row], value.view(torch.uint8).flip(-1)), (rank, row)
         for row, value in want["scales"].items():
             assert same_bits(got["scales"][row], value), (rank, row)
-            assert same_bits(got["scales_again"][row], value), (rank, row)
+            assert same_bits(got["scales_again"][row], reversed_bytes(value)), (rank, row)
         if case.scales and case.col_major and allocated:
             assert got["scales_stride"][0] == 1
             assert got["scales_stride"][1] % 4 == 0
         if case.weights:
             for row, value in want["weights"].items():
                 assert same_bits(got["weights"][row], value), (rank, row)
-                assert same_bits(got["weights_again"][row], value), (rank, row)
+                assert same_bits(got["weights_again"][row], 2 * value), (rank, row)
             assert torch.equal(got["combined_weights"], want["combined_weights"])
         else:
             assert got["weights"] is None

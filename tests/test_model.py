@@ -76,6 +76,16 @@ def test_compact_rows_are_written_once() -> None:
     assert model.combine_phases(compact, zero_copy=True) == [gather]
 
 
+def test_a_copy_engine_takes_no_sms() -> None:
+    copy, pull = model.combine_phases(V3, copy_engine=True)
+    assert model.combine_phases(V3, zero_copy=True, direct_rows=8) == [pull]
+    time = model.predict(copy, SHARED, 8)
+    assert copy.read_bytes == copy.write_bytes == pytest.approx(4096 * 8 * 14336)
+    assert (time.sm_us, time.bound) == (0, "memory")
+    # 476 to 478 GB/s with four ranks on the GPU (facts/rig.md).
+    assert copy.read_bytes / time.us / 1e3 == pytest.approx(477, rel=0.05)
+
+
 def test_ordinary_tensors_are_always_summed_into_the_window() -> None:
     assert model.combine_phases(V3, direct_rows=8) == model.combine_phases(V3, zero_copy=True, direct_rows=0)
 

@@ -42,6 +42,7 @@ from epv2_plugin.training.launcher import process_group_store
 
 TIMEOUT = timedelta(seconds=600)
 PROFILED = 5  # repetitions whose kernels are looked at
+ZERO_COPY, UNSUMMED = "epv2 zero-copy", "epv2 unsummed"  # the other ways of the plugin to combine
 STAGES = ("dispatch", "to_experts", "from_experts", "combine")
 
 
@@ -102,12 +103,16 @@ class _Bench:
 
     def _make_paths(self) -> list[Path]:
         setup = self.setup
-        options = buffer_options(setup)
+        assert self._group is not None
+        options = buffer_options(setup, whole_rows=setup.zero_copy)
         buffer = ElasticBuffer(self._group, **options, backend=setup.backend)  # type: ignore[arg-type]
         paths: list[Path] = [ElasticPath("epv2", buffer, setup)]
         if setup.zero_copy:
-            paths.append(ElasticPath("epv2 zero-copy", buffer, setup, zero_copy=True))
-        assert self._group is not None
+            paths.append(ElasticPath(ZERO_COPY, buffer, setup, zero_copy=True))
+        if setup.unsummed:
+            options = buffer_options(setup, whole_rows=True) | {"allow_multiple_reduction": False}
+            another = ElasticBuffer(self._group, **options, backend=setup.backend)  # type: ignore[arg-type]
+            paths.append(ElasticPath(UNSUMMED, another, setup))
         paths.append(StockPath(self._group, setup))
         if importlib.util.find_spec("deep_ep") is None:
             self.notes.append("deep_ep can't be imported here: not measured.")
@@ -116,7 +121,8 @@ class _Bench:
         elif not hasattr(deep_ep := importlib.import_module("deep_ep"), "ElasticBuffer"):
             self.notes.append("the deep_ep that is installed has no ElasticBuffer (that is version 2): not measured.")
         else:
-            theirs = deep_ep.ElasticBuffer(self._group, **(options | {"num_bytes": None}), explicitly_destroy=True)
+            options = buffer_options(setup, whole_rows=False)
+            theirs = deep_ep.ElasticBuffer(self._group, **options, explicitly_destroy=True)
             paths.append(ElasticPath("deep_ep", theirs, setup, ours=False))
         return paths
 
@@ -287,20 +293,23 @@ class _Bench:
         limits = {}
         for path in self.paths:
             for sms in path.budgets if isinstance(path, ElasticPath) else ():
-                zero_copy = path.name == "epv2 zero-copy"
-                limits[path.name, sms] = self._limit(pairs, machine, sms, zero_copy)
+                limits[path.name, sms] = self._limit(pairs, machine, sms, path.name)
         return limits
 
-    def _limit(self, pairs: torch.Tensor, machine: model.Machine, sms: int, zero_copy: bool) -> dict[str, Any]:
+    def _limit(self, pairs: torch.Tensor, machine: model.Machine, sms: int, path: str) -> dict[str, Any]:
         """Microseconds of the rank that needs most, for dispatch and combine, and what bounds their longest phase."""
         shape = self.setup.shape
-        direct = shape.topk if zero_copy else 0  # the owner pulls every expert row itself
+        options: dict[str, Any] = {}
+        if path == ZERO_COPY:
+            options = {"zero_copy": True, "direct_rows": shape.topk}
+        elif path == UNSUMMED:
+            options = {"copy_engine": True}
         limit: dict[str, Any] = {}
         for rank in range(self.setup.ranks):
             rows = measured_rows(pairs, rank)
             operations = {
                 "dispatch": model.dispatch_phases(shape, rows),
-                "combine": model.combine_phases(shape, rows, zero_copy=zero_copy, direct_rows=direct),
+                "combine": model.combine_phases(shape, rows, **options),
             }
             for name, phases in operations.items():
                 times = [model.predict(phase, machine, sms) for phase in phases]
@@ -310,10 +319,10 @@ class _Bench:
         return limit
 
 
-def buffer_options(setup: Setup) -> dict[str, Any]:
-    """Arguments of an `ElasticBuffer` for `setup`."""
+def buffer_options(setup: Setup, *, whole_rows: bool) -> dict[str, Any]:
+    """Arguments of an `ElasticBuffer` for `setup`; `whole_rows`: its window takes every expert row, not sums only."""
     return {
-        "num_bytes": _zero_copy_bytes(setup) if setup.zero_copy else None,
+        "num_bytes": _whole_rows_bytes(setup) if whole_rows else None,
         "num_max_tokens_per_rank": setup.tokens,
         "hidden": setup.hidden,
         "num_topk": setup.topk,
@@ -321,8 +330,8 @@ def buffer_options(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _zero_copy_bytes(setup: Setup) -> int:
-    """Bytes of a buffer into whose window experts can write: room for all their rows, not for one per token and rank.
+def _whole_rows_bytes(setup: Setup) -> int:
+    """Bytes of a buffer whose window has room for all expert rows, not for one per token and rank.
 
     Twice the rows that a rank has on average, and every token of all ranks once more for a popular expert.
     """

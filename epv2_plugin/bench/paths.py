@@ -35,7 +35,8 @@ class Setup:
     dtype: str  # of dispatch: "bf16" or "fp8"
     layout: str  # "expanded" or "compact"
     routing: str  # "uniform" or "skewed"
-    zero_copy: bool
+    zero_copy: bool  # also measured: experts write into the window
+    unsummed: bool  # also measured: expert rows travel as they are
     iterations: int
     backend: str  # "cuda" or "host"
     sms: tuple[int, ...]

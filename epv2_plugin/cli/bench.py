@@ -48,6 +48,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     ep.add_argument("--iters", type=positive, default=30, help="repetitions (default: %(default)s)")
     ep.add_argument("--zero-copy", action="store_true", help="also measure experts that write into the window")
+    ep.add_argument(
+        "--unsummed",
+        action="store_true",
+        help="also measure expert rows that travel as they are (allow_multiple_reduction=False)",
+    )
     ep.add_argument("--backend", choices=["auto", "cuda", "host"], default="auto", help="(default: %(default)s)")
     ep.add_argument("--json", type=Path, metavar="FILE", help="write every sample, too")
     ep.set_defaults(main=main_ep)
@@ -81,8 +86,9 @@ def main_ep(args: argparse.Namespace) -> int:
         raise _wrong(
             "--routing", args.routing, "needs more experts than the top-k: now every token goes to all of them"
         )
-    if args.zero_copy and args.layout != "expanded":
-        raise _wrong("--zero-copy", True, "experts can write into the window in the expanded layout only")
+    for option, wanted in (("--zero-copy", args.zero_copy), ("--unsummed", args.unsummed)):
+        if wanted and args.layout != "expanded":
+            raise _wrong(option, wanted, "needs the expanded layout")
     if device_sms and max(args.sms) > device_sms:
         raise _wrong("--sms", max(args.sms), f"must be at most the device's {device_sms} SMs")
     if args.json is not None:
@@ -97,6 +103,7 @@ def main_ep(args: argparse.Namespace) -> int:
         layout=args.layout,
         routing=args.routing,
         zero_copy=args.zero_copy,
+        unsummed=args.unsummed,
         iterations=args.iters,
         backend=backend,
         sms=tuple(args.sms) if backend == "cuda" else (0,),
@@ -106,6 +113,7 @@ def main_ep(args: argparse.Namespace) -> int:
     for name in ("tokens", "hidden", "topk", "experts", "dtype", "layout", "routing", "iters"):
         words += [f"--{name}", str(getattr(args, name))]
     words += ["--zero-copy"] if args.zero_copy else []
+    words += ["--unsummed"] if args.unsummed else []
     words += ["--json", str(args.json)] if args.json is not None else []
     if world is None:
         return run_ranks("epv2_plugin.cli", words, ranks, _environment(backend, ranks))

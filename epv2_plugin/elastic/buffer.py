@@ -111,7 +111,7 @@ class ElasticBuffer:
         self.num_allocated_qps = num_allocated_qps
         self._limit_bytes = num_bytes
         self._max_tensor_bytes = 0  # of pp_send and pp_recv
-        self._theoretical_sms: dict[tuple[int, int, float | None], int] = {}
+        self._theoretical_sms: dict[tuple[float, ...], int] = {}
         self._backend: Backend | None
         if kind == "host":
             self.num_bytes = num_bytes or sizing.buffer_bytes(
@@ -166,25 +166,38 @@ class ElasticBuffer:
         return self.num_scaleout_ranks, self.num_scaleup_ranks
 
     def get_theoretical_num_sms(
-        self, num_experts: int, num_topk: int, *, scale_up_gbytes_per_s: float | None = None
+        self,
+        num_experts: int,
+        num_topk: int,
+        num_scaleout_topk: int = 0,
+        rdma_gbs: float = 0,
+        nvlink_gbs: float = 0,
+        sm_read_gbs: float = 0,
+        sm_write_gbs: float = 0,
     ) -> int:
         """SMs that an operation should hold by the model (`elastic.model`): even, 4 or more; 0 on the host backend.
 
         Args:
-            scale_up_gbytes_per_s: what one GPU reaches in one direction; None = by the model of the GPU.
+            num_scaleout_topk, rdma_gbs: of a second hop across nodes (unused: this version makes one hop in a node).
+            nvlink_gbs: what one GPU reaches in one direction; 0 = what is known of this model of GPU.
+            sm_read_gbs, sm_write_gbs: what one of few busy SMs copies; 0 = what `epv2 bench sm` measured, or an H200's.
 
         Raises:
-            ValueError: that bandwidth is neither given nor known.
+            ValueError: a rate is negative, or the bandwidth between GPUs is neither given nor known.
         """
-        key = (num_experts, num_topk, scale_up_gbytes_per_s)
+        rates = {"nvlink_gbs": nvlink_gbs, "sm_read_gbs": sm_read_gbs, "sm_write_gbs": sm_write_gbs}
+        for name, rate in rates.items():
+            if rate < 0:
+                raise ValueError(f"{name} = {rate}: must be 0 (as known) or more")
+        key = (num_experts, num_topk, *rates.values())
         if key not in self._theoretical_sms:
             self._theoretical_sms[key] = self._open().theoretical_sms(
                 num_experts,
                 num_topk,
-                self.hidden or _USUAL_HIDDEN,
-                self.num_max_tokens_per_rank or _USUAL_TOKENS,
-                self.use_fp8_dispatch,
-                scale_up_gbytes_per_s,
+                hidden=self.hidden or _USUAL_HIDDEN,
+                num_tokens=self.num_max_tokens_per_rank or _USUAL_TOKENS,
+                use_fp8=self.use_fp8_dispatch,
+                **rates,
             )
         return self._theoretical_sms[key]
 

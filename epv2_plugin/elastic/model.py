@@ -356,12 +356,16 @@ def _rows(counts: Sequence[float], above: int = 0, up_to: int | None = None) -> 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes that one rank's SMs read and write in one kernel, and those of the read ones that come over the link."""
+    """Bytes that one rank reads and writes in one kernel, and those of the read ones that come over the link.
+
+    `copy_engine`: it is no kernel, and takes no SM.
+    """
 
     name: str
     read_bytes: float
     write_bytes: float
     link_bytes: float = 0.0
+    copy_engine: bool = False
 
 
 def dispatch_phases(shape: Shape, rows: Rows | None = None) -> list[Phase]:
@@ -380,7 +384,7 @@ def dispatch_phases(shape: Shape, rows: Rows | None = None) -> list[Phase]:
 
 
 def combine_phases(
-    shape: Shape, rows: Rows | None = None, *, zero_copy: bool = False, direct_rows: int = 0
+    shape: Shape, rows: Rows | None = None, *, zero_copy: bool = False, direct_rows: int = 0, copy_engine: bool = False
 ) -> list[Phase]:
     """Phases of a combine: the expert's rank puts one row per token in its window, the token's owner pulls and sums.
 
@@ -389,8 +393,13 @@ def combine_phases(
         zero_copy: the experts wrote into the window.
         direct_rows: with `zero_copy` and the expanded layout: the owner pulls a token's rows from a rank that holds at
             most this many itself, and that rank sums only where it holds more. K = no sums at all.
+        copy_engine: the expert rows of ordinary tensors are copied into the window without an SM, and travel unsummed.
     """
     rows, row = rows or expected_rows(shape), shape.row
+    if copy_engine:
+        num_bytes = (_rows(rows.held) if shape.expanded else _pairs(rows.held)) * row
+        copy = Phase("copy to window", num_bytes, num_bytes, copy_engine=True)
+        return [copy, *combine_phases(shape, rows, zero_copy=True, direct_rows=shape.topk)]
     if not shape.expanded:
         held, owned, remote = (_pairs(counts) * row for counts in (rows.held, rows.owned, rows.owned_remote))
         pull = Phase("pull", owned, rows.tokens * row, remote)
@@ -435,6 +444,8 @@ def predict(phase: Phase, machine: Machine, num_sms: int) -> PhaseTime:
     rates = machine.rates
     # GB/s x us = 1e3 bytes.
     sm_us = (phase.read_bytes / rates.read(num_sms) + phase.write_bytes / rates.write(num_sms)) / 1e3
+    if phase.copy_engine:
+        sm_us = 0.0
     memory_us = machine.sharing * (phase.read_bytes + phase.write_bytes) / rates.memory / 1e3
     return PhaseTime(phase, sm_us, phase.link_bytes / machine.scale_up_gbytes_per_s / 1e3, memory_us)
 

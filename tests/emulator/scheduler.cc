@@ -115,7 +115,7 @@ struct Copy {
 };
 
 // Longer than a dispatch of another process takes to run into what this CTA has not done yet.
-constexpr double kLateSeconds = 0.004;
+constexpr double kLateSeconds = 0.03;
 
 // How the next warp is chosen: any ready one; the same until it blocks; the one with the highest (changing) priority.
 enum class Policy { uniform, burst, priority };

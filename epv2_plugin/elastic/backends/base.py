@@ -125,7 +125,16 @@ class Backend(Protocol):
         """What tells each rank's machine from others, by rank. Collective."""
 
     def theoretical_sms(
-        self, num_experts: int, num_topk: int, hidden: int, num_tokens: int, use_fp8: bool, scale_up: float | None
+        self,
+        num_experts: int,
+        num_topk: int,
+        *,
+        hidden: int,
+        num_tokens: int,
+        use_fp8: bool,
+        nvlink_gbs: float,
+        sm_read_gbs: float,
+        sm_write_gbs: float,
     ) -> int:
         """See `ElasticBuffer.get_theoretical_num_sms`; 0 on the host."""
 

@@ -262,15 +262,23 @@ class CudaBackend:
         return self.runtime.machines
 
     def theoretical_sms(
-        self, num_experts: int, num_topk: int, hidden: int, num_tokens: int, use_fp8: bool, scale_up: float | None
+        self,
+        num_experts: int,
+        num_topk: int,
+        *,
+        hidden: int,
+        num_tokens: int,
+        use_fp8: bool,
+        nvlink_gbs: float,
+        sm_read_gbs: float,
+        sm_write_gbs: float,
     ) -> int:
         gpu, sharing = self.runtime.description["device"], self.runtime.description["ranks_on_device"]
-        if sharing == self.runtime.size > 1:
-            link = math.inf  # their memory is one
-        else:
-            link = model.scale_up_rate(gpu, "auto" if scale_up is None else scale_up)
+        one_memory = sharing == self.runtime.size > 1
+        link = math.inf if one_memory else model.scale_up_rate(gpu, nvlink_gbs or "auto")
         shape = model.Shape(num_tokens, hidden, num_topk, num_experts, self.runtime.size, fp8=use_fp8)
-        machine = model.Machine(gpu, self.num_sms, model.load_rates(gpu), link, sharing)
+        rates = model.load_rates(gpu).override(sm_read_gbs, sm_write_gbs)
+        machine = model.Machine(gpu, self.num_sms, rates, link, sharing)
         return min(model.num_sms(shape, machine), self.num_sms)
 
     def check_size(
