@@ -19,7 +19,7 @@ from tests.test_megatron import EXPERTS, HIDDEN, _layer, _parallel
 
 CALLS: list[tuple[Any, ...]] = []
 MADE: list[dict[str, Any]] = []
-RATES: list[float | None] = []
+RATES: list[float] = []
 GPU: list[str] = ["NVIDIA H200"]
 
 
@@ -44,11 +44,9 @@ class Buffer(ElasticBuffer):
     def describe(self) -> dict[str, Any]:
         return {"backend": "cuda", "mode": "direct", "transport": "nccl lsa", "sms": 24, "qps": 0}
 
-    def get_theoretical_num_sms(
-        self, num_experts: int, num_topk: int, *, scale_up_gbytes_per_s: float | None = None
-    ) -> int:
-        RATES.append(scale_up_gbytes_per_s)
-        scale_up_rate(GPU[0], "auto" if scale_up_gbytes_per_s is None else scale_up_gbytes_per_s)
+    def get_theoretical_num_sms(self, num_experts: int, num_topk: int, *args: Any, nvlink_gbs: float = 0) -> int:
+        RATES.append(nvlink_gbs)
+        scale_up_rate(GPU[0], nvlink_gbs or "auto")
         return 12
 
     def _note(self, name: str, options: dict[str, Any]) -> None:
@@ -191,7 +189,7 @@ def test_the_analytic_budget_holds_without_one_in_the_configuration() -> None:
         ]
 
 
-def rates(rank: int, size: int) -> tuple[list[float | None], str, int]:
+def rates(rank: int, size: int) -> tuple[list[float], str, int]:
     """What the model was told of the links, what is said where it needs to be told, and the SMs where it does not."""
     from epv2_plugin.megatron import dispatcher
 
@@ -211,7 +209,7 @@ def rates(rank: int, size: int) -> tuple[list[float | None], str, int]:
 
 def test_the_configured_rate_of_links_reaches_the_model() -> None:
     for told, error, sms in harness.run(2, rates):
-        assert told == [None, 200.0, None]  # nobody asks where a budget is configured
+        assert told == [0, 200.0, 0]  # nobody asks where a budget is configured
         assert error == (
             "<dict>: network.scale_up_gbytes_per_s = 'auto': the bandwidth between GPUs of type 'NVIDIA H100 PCIe' is "
             "not known here; set network.scale_up_gbytes_per_s to the GB/s that one GPU reaches in one direction"

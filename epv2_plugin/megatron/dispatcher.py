@@ -463,7 +463,7 @@ def _num_sms(buffer: ElasticBuffer, sizes: _Sizes) -> int:
         return budget
     try:
         return buffer.get_theoretical_num_sms(
-            sizes.num_experts, sizes.num_topk, scale_up_gbytes_per_s=None if rate == "auto" else rate
+            sizes.num_experts, sizes.num_topk, nvlink_gbs=0 if rate == "auto" else rate
         )
     except ValueError as error:
         if key not in str(error):
