@@ -87,6 +87,9 @@ void Communicator::settle(ncclResult_t result, const char* call) {
   const Nccl& api = nccl_api();
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_seconds_);
   auto pause = std::chrono::microseconds(20);
+  // On a communicator that does not block, ncclCommWindowRegister and ncclDevCommCreate (2.30.7) answer ncclSuccess
+  // while a thread is still at work: only ncclCommGetAsyncError knows.
+  if (result == ncclSuccess && comm_ != nullptr) result = ncclInProgress;
   while (result == ncclInProgress) {
     if (std::chrono::steady_clock::now() > deadline) {
       if (owned_) abort_locked();

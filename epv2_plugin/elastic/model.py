@@ -1,11 +1,16 @@
-"""The analytic model of expert parallelism in a scale-up domain: bytes to move, the time that takes, SMs to do it.
+"""The analytic model of expert parallelism: bytes to move, the time that takes, SMs to do it, inside and across nodes.
 
 Pure arithmetic: nothing is measured here. The copy rates come from `epv2 bench sm`, or are those of an H200. A phase
 takes as long as its narrowest part: the SMs that copy (reads and writes add up, writes cost more), the link that
-carries what other ranks hold, or the memory that everything lies in.
+carries what other ranks hold, or the memory that everything lies in. The phases of an operation follow one another on
+the same SMs; across nodes they work on chunks of tokens, and the NIC sends one chunk beside the work on the next, so
+an operation takes as long as its phases together or as its NIC, whichever is slower.
 
-Legend: T tokens of a rank, H hidden, K top-k, E experts, P ranks. Rates are GB/s = 1e9 bytes a second, sizes are bytes,
-times are microseconds.
+Direct mode sends a token once to every rank of another node that holds experts of it; hybrid mode once to every such
+node, along the rail (GPU i of a node talks to GPU i of the others), and the node's ranks pull it from there.
+
+Legend: T tokens of a rank, H hidden, K top-k, E experts, P ranks = N nodes x G GPUs. Rates are GB/s = 1e9 bytes a
+second, sizes are bytes, times are microseconds.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from epv2_plugin.elastic.sizing import RowLayout, scale_columns
 from epv2_plugin.jit import cache_folder
@@ -27,8 +32,15 @@ MIN_SMS = 4
 KNEE = 0.05  # two more SMs that save less than this share of the time are left to the GEMMs
 # Launches, flags between ranks and metadata of one dispatch or combine: the prototype on an H200, four ranks under MPS.
 OVERHEAD_US = 30.0
+# On top of it across nodes, assumed: two one-way hops of an RDMA network (counts, last row) of about 5 us each.
+NETWORK_US = 10.0
+# Puts and signals that a NIC takes per microsecond when GPUs post them. Assumed: a quarter of what NICs of 400 Gbit/s
+# are sold with (200). Rows of kilobytes never reach it; the counts for thousands of ranks come near.
+NIC_MESSAGES_PER_US = 50.0
 # Share of a link's nominal rate that such kernels reach. Published: 158 of 200 GB/s on H800, 740 of 900 on B200.
 LINK_EFFICIENCY = 0.8
+# The same for a NIC: DeepEP V1 and V2 reach 43 to 46 of 50 GB/s (their figures without what stays inside the node).
+NIC_EFFICIENCY = 0.9
 # NVLink, GB/s in each direction, of the models that have it on the board. PCIe cards and bridged pairs are no entry.
 NVLINK_GBYTES_PER_S = {
     "A100": 300.0,
@@ -43,6 +55,7 @@ NVLINK_GBYTES_PER_S = {
     "GB200": 900.0,
     "GB300": 900.0,
 }
+Mode = Literal["direct", "hybrid"]
 _TABLE_VERSION = 1
 
 
@@ -201,6 +214,9 @@ class Machine:
         num_sms: SMs of the GPU.
         scale_up_gbytes_per_s: of the link to the other ranks, one direction; `math.inf` = they share one memory.
         sharing: ranks that share this GPU, its SMs and its memory.
+        nic_gbytes_per_s: to other nodes, one direction; `math.inf` = nothing leaves the node.
+        nic_messages_per_us: puts and signals that the NIC takes.
+        overhead_us: of an operation, see `OVERHEAD_US`. network_us: on top of it across nodes.
 
     Raises:
         ValueError: a number is not positive.
@@ -211,11 +227,18 @@ class Machine:
     rates: CopyRates
     scale_up_gbytes_per_s: float
     sharing: int = 1
+    nic_gbytes_per_s: float = math.inf
+    nic_messages_per_us: float = NIC_MESSAGES_PER_US
+    overhead_us: float = OVERHEAD_US
+    network_us: float = NETWORK_US
 
     def __post_init__(self) -> None:
-        for name in ("num_sms", "scale_up_gbytes_per_s", "sharing"):
+        for name in ("num_sms", "scale_up_gbytes_per_s", "sharing", "nic_gbytes_per_s", "nic_messages_per_us"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
+        for name in ("overhead_us", "network_us"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be 0 or more")
 
     @property
     def most_sms(self) -> int:
@@ -321,6 +344,36 @@ def distinct_ranks(shape: Shape) -> float:
 
 
 @dataclass(frozen=True)
+class Topology:
+    """Ranks in nodes; ranks of a node are consecutive, and reach each other's memory by load and store.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+
+    nodes: int
+    gpus_per_node: int
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    def network_peers(self, mode: Mode) -> int:
+        """Ranks that a rank sends to over the network: all of the other nodes, or one of each along the rail."""
+        return (self.nodes - 1) * (self.gpus_per_node if mode == "direct" else 1)
+
+
+def distinct_nodes(shape: Shape, nodes: int) -> float:
+    """Expected number of nodes that hold experts of one token; exact, as a node holds its ranks' experts."""
+    return distinct_ranks(replace(shape, ranks=nodes))
+
+
+@dataclass(frozen=True)
 class Rows:
     """Rows that one rank handles. Index j - 1 of a tuple counts (token, rank) pairs with j rows, j = 1..K.
 
@@ -356,15 +409,20 @@ def _rows(counts: Sequence[float], above: int = 0, up_to: int | None = None) -> 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes that one rank reads and writes in one kernel, and those of the read ones that come over the link.
+    """Bytes that one rank reads and writes, mostly by SMs, and what comes from elsewhere meanwhile.
 
-    `copy_engine`: it is no kernel, and takes no SM.
+    Attributes:
+        link_bytes: those of the read ones that come over the scale-up link.
+        nic_bytes, nic_messages: sent over the network (as many arrive, on average).
+        copy_engine: it is no kernel, and takes no SM.
     """
 
     name: str
     read_bytes: float
     write_bytes: float
     link_bytes: float = 0.0
+    nic_bytes: float = 0.0
+    nic_messages: float = 0.0
     copy_engine: bool = False
 
 
@@ -416,17 +474,69 @@ def combine_phases(
     return phases
 
 
+def cluster_phases(shape: Shape, topology: Topology, mode: Mode) -> tuple[list[Phase], list[Phase]]:
+    """Phases of a dispatch and of a combine across nodes under uniform routing; mean over ranks.
+
+    The sums of a combine are sent by the NIC, so experts' rows are always summed (or copied) into the window. In one
+    node both modes are what `dispatch_phases` and `combine_phases` say.
+
+    Raises:
+        ValueError: `shape.ranks` is not that of the topology, or there is no such mode.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode = {mode!r}: must be one of {', '.join(get_args(Mode))}")
+    if shape.ranks != topology.ranks:
+        raise ValueError(f"ranks = {shape.ranks}: {topology.nodes} x {topology.gpus_per_node} ranks are meant")
+    nodes, gpus = topology.nodes, topology.gpus_per_node
+    if nodes == 1:
+        return dispatch_phases(shape), combine_phases(shape)
+    rows = expected_rows(shape)
+    pairs = _pairs(rows.owned)  # (token, rank)
+    near, far = pairs / nodes, pairs * (nodes - 1) / nodes  # in the token's own node, in others
+    neighbours = (gpus - 1) / gpus  # share of a node's rows that lie on another rank of the node
+    sent = far if mode == "direct" else rows.tokens * distinct_nodes(shape, nodes) * (nodes - 1) / nodes
+    peers = topology.network_peers(mode)
+
+    # Rows of other nodes: in direct mode they arrive in the memory of the rank that wants them, in hybrid mode in that
+    # of the sender's rail.
+    over_link = (near if mode == "direct" else pairs) * neighbours
+    # A count goes to every peer, and the row at which to write comes back.
+    counts = Phase("counts", 0, 0, nic_bytes=8.0 * peers, nic_messages=2.0 * peers)
+    stage, pull = dispatch_phases(shape, rows)
+    pull = replace(
+        pull,
+        link_bytes=over_link * shape.dispatch_row,
+        nic_bytes=sent * shape.dispatch_row,
+        nic_messages=sent + peers,  # a signal follows the rows of each peer
+    )
+
+    row = shape.row
+    local = combine_phases(shape, rows)[0]
+    if mode == "direct":
+        local = replace(local, nic_bytes=sent * row, nic_messages=sent + peers)
+        last = Phase("pull", pairs * row, rows.tokens * row, over_link * row)
+        return [stage, counts, pull], [local, last]
+    node_sum = Phase("node sum", far * row, sent * row, far * neighbours * row, sent * row, sent + peers)
+    last = Phase("pull", (near + sent) * row, rows.tokens * row, near * neighbours * row)
+    return [stage, counts, pull], [local, node_sum, last]
+
+
 # ---- time -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """Predicted microseconds of a phase, and those that each part of the machine needs for it."""
+    """Predicted microseconds of a phase, and those that each part of the machine needs for it.
+
+    Attributes:
+        nic_us: of the NIC, which works beside the phases and does not count in `us`.
+    """
 
     phase: Phase
     sm_us: float
     link_us: float
     memory_us: float
+    nic_us: float = 0.0
 
     @property
     def us(self) -> float:
@@ -439,6 +549,34 @@ class PhaseTime:
         return max(parts, key=lambda name: parts[name])
 
 
+@dataclass(frozen=True)
+class Operation:
+    """Predicted time of a dispatch or a combine, from its first launch to its last byte."""
+
+    phases: tuple[PhaseTime, ...]
+    overhead_us: float
+
+    @property
+    def nic_us(self) -> float:
+        """What the NIC alone needs."""
+        return math.fsum(phase.nic_us for phase in self.phases)
+
+    @property
+    def us(self) -> float:
+        return self.overhead_us + max(math.fsum(phase.us for phase in self.phases), self.nic_us)
+
+    @property
+    def bound(self) -> str:
+        """What it waits for most: "NIC", or what its longest phase waits for."""
+        if self.nic_us >= math.fsum(phase.us for phase in self.phases):
+            return "NIC"
+        return max(self.phases, key=lambda phase: phase.us).bound
+
+    def total(self, name: str) -> float:
+        """Sum over the phases of an attribute of `Phase`."""
+        return math.fsum(getattr(phase.phase, name) for phase in self.phases)
+
+
 def predict(phase: Phase, machine: Machine, num_sms: int) -> PhaseTime:
     """How long `phase` takes on `num_sms` SMs of each rank."""
     rates = machine.rates
@@ -446,13 +584,23 @@ def predict(phase: Phase, machine: Machine, num_sms: int) -> PhaseTime:
     sm_us = (phase.read_bytes / rates.read(num_sms) + phase.write_bytes / rates.write(num_sms)) / 1e3
     if phase.copy_engine:
         sm_us = 0.0
-    memory_us = machine.sharing * (phase.read_bytes + phase.write_bytes) / rates.memory / 1e3
-    return PhaseTime(phase, sm_us, phase.link_bytes / machine.scale_up_gbytes_per_s / 1e3, memory_us)
+    # What the NIC sends is read from the memory, and as much is written to it.
+    in_memory = phase.read_bytes + phase.write_bytes + 2 * phase.nic_bytes
+    memory_us = machine.sharing * in_memory / rates.memory / 1e3
+    nic_us = max(phase.nic_bytes / machine.nic_gbytes_per_s / 1e3, phase.nic_messages / machine.nic_messages_per_us)
+    return PhaseTime(phase, sm_us, phase.link_bytes / machine.scale_up_gbytes_per_s / 1e3, memory_us, nic_us)
+
+
+def operation(phases: Sequence[Phase], machine: Machine, num_sms: int) -> Operation:
+    """The prediction for a dispatch or a combine of these phases."""
+    crosses = any(phase.nic_messages for phase in phases)
+    overhead_us = machine.overhead_us + (machine.network_us if crosses else 0.0)
+    return Operation(tuple(predict(phase, machine, num_sms) for phase in phases), overhead_us)
 
 
 def operation_us(phases: Sequence[Phase], machine: Machine, num_sms: int) -> float:
     """How long a dispatch or a combine of these phases takes, from its first launch to its last byte."""
-    return OVERHEAD_US + math.fsum(predict(phase, machine, num_sms).us for phase in phases)
+    return operation(phases, machine, num_sms).us
 
 
 def best_direct_rows(shape: Shape, machine: Machine, num_sms: int) -> int:
@@ -466,27 +614,66 @@ def best_direct_rows(shape: Shape, machine: Machine, num_sms: int) -> int:
 
 
 def num_sms(shape: Shape, machine: Machine, *, zero_copy: bool = False) -> int:
-    """SMs that a dispatch and a combine should hold: an even number, 4 at least, never more than each rank can have.
-
-    The smallest number with which what crosses the link waits for the link or the memory, and not for SMs; less if two
-    more SMs would save less than 5 % of the time before that.
-    """
+    """SMs that a dispatch and a combine inside a node should hold, see `fewest_sms`."""
     rows = expected_rows(shape)
-    operations = [
-        dispatch_phases(shape, rows),
-        combine_phases(shape, rows, zero_copy=zero_copy, direct_rows=shape.topk),
-    ]
-    linked = [phase for phases in operations for phase in phases if phase.link_bytes]
+    combine = combine_phases(shape, rows, zero_copy=zero_copy, direct_rows=shape.topk)
+    return fewest_sms([dispatch_phases(shape, rows), combine], machine)
+
+
+def fewest_sms(operations: Sequence[Sequence[Phase]], machine: Machine) -> int:
+    """SMs for operations of these phases: an even number, 4 at least, never more than each rank can have.
+
+    The smallest number with which what crosses a link waits for the link, the NIC or the memory, and not for SMs; less
+    if two more SMs would save less than 5 % of the time before that.
+    """
 
     def total_us(sms: int) -> float:
         return math.fsum(operation_us(phases, machine, sms) for phases in operations)
 
     for sms in range(MIN_SMS, machine.most_sms, 2):
-        if linked and all(predict(phase, machine, sms).bound != "SMs" for phase in linked):
+        if not _wait_for_sms([operation(phases, machine, sms) for phases in operations]):
             return sms
         if total_us(sms + 2) > (1 - KNEE) * total_us(sms):
             return sms
     return machine.most_sms
+
+
+def _wait_for_sms(operations: Sequence[Operation]) -> bool:
+    """Whether what crosses a link, or everything where nothing does, waits for SMs."""
+    slow = [operation for operation in operations if operation.bound != "NIC"]
+    linked = [phase for operation in slow for phase in operation.phases if phase.phase.link_bytes]
+    return bool(slow) and (not linked or any(phase.bound == "SMs" for phase in linked))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mode, its SMs, and what a dispatch and a combine take with them."""
+
+    mode: Mode
+    num_sms: int
+    dispatch: Operation
+    combine: Operation
+
+    @property
+    def us(self) -> float:
+        return self.dispatch.us + self.combine.us
+
+
+def choices(shape: Shape, topology: Topology, machine: Machine, num_sms: int | None = None) -> list[Choice]:
+    """Both modes, the faster one first (direct of equals); inside one node there is direct alone.
+
+    Args:
+        num_sms: the budget; None = `fewest_sms`, for each mode.
+
+    Raises:
+        ValueError: see `cluster_phases`.
+    """
+    found = []
+    for mode in get_args(Mode)[: 2 if topology.nodes > 1 else 1]:
+        dispatch, combine = cluster_phases(shape, topology, mode)
+        sms = num_sms or fewest_sms([dispatch, combine], machine)
+        found.append(Choice(mode, sms, operation(dispatch, machine, sms), operation(combine, machine, sms)))
+    return sorted(found, key=lambda choice: choice.us)
 
 
 def num_qps(num_sms: int, num_scaleout_ranks: int = 1, num_allocated: int = 0) -> int:
@@ -502,6 +689,7 @@ def num_qps(num_sms: int, num_scaleout_ranks: int = 1, num_allocated: int = 0) -
 
 
 def as_dict(machine: Machine) -> dict[str, Any]:
-    """`machine` for a JSON report; a link that is the memory itself is null."""
-    link = machine.scale_up_gbytes_per_s
-    return {**asdict(machine), "scale_up_gbytes_per_s": link if math.isfinite(link) else None}
+    """`machine` for a JSON report; a link that is the memory itself, and a NIC without traffic, is null."""
+    facts = asdict(machine)
+    links = ("scale_up_gbytes_per_s", "nic_gbytes_per_s")
+    return facts | {name: facts[name] if math.isfinite(facts[name]) else None for name in links}

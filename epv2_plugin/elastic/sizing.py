@@ -215,6 +215,156 @@ def window_bytes(
     return align(combine.end, BUFFER_ALIGNMENT), dispatch.end
 
 
+# ---- a window for many ranks: sizes for the plan; no kernel uses this layout yet ------------------------------------
+
+CAPACITY_FACTOR = 1.5  # rows that a rank has room for, over those it gets when routing is balanced
+
+
+class CapacityError(ValueError):
+    """More rows came than a window has room for; the message names the factor with which they fit."""
+
+
+def chunk_tokens(destinations: int) -> int:
+    """Tokens whose counts per destination are kept together: more for more destinations, so that the table of counts
+    stays as it is at 64."""
+    return CHUNK_TOKENS * -(-destinations // 64)
+
+
+@dataclass(frozen=True)
+class CapacityLayout:
+    """Bytes of a window whose rows are those that a rank gets, not one for each token of each rank.
+
+    No kernel uses this layout yet: the cuda backend has `window_bytes`, with a sum slot for each (source rank, token),
+    which is linear in the ranks. Here:
+
+    - A row's slot is its place in (source rank, source token) order among the rows that are there, handed out before
+      any row moves: the sender tells its count, the receiver answers with the first slot. So a rank needs room for
+      `capacity_factor` times the rows of balanced routing, and at most for the worst case, which small groups keep.
+    - Where more come, the receiver knows from the counts. It answers every sender with the error (`check`) instead of
+      a slot, nothing is sent, and every rank raises with the factor that is needed.
+    - `arrivals` (dispatch) and the sums that the NIC sends (combine) share memory: a combine writes after every
+      rank of the node has finished its pull, and the next dispatch's answers come after that combine's puts are
+      complete and, between two dispatches, after the node's pulls.
+    - A token returns at most once from each of the top-k ranks (nodes in hybrid mode): `returned` never overflows.
+    - Hybrid mode counts per node along the rail, and per chunk of arrived rows inside the node.
+
+    Args:
+        nodes, gpus_per_node: of the ranks that share the experts. max_tokens: that a rank may dispatch at once.
+        hidden: values of a token. num_topk: experts of a token. num_local_experts: of a rank.
+        ranks_per_token, nodes_per_token: expected distinct ones that hold a token's experts
+            (`model.distinct_ranks`, `model.distinct_nodes`).
+        itemsize: bytes of a value; FP8 rows need less, but gradients of combine are dispatched as they are.
+
+    Raises:
+        ValueError: `capacity_factor` is below 1.
+    """
+
+    hybrid: bool
+    nodes: int
+    gpus_per_node: int
+    max_tokens: int
+    hidden: int
+    num_topk: int
+    num_local_experts: int
+    ranks_per_token: float
+    nodes_per_token: float
+    use_fp8_dispatch: bool = False
+    itemsize: int = 2
+    capacity_factor: float = CAPACITY_FACTOR
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor = {self.capacity_factor}: must be 1 or more")
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def balanced_rows(self) -> float:
+        """Rows, one per token and rank, that a rank gets when routing is balanced."""
+        return self.max_tokens * self.ranks_per_token
+
+    @property
+    def received_rows(self) -> int:
+        """Rows, one per token and rank, that there is room for."""
+        worst = max_received_rows(self.ranks, self.max_tokens)
+        return min(worst, math.ceil(self.capacity_factor * self.balanced_rows))
+
+    @property
+    def balanced_arrivals(self) -> float:
+        """Rows that come over the network when routing is balanced."""
+        per_token = self.nodes_per_token if self.hybrid else self.ranks_per_token
+        return self.max_tokens * per_token * (self.nodes - 1) / self.nodes
+
+    @property
+    def arrivals(self) -> int:
+        """Rows that there is room for when they come over the network, one per token and rank or (hybrid) node."""
+        worst = (self.nodes - 1) * self.max_tokens * (1 if self.hybrid else self.gpus_per_node)
+        return min(worst, math.ceil(self.capacity_factor * self.balanced_arrivals))
+
+    @property
+    def returned_rows(self) -> int:
+        """Most sums that come back to a rank over the network."""
+        sources = (self.nodes - 1) * (1 if self.hybrid else self.gpus_per_node)
+        return self.max_tokens * min(self.num_topk, sources)
+
+    def rows(self) -> dict[str, int]:
+        """Bytes of the sections with rows."""
+        scales = 4 * scale_columns(self.hidden, packed=False) if self.use_fp8_dispatch else 0
+        token = RowLayout(self.hidden * self.itemsize, scales, self.num_topk, self.num_topk).stride
+        summed = RowLayout(self.hidden * self.itemsize, num_topk_weights=self.num_topk).stride
+        sections = {"tokens": self.max_tokens * token, "returned": self.returned_rows * summed}
+        if self.hybrid:
+            sections["rank sums"] = self.received_rows * summed
+            sections["arrivals, node sums"] = self.arrivals * max(token, summed)
+        else:
+            # What arrives is a part of what is received.
+            sections["arrivals, rank sums"] = max(self.arrivals * token, self.received_rows * summed)
+        return sections
+
+    def metadata(self) -> dict[str, int]:
+        """Bytes of the sections without rows. Those linear in the ranks are flags and counts: some bytes a rank."""
+        columns = self.num_local_experts + 1  # rows of each expert, and of the rank
+        node = self.gpus_per_node * columns
+        if self.hybrid:
+            chunks = -(-self.max_tokens // CHUNK_TOKENS) + -(-self.arrivals // CHUNK_TOKENS) + self.nodes
+            sent = -(-self.max_tokens // chunk_tokens(self.nodes)) * self.nodes
+            return {
+                "flags": control_bytes(self.gpus_per_node + self.nodes),
+                "counts": 4 * (2 * self.nodes + self.ranks),
+                "histograms": 4 * (chunks * node + sent),
+                "tables": 4 * (self.arrivals * self.gpus_per_node + self.returned_rows),
+            }
+        chunks = -(-self.max_tokens // chunk_tokens(self.ranks))
+        return {
+            "flags": control_bytes(self.ranks),
+            "counts": 4 * 2 * self.ranks * columns,
+            "histograms": 4 * chunks * self.ranks * columns,
+            "tables": 4 * self.max_tokens * min(self.num_topk, self.ranks),
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the window in all."""
+        sections = [*self.rows().values(), *self.metadata().values()]
+        return align(sum(align(size, SECTION_ALIGNMENT) for size in sections), BUFFER_ALIGNMENT)
+
+    def check(self, received_rows: int, arrivals: int) -> None:
+        """Whether so many rows fit.
+
+        Raises:
+            CapacityError: they do not; the message names what is needed.
+        """
+        for name, seen, room, balanced in (
+            ("received rows", received_rows, self.received_rows, self.balanced_rows),
+            ("rows from the network", arrivals, self.arrivals, self.balanced_arrivals),
+        ):
+            if seen > room:
+                needed = f"a capacity factor of {math.ceil(100 * seen / balanced) / 100:g}" if balanced else "a network"
+                raise CapacityError(f"{seen} {name}: there is room for {room}; {needed} is needed")
+
+
 def counts_words(num_ranks: int, num_local_experts: int) -> int:
     """int32 words of what a dispatch counts, see `Counts` in csrc/kernels/ep/protocol.cuh."""
     return (2 * num_ranks + 1) * (num_local_experts + 1) + num_ranks

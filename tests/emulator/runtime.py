@@ -191,7 +191,7 @@ class EmulatedRuntime:
     def wait(self, event: Any) -> None:
         """Nothing to wait for."""
 
-    def close(self) -> None:
+    def close(self, abandon: bool = False) -> None:
         """Forget the windows; kernels that use their handles fail from now on."""
         for window in self._windows:
             _scheduler().epv2_emulator_window(window.handle, 0, None, 0)

@@ -13,6 +13,7 @@ namespace {
 int communicator, window;  // their addresses are the handles
 int asked;
 std::string pending;
+ncclWindow_t* unfinished;  // where a registration that goes on in the background will put its window
 std::map<void*, size_t> allocations;
 
 int number(const char* name, int otherwise) { return *setting(name) ? std::atoi(setting(name)) : otherwise; }
@@ -70,7 +71,11 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t, ncclResult_t* state) {
   const bool failed = listed("FAKE_FAIL", "background");
   const bool busy = !pending.empty() && (listed("FAKE_NEVER", pending.c_str()) || ++asked < 3);
   *state = busy ? ncclInProgress : failed ? ncclInvalidUsage : ncclSuccess;
-  if (!busy) pending.clear();
+  if (!busy) {
+    pending.clear();
+    if (unfinished != nullptr) *unfinished = reinterpret_cast<ncclWindow_t>(&window);
+    unfinished = nullptr;
+  }
   return ncclSuccess;
 }
 
@@ -110,8 +115,11 @@ ncclResult_t ncclCommWindowRegister(ncclComm_t, void* memory, size_t size, ncclW
   note("ncclCommWindowRegister %zu flags=%d%s", size, flags, allocations.count(memory) ? "" : " OF UNKNOWN MEMORY");
   const ncclResult_t result = answer("ncclCommWindowRegister");
   const bool made = (result == ncclSuccess || result == ncclInProgress) && !*setting("FAKE_NO_WINDOWS");
-  *out = made ? reinterpret_cast<ncclWindow_t>(&window) : nullptr;
-  return result;
+  *out = made && result == ncclSuccess ? reinterpret_cast<ncclWindow_t>(&window) : nullptr;
+  if (result != ncclInProgress) return result;
+  // As NCCL 2.30.7 does on a communicator that does not block: success, and no window yet.
+  if (made) unfinished = out;
+  return ncclSuccess;
 }
 
 ncclResult_t ncclCommWindowDeregister(ncclComm_t comm, ncclWindow_t) {
@@ -128,7 +136,8 @@ ncclResult_t ncclDevCommCreate(ncclComm_t, const ncclDevCommRequirements_t* want
   note("ncclDevCommCreate lsa=%d contexts=%d signals=%d counters=%d connection=%d", wanted->lsaBarrierCount,
        wanted->ginContextCount, wanted->ginSignalCount, wanted->ginCounterCount, wanted->ginConnectionType);
   out->rank = 5;
-  return answer("ncclDevCommCreate");
+  const ncclResult_t result = answer("ncclDevCommCreate");
+  return result == ncclInProgress ? ncclSuccess : result;
 }
 
 ncclResult_t ncclDevCommDestroy(ncclComm_t, const ncclDevComm_t* device) {

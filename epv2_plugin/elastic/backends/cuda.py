@@ -107,6 +107,7 @@ class CudaRoute:
         self.metadata = counts.new_empty(0, 2 + topk_idx_TK.shape[1])
         self.num_expanded_rows = 0
         self.recv_topk_idx: torch.Tensor | None = None  # int64 [rows, K], compact layout only
+        self.in_window = False  # whether expert output was asked to be written into the window
 
     @property
     def num_topk(self) -> int:
@@ -220,7 +221,8 @@ class CudaBackend:
         return self.runtime.comm_stream()
 
     def close(self) -> None:
-        self.runtime.close()
+        # After a failure some peer does not take part in anything that all must take part in.
+        self.runtime.close(abandon=self._failure is not None or bool(self._error_words[0]))
 
     def check(self) -> None:
         """Raise what made this rank give up, if anything did.
@@ -371,7 +373,8 @@ class CudaBackend:
             yield self._begin(previous, None)
             return
         caller = runtime.current_stream()
-        before = [] if previous else [CudaEvent(self)]
+        # Beside what the caller names: copies of arguments that were made on its stream just now.
+        before = [CudaEvent(self)]
         with runtime.on_comm_stream():
             for tensor in inputs:
                 if tensor is not None and tensor.device.type == "cuda":
@@ -382,10 +385,11 @@ class CudaBackend:
         runtime = self.runtime
         for event in previous:
             event.current_stream_wait()
-        # Operations of a buffer run one by one, whatever streams they are on. What a graph captured is ordered by it.
+        # Operations of a buffer run one by one, whatever streams they are on. Inside a capture, only events of the same
+        # capture can be waited for, and those are the caller's.
         stream, capturing = runtime.current_stream(), runtime.is_capturing()
         last_stream, last_captured, last_event = self._last
-        if last_stream != stream and last_captured == capturing:
+        if last_stream != stream and not (last_captured or capturing):
             runtime.wait(last_event)
         return _Stream(self, stream, capturing, caller)
 
@@ -413,6 +417,11 @@ class CudaBackend:
         asynchronous: bool,
     ) -> Received:
         runtime = self.runtime
+        if exact and route is None and runtime.is_capturing():
+            raise ValueError(
+                "do_cpu_sync = True while a CUDA graph is being captured: the host would wait for a kernel that does "
+                "not run yet; use do_cpu_sync=False"
+            )
         num_tokens, hidden = x_TH.shape
         out_dtype = torch.float8_e4m3fn if use_fp8 else x_TH.dtype
         _check_row(hidden, out_dtype)
@@ -590,9 +599,11 @@ class CudaBackend:
         while words[0] != self._tag:
             self.check()
             if time.monotonic() > deadline:
-                raise CommunicationTimeout(
+                # The kernel may still be waiting: no later operation may take its number.
+                self._failure = CommunicationTimeout(
                     self.runtime.rank, -1, "dispatch, counts", f"counts within {self._host_timeout:g} s", "none"
                 )
+                raise self._failure
             time.sleep(0)  # other threads of this process need the interpreter
         size, columns = self.runtime.size, route.num_local_experts + 1
         return words[1 + size * columns : 1 + 2 * size * columns].reshape(size, columns).tolist()
@@ -636,7 +647,8 @@ class CudaBackend:
             "has_weights": int(topk_weights is not None),
             "by_row": int(by_row),
         }
-        with self._operation(previous, asynchronous, (x, topk_weights, *biases, route.metadata, route.counts)) as place:
+        inputs = (x, topk_weights, *biases, route.metadata, route.counts, route.topk_idx_TK)
+        with self._operation(previous, asynchronous, inputs) as place:
             combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
             combined_weights = None
             if topk_weights is not None:
@@ -672,8 +684,10 @@ class CudaBackend:
         return combined, combined_weights, event
 
     def _lies_in_window(self, x: torch.Tensor, route: CudaRoute, row_bytes: int) -> bool:
+        if x.numel() == 0:  # has no address, but all ranks must do the same
+            return route.in_window
         begin = self._window.tensor.data_ptr()
-        if not begin <= x.data_ptr() < begin + self.num_bytes or x.numel() == 0:
+        if not begin <= x.data_ptr() < begin + self.num_bytes:
             return False
         if x.data_ptr() != begin + self._combine_layout(route, row_bytes, by_row=True).rows:
             raise ValueError("x lies in the buffer's window, but is not what get_combine_buffer gave for this handle")
@@ -687,6 +701,7 @@ class CudaBackend:
         with self._operation((), False, ()) as place:
             self._wait_until_idle()
             place.end(())
+        route.in_window = True
         return self._window_rows(layout, route, dtype, hidden)
 
     def _wait_until_idle(self) -> None:

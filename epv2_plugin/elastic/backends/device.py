@@ -101,8 +101,11 @@ class Runtime(Protocol):
     def wait(self, event: Any) -> None:
         """Make the current stream wait for `event`."""
 
-    def close(self) -> None:
-        """Wait for the device, then release windows, mapped memory and communicator (collective). Once is enough."""
+    def close(self, abandon: bool = False) -> None:
+        """Wait for the device, then release windows, mapped memory and communicator (collective). Once is enough.
+
+        `abandon`: without the other ranks, some of which may be gone.
+        """
 
 
 _PHASE = "creation of the buffer"
@@ -293,10 +296,13 @@ class CudaRuntime:
     def wait(self, event: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)
 
-    def close(self) -> None:
+    def close(self, abandon: bool = False) -> None:
         if self._closed:
             return
         self._closed = True
+        assert self._communicator is not None
+        if abandon:
+            self._communicator.abort()
         with contextlib.ExitStack() as steps:  # a step that fails must not keep the others from happening
             for mapped in self._mapped:
                 steps.callback(mapped.close)
