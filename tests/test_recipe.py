@@ -20,7 +20,9 @@ from epv2_plugin.training.recipe import (
 )
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-TINY, SMALL, V3, PROXY = (RECIPES / f"deepseek_v3_{name}.yaml" for name in ("tiny", "small", "671b", "proxy_1gpu"))
+TINY, SMALL, V3, PROXY, TINY_3D = (
+    RECIPES / f"deepseek_v3_{name}.yaml" for name in ("tiny", "small", "671b", "proxy_1gpu", "tiny_3d")
+)
 
 
 def arguments(recipe: Recipe, **kwargs: str) -> dict[str, list[str]]:
@@ -35,7 +37,7 @@ def arguments(recipe: Recipe, **kwargs: str) -> dict[str, list[str]]:
     return result
 
 
-@pytest.mark.parametrize("path", [TINY, SMALL, V3, PROXY], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [TINY, SMALL, V3, PROXY, TINY_3D], ids=lambda path: path.stem)
 def test_the_recipes_load(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
@@ -50,6 +52,13 @@ def test_the_cpu_recipes_are_for_four_ranks_without_a_gpu(path):
     assert (recipe.train.processes, recipe.degree("expert"), recipe.plugin.backend) == (4, 4, "host")
     assert recipe.data.path == "stdlib"
     assert recipe.train.precision == "fp32"
+
+
+def test_the_recipe_of_three_dimensions_trains_the_tiny_model():
+    plain, recipe = load_recipe(TINY), load_recipe(TINY_3D)
+    assert recipe.model == plain.model
+    degrees = [recipe.degree(name) for name in ("expert", "pipeline", "context", "tensor")]
+    assert (recipe.train.processes, degrees, recipe.data_parallel, recipe.micro_batches) == (8, [2, 2, 2, 1], 2, 4)
 
 
 def test_the_published_shape():
