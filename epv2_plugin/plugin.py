@@ -16,10 +16,17 @@ from epv2_plugin.elastic.buffer import resolve_backend
 
 logger = logging.getLogger("epv2_plugin")
 
+# Keys, and whole sections, that have nothing to act on with a backend.
+WITHOUT_EFFECT = {
+    "host": ("sm_budget", "network", "timeouts.gpu_seconds"),
+    "cuda": ("sm_budget.pipeline", "sm_budget.context", "network.rdma_gbytes_per_s", "pipeline", "context"),
+}
+
 
 @dataclass
 class _Enabled:
     config: PluginConfig
+    backend: str
     bridged: bool
 
 
@@ -50,7 +57,7 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
             )
         return
     _show_log()
-    _check(loaded)
+    backend = _check(loaded)
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         raise ImportError("Megatron-Core is not installed: pip install 'epv2_plugin[megatron]'")
     # Megatron reads the device at import: the bridge comes first.
@@ -59,28 +66,38 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
     with ExitStack() as undo:
         bridged = cpu_bridge.install()
         undo.callback(cpu_bridge.uninstall)
-        from epv2_plugin.megatron import context_parallel, dispatcher, pipeline
-
-        adapters: tuple[Any, ...] = (dispatcher, pipeline, context_parallel)
-        for adapter in adapters:
+        for adapter in _adapters(backend):
             undo.callback(adapter.uninstall)
             adapter.install(loaded)
         undo.pop_all()
-    _enabled = _Enabled(loaded, bridged)
+    _enabled = _Enabled(loaded, backend, bridged)
     logger.info(
         "epv2: enabled with %s; flex backend 'epv2' is there for expert parallelism, pipeline: %s, context: %s",
         loaded.source,
-        *_who_runs(loaded).values(),
+        *_who_runs(loaded, backend).values(),
     )
-    if unused := _unused(loaded):
-        logger.info("epv2: without effect on the host backend: %s", ", ".join(unused))
+    if left := _left_to_megatron(loaded, backend):
+        logger.info("epv2: the %s backend does not have this yet, Megatron's own runs: %s", backend, ", ".join(left))
+    if unused := _unused(loaded, backend):
+        logger.info("epv2: without effect on the %s backend: %s", backend, ", ".join(unused))
 
 
-def _who_runs(config: PluginConfig) -> dict[str, str]:
-    return {
-        "pipeline": "stock" if config.pipeline.transport == "stock" else "epv2",
-        "context": "stock" if config.context.kv_exchange == "stock" else "epv2",
-    }
+def _adapters(backend: str) -> tuple[Any, ...]:
+    """The modules that put `backend` under Megatron."""
+    from epv2_plugin.megatron import context_parallel, dispatcher, pipeline
+
+    return (dispatcher, pipeline, context_parallel) if backend == "host" else (dispatcher,)
+
+
+def _who_runs(config: PluginConfig, backend: str) -> dict[str, str]:
+    wanted = {"pipeline": config.pipeline.transport, "context": config.context.kv_exchange}
+    return {name: "epv2" if backend == "host" and how != "stock" else "stock" for name, how in wanted.items()}
+
+
+def _left_to_megatron(config: PluginConfig, backend: str) -> list[str]:
+    """What the configuration would have the plugin run, but `backend` does not have."""
+    wanted = {"pipeline.transport": config.pipeline.transport, "context.kv_exchange": config.context.kv_exchange}
+    return [] if backend == "host" else [f"{key} = {how}" for key, how in wanted.items() if how != "stock"]
 
 
 def _show_log() -> None:
@@ -90,11 +107,13 @@ def _show_log() -> None:
         logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
-def _unused(config: PluginConfig) -> list[str]:
-    """Keys that are set but have nothing to act on with the host backend."""
+def _unused(config: PluginConfig, backend: str) -> list[str]:
+    """Keys that are set but have nothing to act on with `backend`."""
     given = config.model_dump(exclude_defaults=True)
-    keys = [f"{name}.{key}" for name in ("sm_budget", "network") for key in given.get(name, {})]
-    return keys + (["timeouts.gpu_seconds"] if "gpu_seconds" in given.get("timeouts", {}) else [])
+    sections = {name: section for name, section in given.items() if isinstance(section, dict)}
+    keys = [f"{name}.{key}" for name, section in sections.items() for key in section if section[key] != "stock"]
+    idle = WITHOUT_EFFECT[backend]
+    return [key for key in keys if key in idle or key.partition(".")[0] in idle]
 
 
 def disable() -> None:
@@ -102,9 +121,9 @@ def disable() -> None:
     global _enabled
     if _enabled is None:
         return
-    from epv2_plugin.megatron import arguments, context_parallel, cpu_bridge, dispatcher, pipeline
+    from epv2_plugin.megatron import arguments, cpu_bridge
 
-    adapters: tuple[Any, ...] = (arguments, context_parallel, pipeline, dispatcher, cpu_bridge)
+    adapters: tuple[Any, ...] = (arguments, *reversed(_adapters(_enabled.backend)), cpu_bridge)
     for adapter in adapters:
         adapter.uninstall()
     _enabled = None
@@ -112,40 +131,41 @@ def disable() -> None:
 
 def status() -> dict[str, Any]:
     """What is active: `enabled`, `config`, `backend`, `unused` (keys without effect there),
-    `expert`/`pipeline`/`context` (who runs it), `replaced` (dotted
-    names of the symbols replaced), `bridge` (likewise, for Megatron on a CPU), `groups` (one entry for each group that
-    a primitive runs on)."""
+    `expert`/`pipeline`/`context` (who runs it), `replaced` (dotted names of the symbols replaced), `bridge` (likewise,
+    for Megatron on a CPU), `groups` (one entry for each buffer: primitive, ranks, backend, transport, SMs, bytes sent
+    and more). On a GPU a buffer is made at the first micro-batch, unless something says how large it must be."""
     if _enabled is None:
         return {"enabled": False, "replaced": [], "bridge": [], "groups": []}
-    from epv2_plugin.megatron import arguments, context_parallel, cpu_bridge, dispatcher, pipeline
+    from epv2_plugin.megatron import arguments, cpu_bridge
 
-    adapters: tuple[Any, ...] = (dispatcher, pipeline, context_parallel)
+    adapters = _adapters(_enabled.backend)
     return {
         "enabled": True,
         "config": _enabled.config.source,
-        "backend": "host",
-        "unused": _unused(_enabled.config),
+        "backend": _enabled.backend,
+        "unused": _unused(_enabled.config, _enabled.backend),
         "expert": "epv2",
-        **_who_runs(_enabled.config),
+        **_who_runs(_enabled.config, _enabled.backend),
         "replaced": [name for adapter in (*adapters, arguments) for name in adapter.replaced()],
         "bridge": list(cpu_bridge.active()) if _enabled.bridged else [],
         "groups": [{"primitive": "expert", **group} for adapter in adapters for group in adapter.groups()],
     }
 
 
-def _check(config: PluginConfig) -> None:
-    """Refuse what this version or machine can't do."""
+def _check(config: PluginConfig) -> str:
+    """Refuse what this version or machine can't do; returns the backend that runs."""
     cuda = torch.cuda.is_available()
     config.check(device_sms=torch.cuda.get_device_properties(0).multi_processor_count if cuda else None)
     try:
-        resolve_backend(config.backend)
+        backend = resolve_backend(config.backend)
     except RuntimeError as error:
         raise config.fail("backend", str(error)) from None
-    if cuda:
+    if cuda and backend == "host":
         raise config.fail(
             "backend", "the host backend trains on the CPU; hide the GPU (CUDA_VISIBLE_DEVICES=) to use it"
         )
     if config.expert.mode == "hybrid":
-        raise config.fail("expert.mode", "the host backend makes one hop: 'auto' or 'direct'")
+        raise config.fail("expert.mode", f"the {backend} backend makes one hop in this version: 'auto' or 'direct'")
     if not config.expert.host_sync:
-        raise config.fail("expert.host_sync", "must be true on the host backend, whose experts take exact counts")
+        raise config.fail("expert.host_sync", "must be true for Megatron, whose experts take exact counts")
+    return backend

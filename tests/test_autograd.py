@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,8 @@ def one_rank(size: int, use_fp8: bool) -> list[tuple[torch.Tensor, ...]]:
         (False, False, True, False),
         (True, True, False, True),
         (False, True, False, True),
+        (True, True, True, True),
+        (False, True, True, True),
     ],
 )
 def test_gradients(pool: Callable[[int], Pool], expand: bool, exact: bool, overlap: bool, use_fp8: bool) -> None:
@@ -115,15 +118,33 @@ def test_gradients(pool: Callable[[int], Pool], expand: bool, exact: bool, overl
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def fp8_and_overlap(rank: int, size: int) -> None:
-    buffer = ElasticBuffer(dist.group.WORLD)
+class Recorder:
+    """A buffer that notes the tuning arguments of every operation."""
+
+    def __init__(self, buffer: ElasticBuffer):
+        self._buffer, self.calls = buffer, []
+
+    def dispatch(self, *args: Any, **options: Any) -> Any:
+        self.calls.append(("dispatch", options.get("num_sms"), options.get("num_qps")))
+        return self._buffer.dispatch(*args, **options)
+
+    def combine(self, *args: Any, **options: Any) -> Any:
+        self.calls.append(("combine", options.get("num_sms"), options.get("num_qps")))
+        return self._buffer.combine(*args, **options)
+
+
+def budgets(rank: int, size: int) -> list[Any]:
+    buffer: Any = Recorder(ElasticBuffer(dist.group.WORLD))
     x, idx, _ = _tokens(0)
-    with pytest.raises(ValueError, match="use_fp8 = True"):
-        autograd.dispatch(buffer, x, idx, num_experts=9, use_fp8=True, async_with_compute_stream=True)
+    recv_x, *_, handle, _ = autograd.dispatch(buffer, x.requires_grad_(), idx, num_experts=9, num_sms=6, num_qps=2)
+    combined, _ = autograd.combine(buffer, recv_x, handle, num_sms=4)
+    combined.sum().backward()
+    return buffer.calls
 
 
-def test_fp8_refuses_overlap(pool: Callable[[int], Pool]) -> None:
-    pool(1).run(fp8_and_overlap)
+def test_the_backward_pass_keeps_the_budget(pool: Callable[[int], Pool]) -> None:
+    (calls,) = pool(1).run(budgets)
+    assert calls == [("dispatch", 6, 2), ("combine", 4, None), ("dispatch", 4, None), ("combine", 6, 2)]
 
 
 def test_fp8_cast_keeps_three_bits() -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from tests.test_training import (
     BF16,
@@ -106,6 +108,26 @@ def test_ab_reports_every_arm(tmp_path: Path) -> None:
     assert str(Path("runs/deepseek_v3_tiny-ab/report.md")) in done.stdout
 
 
+def test_ab_in_bf16_measures_the_noise_of_stock(tmp_path: Path) -> None:
+    recipe = yaml.safe_load(Path(RECIPE).read_text())
+    recipe["train"] |= {"processes": 2, "precision": "bf16", "global_batch_size": 2, "micro_batch_size": 1, "steps": 3}
+    recipe["plugin"]["parallel"]["expert"] = 2
+    recipe["model"] |= {"seq_length": 32, "num_layers": 2}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = epv2("ab", "recipe.yaml", "--skew", "0.5", "--folder", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    arms = [record["arm"] for record in records]
+    assert set(arms[:6]) == {"alltoall", "epv2"}  # the other stock dispatcher comes when they are done
+    assert arms[6:] == ["allgather"] * 3
+    losses = {(r["arm"], r["step"]): r["loss"] for r in records}
+    apart = [abs(losses["allgather", step] / losses["alltoall", step] - 1) for step in range(3)]
+    assert 0 < max(apart) < 1e-2
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "stock's own allgather and alltoall by" in report
+    assert "sm_budget.expert: auto; host backend over gloo, direct mode, 0 SMs" in report
+
+
 def test_ab_that_is_interrupted_reports_what_it_has(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "epv2_plugin.cli", "ab", RECIPE, "--folder", "out"],
@@ -136,11 +158,18 @@ def test_ab_that_is_interrupted_reports_what_it_has(tmp_path: Path) -> None:
         (("train", RECIPE, "--steps", "0"), "must be 1 or more"),
         (("train", "missing.yaml"), "can't be read"),
         (("recipe-args", "missing.yaml"), "can't be read"),
+        (("train", "on_gpu.yaml"), "plugin: backend = 'cuda': there is no CUDA device here"),
+        (("ab", "on_gpu.yaml"), "plugin: backend = 'cuda': there is no CUDA device here"),
         ((), "COMMAND"),
     ],
 )
 def test_wrong_usage_is_one_line(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    if "on_gpu.yaml" in words:
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device")
+        (tmp_path / "on_gpu.yaml").write_text(Path(RECIPE).read_text().replace("backend: host", "backend: cuda"))
     done = epv2(*words, cwd=tmp_path, timeout=60)
+    (tmp_path / "on_gpu.yaml").unlink(missing_ok=True)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

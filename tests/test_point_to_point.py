@@ -111,6 +111,14 @@ def both_ways_at_once(rank: int, size: int) -> None:
             into = torch.empty(1 << 18)
             buffer.pp_recv(into, peer)
             assert torch.equal(into, torch.full((1 << 18,), 10.0 * peer + number))
+    # Channels do not wait for each other.
+    for channel in range(4):
+        buffer.pp_send(torch.tensor([channel, rank]), (rank + 1) % size, channel=channel)
+    for channel in reversed(range(4)):
+        into = torch.empty(2, dtype=torch.int64)
+        buffer.pp_recv(into, (rank - 1) % size, channel=channel)
+        assert into.tolist() == [channel, (rank - 1) % size]
+    buffer.barrier()
     # Memory that is not dense, on both sides.
     if rank == 0:
         buffer.pp_send(torch.arange(12.0).view(3, 4).t(), 1)

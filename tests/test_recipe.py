@@ -20,7 +20,9 @@ from epv2_plugin.training.recipe import (
 )
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-TINY, SMALL, V3 = (RECIPES / f"deepseek_v3_{name}.yaml" for name in ("tiny", "small", "671b"))
+TINY, SMALL, V3, PROXY, TINY_3D = (
+    RECIPES / f"deepseek_v3_{name}.yaml" for name in ("tiny", "small", "671b", "proxy_1gpu", "tiny_3d")
+)
 
 
 def arguments(recipe: Recipe, **kwargs: str) -> dict[str, list[str]]:
@@ -35,7 +37,7 @@ def arguments(recipe: Recipe, **kwargs: str) -> dict[str, list[str]]:
     return result
 
 
-@pytest.mark.parametrize("path", [TINY, SMALL, V3], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [TINY, SMALL, V3, PROXY, TINY_3D], ids=lambda path: path.stem)
 def test_the_recipes_load(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
@@ -52,6 +54,13 @@ def test_the_cpu_recipes_are_for_four_ranks_without_a_gpu(path):
     assert recipe.train.precision == "fp32"
 
 
+def test_the_recipe_of_three_dimensions_trains_the_tiny_model():
+    plain, recipe = load_recipe(TINY), load_recipe(TINY_3D)
+    assert recipe.model == plain.model
+    degrees = [recipe.degree(name) for name in ("expert", "pipeline", "context", "tensor")]
+    assert (recipe.train.processes, degrees, recipe.data_parallel, recipe.micro_batches) == (8, [2, 2, 2, 1], 2, 4)
+
+
 def test_the_published_shape():
     recipe = load_recipe(V3)
     model, mla, moe = recipe.model, recipe.model.mla, recipe.model.moe
@@ -63,6 +72,25 @@ def test_the_published_shape():
     assert (moe.num_shared_experts, moe.ffn_hidden_size, moe.routed_scaling_factor) == (1, 2048, 2.5)
     assert model.mtp_layers == 1
     assert (recipe.train.processes, recipe.degree("expert"), recipe.degree("pipeline")) == (2048, 64, 16)
+
+
+def test_the_proxy_is_a_layer_of_the_published_shape():
+    proxy, published = load_recipe(PROXY), load_recipe(V3)
+    same = ("hidden_size", "num_attention_heads", "init_std", "mla", "seq_length")
+    assert all(getattr(proxy.model, name) == getattr(published.model, name) for name in same)
+    fewer = {"num_experts": 16, "num_groups": 8, "aux_loss_coeff": 0.0}
+    assert proxy.model.moe == published.model.moe.model_copy(update=fewer)
+    train = proxy.train
+    assert (train.processes, train.steps, train.precision, proxy.degree("expert")) == (4, 50, "bf16", 4)
+    assert train.micro_batch_size * proxy.model.seq_length == proxy.plugin.expert.max_tokens_per_rank == 4096
+    assert proxy.micro_batches == 1
+    assert proxy.plugin.backend == "cuda"
+
+
+def test_two_arms_of_the_proxy_leave_room_on_one_gpu():
+    (rank,) = memory_per_rank(load_recipe(PROXY))
+    assert 4 * rank.total / 2**30 == pytest.approx(19.7, abs=0.05)  # as its head says
+    assert 70 - 2 * 4 * rank.total / 2**30 > 30
 
 
 def test_the_published_parameter_count():
@@ -309,11 +337,20 @@ def test_megatron_arguments_of_the_tiny_model():
         assert caught.value.key == key
 
 
+def test_megatron_arguments_of_the_proxy():
+    flags = arguments(load_recipe(PROXY))
+    assert flags["--moe-layer-freq"] == ["[0]*0+[1]*1"]
+    assert flags["--num-experts"] == ["16"]
+    for flag in ("--bf16", "--moe-shared-expert-overlap", "--use-distributed-optimizer", "--mock-data"):
+        assert flags[flag] == []
+    assert "--transformer-impl" not in flags
+
+
 def test_megatron_lm_knows_every_argument():
     """Megatron-Core's newer wheels bring Megatron-LM's own parser along."""
     module = pytest.importorskip("megatron.training.arguments", reason="this megatron-core has no megatron.training")
     parser = module.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    for path in (TINY, SMALL, V3):
+    for path in (TINY, SMALL, V3, PROXY):
         words = megatron_args(load_recipe(path))
         place = words.index("--moe-flex-dispatcher-backend")  # the launcher adds our name to the choices
         args = parser.parse_args(words[:place] + words[place + 2 :])

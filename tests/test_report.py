@@ -25,6 +25,8 @@ META = {
     "skew": None,
     "versions": {"torch": "2.13.0"},
     "machine": {"cpus": 2},
+    "dispatch_dtype": "bf16",
+    "sm_budget": 8,
     "data": {"path": "stdlib", "tokens": 7000000, "digest": "0123456789abcdef"},
     "precision": "fp32",
     "parameters": 1678896,
@@ -32,8 +34,18 @@ META = {
 Change = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
+NOISE = 1e-3  # relative difference of the two stock runs at the last step
+
+
 def make_run(
-    folder: Path, *, speed: float = 1.0, noise: float = 0.01, steps: int = 30, change: Change = lambda r: r, **meta: Any
+    folder: Path,
+    *,
+    speed: float = 1.0,
+    jitter: float = 0.01,
+    steps: int = 30,
+    change: Change = lambda r: r,
+    noise_steps: int = 0,
+    **meta: Any,
 ) -> Path:
     """A run in which a step of the epv2 arm takes `speed` times the baseline's; `change` may alter or drop records."""
     rng = random.Random(0)
@@ -44,7 +56,7 @@ def make_run(
     for step in range(steps):
         machine = rng.uniform(0.5, 2.0)  # the machine's mood, which pairing has to cancel
         for arm in meta["arms"]:
-            factor = machine * (speed if arm == "epv2" else 1.0) * (1 + rng.gauss(0, noise))
+            factor = machine * (speed if arm == "epv2" else 1.0) * (1 + rng.gauss(0, jitter))
             if step < 3:
                 factor *= 50  # warm-up
             record = {"arm": arm, "step": step, "loss": 5.0 * math.exp(-step / 20), "grad_norm": 1.0, "tokens": 1024}
@@ -52,10 +64,13 @@ def make_run(
             record |= {f"{phase}_backward_ms": 12 * factor for phase in ("dispatch", "combine")}
             record |= {"step_ms": 200 * factor, "expert_ms": 30 * factor, "expert_backward_ms": 60 * factor}
             record |= {"sent_bytes": 2 << 20 if arm == "epv2" else 5 << 20, "undeduplicated_bytes": 5 << 20}
-            record |= {"peak_rss_mib": 600.0}
+            record |= {"peak_mib": 600.0}
             changed = change(record)
             if changed is not None:
                 lines.append(json.dumps(changed))
+        if step < noise_steps:
+            drift = 1 + NOISE * (step + 1) / steps
+            lines.append(json.dumps({"arm": "allgather", "step": step, "loss": 5.0 * math.exp(-step / 20) * drift}))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -80,7 +95,7 @@ def test_slower(tmp_path):
 
 
 def test_no_difference(tmp_path):
-    assert "No difference in time beyond noise" in verdict_of(make_run(tmp_path / "run", noise=0.05))
+    assert "No difference in time beyond noise" in verdict_of(make_run(tmp_path / "run", jitter=0.05))
 
 
 def test_the_report_says_everything(tmp_path):
@@ -108,7 +123,7 @@ def test_the_report_says_everything(tmp_path):
 def test_same_input_same_files(tmp_path):
     files = []
     for name in ("one", "two"):
-        folder = make_run(tmp_path / name, speed=0.95, noise=0.05)
+        folder = make_run(tmp_path / name, speed=0.95, jitter=0.05)
         write_report(folder)
         files.append(
             [
@@ -213,3 +228,77 @@ def test_folders_that_hold_no_run(tmp_path):
     (tmp_path / "meta.json").write_text("{}")
     with pytest.raises(ConfigError, match="at least one arm"):
         write_report(tmp_path)
+
+
+def _drifting(factor: float) -> Change:
+    """The epv2 arm's loss drifts from the baseline's by `factor` times the noise."""
+
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        drift = 1 + factor * NOISE * (record["step"] + 1) / 30 if record["arm"] == "epv2" else 1
+        return record | {"loss": record["loss"] * drift}
+
+    return change
+
+
+BF16 = {"precision": "bf16", "noise": {"arm": "allgather", "base": "alltoall"}}
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [
+        (0.5, "Losses agree within rounding noise at each of 30 steps: epv2 and alltoall differ by at most 5.0e-04"),
+        (1.5, "Losses differ by 1.5 times the rounding noise, which may be chance"),
+        (4.0, "**Losses differ by more than rounding noise** (4.0 times)"),
+    ],
+)
+def test_bf16_losses_are_judged_by_the_noise_of_two_stock_runs(tmp_path, factor, words):
+    folder = make_run(tmp_path / "run", change=_drifting(factor), noise_steps=30, **BF16)
+    assert words in verdict_of(folder)
+    text = (folder / "report.md").read_text()
+    assert "stock's own allgather and alltoall by 1.0e-03 (step 29)" in text
+    assert "| rounding noise: allgather and alltoall | 30 | 1.00e-03 | 29 | 0 |" in text
+    assert "| step | alltoall | epv2 | epv2 difference | noise |" in text
+    # A yardstick is no arm: it has no time and no traffic.
+    assert "allgather" not in text.partition("## Losses")[0].partition("## Time")[2]
+
+
+def test_fp8_dispatch_is_named_where_losses_differ(tmp_path):
+    folder = make_run(
+        tmp_path / "run", change=_drifting(4.0), noise_steps=30, dispatch_dtype="fp8", sm_budget="auto", **BF16
+    )
+    assert "epv2 dispatches in fp8, which rounds more" in verdict_of(folder)
+
+
+def test_the_other_dispatcher_may_be_an_arm(tmp_path):
+    folder = make_run(tmp_path / "run", change=_drifting(0.5), arms=["alltoall", "allgather", "epv2"], **BF16)
+    assert "tolerance 2e-02 for bf16" in verdict_of(folder)  # equal losses measure no noise
+    text = (folder / "report.md").read_text()
+    assert "| rounding noise: allgather and alltoall | 30 | 0.00e+00 |" in text
+
+
+def test_a_yardstick_that_stock_refuses_is_named(tmp_path):
+    noise = BF16["noise"] | {"missing": "r.yaml: megatron = {}: Megatron refuses this model"}
+    folder = make_run(tmp_path / "run", precision="bf16", noise=noise)
+    assert "tolerance 2e-02 for bf16" in verdict_of(folder)
+    assert "Rounding noise is not known: r.yaml: megatron" in (folder / "report.md").read_text()
+
+
+def test_too_short_a_noise_run_is_no_yardstick(tmp_path):
+    folder = make_run(tmp_path / "run", change=_drifting(4.0), noise_steps=12, **BF16)
+    assert "tolerance 2e-02 for bf16" in verdict_of(folder)
+    assert "| rounding noise: allgather and alltoall | 12 |" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("mps", [True, False])
+def test_a_shared_gpu_is_described(tmp_path, mps):
+    machine = {"cpus": 16, "gpu": "NVIDIA H200, 132 SMs", "gpus": 1, "ranks per gpu": 4, "mps": mps, "nccl": "2.30.7"}
+    ran = {"backend": "cuda", "transport": "nccl lsa", "mode": "direct", "sms": 8, "qps": 0, "ranks": [0, 1, 2, 3]}
+    folder = make_run(tmp_path / "run", machine=machine, expert_parallel=[ran])
+    text = write_report(folder).read_text()
+    assert "| SM budget | sm_budget.expert: 8; cuda backend over nccl lsa, direct mode, 8 SMs |" in text
+    assert "| machine: gpu | NVIDIA H200, 132 SMs |" in text
+    assert "| machine: ranks per gpu | 4 |" in text
+    assert "4 ranks shared a GPU" in text
+    assert ("Without MPS the ranks took turns" in text) is not mps
+    assert "communication buffers, NCCL and CUDA itself come on top" in text
+    assert "gloo" not in text

@@ -144,6 +144,31 @@ def test_two_runs_are_bit_equal(train: Callable[..., list[Any]]) -> None:
     assert train(4, EP[4]) == train(4, EP[4])
 
 
+def _released(rank: int, size: int) -> tuple[int, int, list[Any], list[Any]]:
+    """Bytes of an arm's tensors before and after it gave its memory back, and the steps of the arm and of the next."""
+    from epv2_plugin.training.model import global_parameters
+
+    overrides = EP[2] | BF16 | {"train.distributed_optimizer": True}
+    arm, stream = _arm(size, overrides)
+    first = _steps(arm, stream, 2)
+    parameters = [parameter for _, parameter in global_parameters(arm.chunks)]
+    storages = [tensor.untyped_storage() for p in parameters for tensor in (p, p.main_grad)]
+    for optimizer in arm.optimizer.chained_optimizers:
+        for parameter, state in optimizer.optimizer.state.items():
+            storages += [tensor.untyped_storage() for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+    before = sum(storage.nbytes() for storage in storages)
+    arm.release()
+    after = sum(storage.nbytes() for storage in storages)
+    return before, after, first, _steps(*_arm(size, overrides), 2)
+
+
+def test_an_arm_gives_its_memory_back(pool: Callable[[int], Pool]) -> None:
+    for before, after, first, second in pool(2).run(_released, timeout=WAIT):
+        assert before > 1_000_000
+        assert after == 0
+        assert first == second
+
+
 def _weights(arm: Any) -> dict[str, Any]:
     from epv2_plugin.training.model import global_buffers, global_parameters
 
@@ -287,6 +312,27 @@ def _refusals(rank: int, size: int) -> list[str]:
         except ConfigError as error:
             messages.append(str(error))
     return messages
+
+
+def _on_gpus(rank: int, size: int, overrides: dict[str, Any]) -> str:
+    """What a rank says of a recipe where it believes that there are GPUs."""
+    from epv2_plugin.config import ConfigError
+    from epv2_plugin.training import devices, trainer
+    from epv2_plugin.training.recipe import load_recipe
+
+    known, devices.usable_gpus = devices.usable_gpus, lambda recipe: 2
+    try:
+        trainer.setup(load_recipe(RECIPE, {"train.processes": size, **overrides}))
+    except ConfigError as error:
+        return str(error)
+    finally:
+        devices.usable_gpus = known
+    return ""
+
+
+def test_context_parallelism_on_gpus_needs_transformer_engine(pool: Callable[[int], Pool]) -> None:
+    for message in pool(2).run(_on_gpus, {"plugin.parallel.context": 2, "plugin.parallel.expert": 1}, timeout=WAIT):
+        assert "plugin.parallel.context = 2: must be 1 on GPUs, unless Transformer Engine" in message
 
 
 def test_megatron_fields_are_checked(pool: Callable[[int], Pool]) -> None:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from epv2_plugin.cli.values import make_folder, positive, share
+from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import check_arms, load_recipe
 
@@ -48,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     words += [] if args.skew is None else ["--skew", str(args.skew)]
     if "RANK" not in os.environ:
         check_arms(recipe, arms)
+        usable_gpus(recipe)
         make_folder(folder)
         return run_ranks("epv2_plugin.cli", words, recipe.train.processes)
     from epv2_plugin.training.ab import run

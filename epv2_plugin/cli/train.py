@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from epv2_plugin.cli.values import make_folder, positive
+from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import load_recipe
 
@@ -51,6 +52,7 @@ def main(args: argparse.Namespace) -> int:
         )
         trainer.leave()
         return code
+    usable_gpus(recipe)
     make_folder(folder)
     command = ["train", args.recipe]
     command += ["--folder", args.folder] if args.folder else []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from epv2_plugin.elastic.buffer import ElasticBuffer
-from epv2_plugin.elastic.event import EventOverlap
+from epv2_plugin.elastic.event import EventOverlap, HostEvent
 from epv2_plugin.elastic.handle import EPHandle
 from epv2_plugin.elastic.quant import per_token_cast_back
 
@@ -29,15 +29,14 @@ def dispatch(
 
     Args:
         x: `[T, H]` fp32, bf16 or fp16. topk_idx, topk_weights, num_experts: as there.
-        use_fp8: send e4m3 with one scale per 128 values; `recv_x` comes back in x's dtype, gradients are not cast.
-        options: further arguments of `ElasticBuffer.dispatch` (not `handle`). FP8 does not go with
-            `async_with_compute_stream`, because the rows are cast back after they arrived.
+        use_fp8: send e4m3 with one scale per 128 values; `recv_x` comes back in x's dtype (cast when the rows have
+            arrived, by the wait for `event`), gradients are not cast.
+        options: further arguments of `ElasticBuffer.dispatch` (not `handle`). The backward pass holds as many SMs and
+            queue pairs as the forward pass.
 
     Returns:
         recv_x, recv_topk_idx, recv_topk_weights, handle, event, as `ElasticBuffer.dispatch`.
     """
-    if use_fp8 and options.get("async_with_compute_stream"):
-        raise ValueError("use_fp8 = True: not with async_with_compute_stream=True")
     return _Dispatch.apply(buffer, x, topk_weights, topk_idx, use_fp8, {"num_experts": num_experts, **options})
 
 
@@ -86,17 +85,22 @@ def reduce_scatter(
     return reduced, wait
 
 
+_BUDGET = ("num_sms", "num_qps")
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, buffer: ElasticBuffer, x: Any, weights: Any, topk_idx: Any, use_fp8: bool, options: dict
     ) -> Any:
-        ctx.buffer = buffer
+        ctx.buffer, ctx.budget = buffer, {name: options[name] for name in _BUDGET if name in options}
         recv_x, recv_idx, recv_weights, handle, event = buffer.dispatch(
             x, topk_idx, weights, use_fp8=use_fp8, **options
         )
         if use_fp8:
-            recv_x = per_token_cast_back(recv_x[0], recv_x[1], x.dtype)
+            recv_x, event = _cast_back(x, recv_x, event)
+            if not options.get("async_with_compute_stream"):
+                event.current_stream_wait()
         ctx.handle = handle
         if recv_idx is not None:
             ctx.mark_non_differentiable(recv_idx)
@@ -105,7 +109,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Any, _idx: Any, grad_weights: Any, *_: Any) -> Any:
         wanted = grad_weights if ctx.needs_input_grad[2] else None
-        dx, dweights, _ = ctx.buffer.combine(grad_x, ctx.handle, topk_weights=wanted)
+        dx, dweights, _ = ctx.buffer.combine(grad_x, ctx.handle, topk_weights=wanted, **ctx.budget)
         return None, dx, dweights, None, None, None
 
 
@@ -113,6 +117,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, buffer: ElasticBuffer, x: Any, handle: EPHandle, options: dict) -> Any:
         ctx.buffer, ctx.handle = buffer, handle
+        ctx.budget = {name: options[name] for name in _BUDGET if name in options}
         combined, _, event = buffer.combine(x, handle, **options)
         return combined, event
 
@@ -120,7 +125,9 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad: Any, _: Any) -> Any:
         expanded = ctx.handle.do_expand
         # Gap rows took no part in the sum: their gradient is zero.
-        dx, *_ = ctx.buffer.dispatch(grad, handle=ctx.handle, do_expand=expanded, do_zero_padding=expanded)
+        dx, *_ = ctx.buffer.dispatch(
+            grad, handle=ctx.handle, do_expand=expanded, do_zero_padding=expanded, **ctx.budget
+        )
         return None, dx, None, None
 
 
@@ -152,3 +159,18 @@ def _complete(buffer: ElasticBuffer, operation: Callable, grads: Sequence[torch.
         *results, wait = operation([grad.contiguous() for grad in grads])
         wait()
     return results
+
+
+def _cast_back(sent: torch.Tensor, received: Any, event: EventOverlap) -> tuple[torch.Tensor, EventOverlap]:
+    """Room for the received FP8 rows in the dtype of `sent`, and the event that fills it. Until then `sent`, which the
+    dispatch may still be reading, is kept alive."""
+    rows, scales = received
+    target = torch.empty(rows.shape, dtype=sent.dtype, device=rows.device)
+    keep = [sent]
+
+    def finish() -> None:
+        event.current_stream_wait(release_handle=True)
+        keep.clear()
+        target.copy_(per_token_cast_back(rows, scales, target.dtype))
+
+    return target, EventOverlap(HostEvent(finish))

@@ -188,19 +188,12 @@ def _megatron_replacements() -> list[tuple[Any, str, Any]]:
     rng = importlib.import_module(core + "tensor_parallel.random")
     moe_utils = importlib.import_module(core + "transformer.moe.moe_utils")
     dispatcher = importlib.import_module(core + "transformer.moe.token_dispatcher")
-    mla = importlib.import_module(core + "transformer.multi_latent_attention")
-    backends = importlib.import_module(core + "models.backends")
-    norms = importlib.import_module(core + "transformer.torch_norm")
     local = importlib.import_module("epv2_plugin.megatron.local_attention")
     return [
         (rng, "_set_cuda_rng_state", _set_rng_state),
         (moe_utils, "maybe_move_tensor_to_cpu", _host_splits),
         (dispatcher, "maybe_move_tensor_to_cpu", _host_splits),
-        # 0.16.1 looks for Transformer Engine by names that exist, or are used, without it as well.
-        (moe_utils, "te_general_gemm", None),
-        (mla, "HAVE_TE", False),
-        (backends.LocalSpecProvider, "core_attention", lambda self: local.LocalAttention),
-        (norms.WrappedTorchNorm, "__new__", local.local_norm),
+        *local.replacements(),
     ]
 
 

@@ -11,19 +11,23 @@ import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.transformer import multi_latent_attention, torch_norm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from epv2_plugin.megatron.patches import Patches
 
+_patches = Patches()
+
 # S sequence, B batch, A attention heads of this rank, D features of a query/key head, V features of a value head
 
 
 class LocalAttention(MegatronModule):
-    """Scaled dot-product attention with head sizes taken from the tensors; deterministic.
+    """Scaled dot-product attention with head sizes taken from the tensors; deterministic on the CPU.
 
     Subclasses that set `takes_context_parallel` see to the other ranks' keys and values themselves.
 
@@ -133,6 +137,37 @@ def local_norm(cls: type, config: TransformerConfig, hidden_size: int, eps: floa
     return norm
 
 
+def replacements() -> list[tuple[Any, str, Any]]:
+    """(owner, name, replacement) of what Megatron needs to build and run a model without Transformer Engine."""
+    return [
+        # 0.16.1 looks for Transformer Engine by names that exist, or are used, without it as well.
+        (moe_utils, "te_general_gemm", None),
+        (multi_latent_attention, "HAVE_TE", False),
+        (LocalSpecProvider, "core_attention", lambda self: LocalAttention),
+        (torch_norm.WrappedTorchNorm, "__new__", local_norm),
+    ]
+
+
+def install() -> bool:
+    """Make the replacements where there is a CUDA device but no Transformer Engine; elsewhere, nothing is replaced.
+    Without a device the CPU bridge makes them. A second call changes nothing.
+
+    Returns:
+        True if they are in place.
+    """
+    if not torch.cuda.is_available() or gpt_layer_specs.HAVE_TE:
+        return False
+    if not _patches.names:
+        for owner, name, replacement in replacements():
+            _patches.attribute(owner, name, replacement)
+    return True
+
+
+def uninstall() -> None:
+    """Put every replaced name back as it was."""
+    _patches.undo()
+
+
 def uses_transformer_engine() -> bool:
     """Whether models are built from Transformer Engine's layers: with a CUDA device, where it is installed."""
     return torch.cuda.is_available() and gpt_layer_specs.HAVE_TE
@@ -142,7 +177,7 @@ def block_specs(config: TransformerConfig, vp_stage: int | None, core_attention:
     """Layer specs of this rank's part of the model (virtual stage `vp_stage`): (decoder block, MTP block or None).
 
     Dense and MoE layers follow `config.moe_layer_freq`. Without Transformer Engine, `LocalAttention` must stand behind
-    Megatron's local spec provider, which the CPU bridge sees to; `core_attention` is taken in its place.
+    Megatron's local spec provider, which the CPU bridge or `install` sees to; `core_attention` is taken in its place.
     """
     patches = Patches()
     if core_attention is not None:

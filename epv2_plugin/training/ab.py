@@ -1,7 +1,8 @@
 """A/B: the same model, weights, data and routing, trained with each token dispatcher in turn, in one launch.
 
 All arms live in the same processes and take turns step by step, in an order that rotates, so that whatever else the
-machine does hits all of them.
+machine does hits all of them. In bf16 a run with stock's other dispatcher follows, alone: how far the losses of
+stock's two dispatchers, which round their sums in different orders, are apart is what the plugin's are judged by.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import datetime
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.megatron import context_parallel, pipeline
+from epv2_plugin.config import ConfigError
+from epv2_plugin.elastic import ElasticBuffer
+from epv2_plugin.megatron import context_parallel, dispatcher, pipeline
 from epv2_plugin.megatron.dispatcher import EpTokenDispatcher
+from epv2_plugin.training import devices
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.launcher import INTERRUPTED
 from epv2_plugin.training.machine import machine, versions
@@ -27,6 +30,7 @@ from epv2_plugin.training.report import OURS, write_report
 from epv2_plugin.training.stages import PeakMemory, StageClock, StockTraffic, moe_layers, skew_routing
 from epv2_plugin.training.trainer import Arm, Interrupts, leave, setup
 
+STOCK = ("alltoall", "allgather")
 WARMUP_STEPS = 3  # allocators and caches settle
 # Bytes to other ranks: by experts' dispatch and combine, by these with a copy per (token, expert), and by the others.
 SENT = ("sent_bytes", "undeduplicated_bytes", "pipeline_bytes", "context_bytes")
@@ -44,44 +48,99 @@ def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, co
     """
     check_arms(recipe, arms)
     setup(recipe)
-    stream = TokenStream(recipe)
-    measured = [_MeasuredArm(Arm(recipe, name), skew) for name in arms]
-    metrics: IO[str] | None = None
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("report.md", "report.png"):
-            (folder / name).unlink(missing_ok=True)
-        meta = _meta(recipe, measured, skew, command, stream)
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        metrics = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed below
-    interrupted, failure = False, ""
+    training = _Run(recipe, folder)
     with Interrupts() as interrupts:
-        try:
-            for step in range(recipe.train.steps):
-                batch = stream.sequences(step)
-                turn = step % len(measured)
-                for arm in measured[turn:] + measured[:turn]:
-                    record = arm.step(batch)
-                    if metrics is not None:
-                        metrics.write(json.dumps(record) + "\n")
-                        metrics.flush()
-                if metrics is not None:
-                    _show(step, recipe.train.steps, measured)
-                if interrupted := interrupts.anywhere():
-                    break
-        except FloatingPointError as error:  # every rank raises it
-            failure = f"{arm.arm.dispatcher}: {error}"
-    if metrics is not None:
-        metrics.close()
+        measured = [_MeasuredArm(Arm(recipe, name), skew) for name in arms]
+        meta = _meta(recipe, measured, skew, command, training.stream)
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("report.md", "report.png"):
+                (folder / name).unlink(missing_ok=True)
+            _write(folder, meta)
+        training.steps(measured, interrupts)
+        meta["expert_parallel"] = dispatcher.groups()
+        other = meta.get("noise", {}).get("arm")
+        if other is not None and other not in arms and not training.over:
+            if dist.get_rank() == 0:
+                print("\nstock with its other dispatcher, for the rounding noise of the losses:", flush=True)
+            for arm in measured:
+                arm.arm.release()
+            try:
+                yardstick = Arm(_without_overlap(recipe), other)
+            except ConfigError as error:  # every rank raises it
+                meta["noise"]["missing"] = str(error)
+            else:
+                training.steps([_MeasuredArm(yardstick, skew)], interrupts)
+    if dist.get_rank() == 0:
+        training.close()
+        _write(folder, meta)
         print(flush=True)
         report = write_report(folder)
         print(report.read_text().split("\n##")[0].strip())
         print(f"\nreport: {report}", flush=True)
-        if failure:
-            print(f"stopped early: {failure}", file=sys.stderr)
+        if training.failure:
+            print(f"stopped early: {training.failure}", file=sys.stderr)
     dist.barrier()
     leave()
-    return 1 if failure else INTERRUPTED if interrupted else 0
+    return 1 if training.failure else INTERRUPTED if training.interrupted else 0
+
+
+class _Run:
+    """The steps of an A/B run, and `metrics.jsonl`, which rank 0 writes.
+
+    Attributes:
+        stream: the data.
+        interrupted: whether a rank was asked to stop.
+        failure: which arm's loss was not finite; empty = none.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.stream = TokenStream(recipe)
+        self.interrupted, self.failure = False, ""
+        self._steps, self._folder = recipe.train.steps, folder
+        self._metrics: IO[str] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether no further step is to be made."""
+        return self.interrupted or bool(self.failure)
+
+    def steps(self, measured: list[_MeasuredArm], interrupts: Interrupts) -> None:
+        """Train the arms, which take turns, until the recipe's last step, an interrupt or a loss that is not finite."""
+        if dist.get_rank() == 0 and self._metrics is None:
+            self._metrics = open(self._folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed by close()
+        try:
+            for step in range(self._steps):
+                batch = self.stream.sequences(step)
+                turn = step % len(measured)
+                for arm in measured[turn:] + measured[:turn]:
+                    record = arm.step(batch)
+                    if self._metrics is not None:
+                        self._metrics.write(json.dumps(record) + "\n")
+                        self._metrics.flush()
+                if self._metrics is not None:
+                    _show(step, self._steps, measured)
+                self.interrupted = interrupts.anywhere()
+                if self.interrupted:
+                    return
+        except FloatingPointError as error:  # every rank raises it
+            self.failure = f"{arm.arm.dispatcher}: {error}"
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def _without_overlap(recipe: Recipe) -> Recipe:
+    """The same model without what stock's `allgather` lacks."""
+    lacks = ("moe_shared_expert_overlap", "moe_pad_expert_input_to_capacity")
+    kept = {name: value for name, value in recipe.megatron.items() if name not in lacks}
+    return recipe.model_copy(update={"megatron": kept})
+
+
+def _write(folder: Path, meta: dict[str, Any]) -> None:
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
 class _MeasuredArm:
@@ -91,12 +150,8 @@ class _MeasuredArm:
         self.arm = arm
         self.record: dict[str, Any] = {}
         self._clock, self._memory, self._traffic = StageClock(arm.chunks), PeakMemory(), StockTraffic(arm.chunks)
-        # Layers of one group share a buffer.
-        self._buffers = {
-            layer.token_dispatcher.buffer
-            for layer in moe_layers(arm.chunks)
-            if isinstance(layer.token_dispatcher, EpTokenDispatcher)
-        }
+        dispatchers = [layer.token_dispatcher for layer in moe_layers(arm.chunks)]
+        self._ours = [dispatcher for dispatcher in dispatchers if isinstance(dispatcher, EpTokenDispatcher)]
         if skew is not None:
             skew_routing(arm.chunks, skew)
 
@@ -105,15 +160,18 @@ class _MeasuredArm:
         self._clock.reset()
         self._memory.reset()
         before = self._sent()
+        devices.synchronize()
         dist.barrier()
-        begin = time.perf_counter()
+        begin = devices.mark()
         with self._traffic.counting():
             result = self.arm.step(batch)
-        seconds = time.perf_counter() - begin
+        end = devices.mark()
+        stages = self._clock.seconds()  # waits for the device
+        seconds = devices.seconds_between(begin, end)
         sent = [now - then for now, then in zip(self._sent(), before, strict=True)]
-        stages = list(self._clock.seconds.values())
-        sums = torch.tensor([*sent, *stages], dtype=torch.float64)
-        largest = torch.tensor([seconds, self._memory.read()], dtype=torch.float64)
+        here = devices.current()
+        sums = torch.tensor([*sent, *stages.values()], dtype=torch.float64, device=here)
+        largest = torch.tensor([seconds, self._memory.read()], dtype=torch.float64, device=here)
         dist.all_reduce(sums)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         ranks = dist.get_world_size()
@@ -125,9 +183,9 @@ class _MeasuredArm:
             "tokens": result.tokens,
             "step_ms": round(float(largest[0]) * 1e3, 3),
             **{name: int(total) for name, total in zip(SENT, sums.tolist(), strict=False)},
-            "peak_rss_mib": round(float(largest[1]) / 2**20, 1),
+            "peak_mib": round(float(largest[1]) / 2**20, 1),
         }
-        for stage, total in zip(self._clock.seconds, sums[len(SENT) :].tolist(), strict=True):
+        for stage, total in zip(stages, sums[len(SENT) :].tolist(), strict=True):
             name, _, backward = stage.partition("_")
             self.record[f"{name}_backward_ms" if backward else f"{name}_ms"] = round(total / ranks * 1e3, 3)
         return self.record
@@ -136,8 +194,10 @@ class _MeasuredArm:
         """`SENT` so far. Stock dispatchers send a copy for each (token, expert)."""
         stock = self._traffic
         sent = plain = stock.sent_bytes
-        if self._buffers:
-            traffic = [buffer.traffic for buffer in self._buffers]
+        if self._ours:
+            # Layers share buffers; before the first micro-batch there may be none.
+            buffers: set[ElasticBuffer] = {layer.buffer for layer in self._ours if layer.buffer is not None}
+            traffic = [buffer.traffic for buffer in buffers]
             sent, plain = sum(t.sent_bytes for t in traffic), sum(t.undeduplicated_bytes for t in traffic)
         between_stages, in_context = stock.pipeline_bytes, stock.context_bytes
         if self.arm.dispatcher == OURS:  # no other arm uses the plugin's groups
@@ -160,7 +220,8 @@ def _meta(
 ) -> dict[str, Any]:
     degrees = {"EP": "expert", "TP": "tensor", "PP": "pipeline", "VPP": "virtual_pipeline", "CP": "context"}
     layout = " ".join(f"{short}{recipe.degree(name)}" for short, name in degrees.items())  # type: ignore[arg-type]
-    return {
+    where = devices.place(devices.usable_gpus(recipe))
+    meta: dict[str, Any] = {
         "name": recipe.name,
         "recipe": recipe.source,
         "command": command,
@@ -172,8 +233,14 @@ def _meta(
         "layout": f"{layout} DP{recipe.data_parallel}",
         "skew": skew,
         "versions": versions("epv2_plugin", "torch", "megatron-core", "numpy"),
-        "machine": machine(),
+        "machine": {**machine(), **devices.facts(where)},
         "data": {"path": recipe.data.path, "tokens": stream.num_tokens, "digest": stream.digest},
         "precision": recipe.train.precision,
         "parameters": parameter_count(recipe).total,
+        "dispatch_dtype": recipe.plugin.expert.dispatch_dtype,
+        "sm_budget": recipe.plugin.sm_budget.expert,
     }
+    if recipe.train.precision == "bf16":
+        base = next(arm for arm in meta["arms"] if arm in STOCK)
+        meta["noise"] = {"arm": next(arm for arm in STOCK if arm != base), "base": base}
+    return meta

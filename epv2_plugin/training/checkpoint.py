@@ -120,7 +120,7 @@ def load(arm: Arm, folder: Path) -> Path:
     if random_states:
         _set_random_states(random_states)
     if state["group_step"] is not None:
-        for inner in _inner_optimizers(arm):
+        for inner in inner_optimizers(arm):
             for group in inner.param_groups:
                 group["step"] = state["group_step"]
     arm.steps_done = state["step"]
@@ -174,7 +174,7 @@ def _model_tensors(arm: Arm) -> dict[str, torch.Tensor]:
     return {f"model.{name}{suffix}": tensor.detach() for name, tensor in named}
 
 
-def _inner_optimizers(arm: Arm) -> list[torch.optim.Optimizer]:
+def inner_optimizers(arm: Arm) -> list[torch.optim.Optimizer]:
     """The torch optimizers inside Megatron's: one for dense and one for expert parameters."""
     chained = getattr(arm.optimizer, "chained_optimizers", [arm.optimizer])
     return [optimizer.optimizer for optimizer in chained if optimizer.optimizer is not None]
@@ -183,7 +183,7 @@ def _inner_optimizers(arm: Arm) -> list[torch.optim.Optimizer]:
 def _group_step(arm: Arm) -> Any:
     """The step count that Transformer Engine's optimizer keeps in its groups; torch's keeps one with each parameter."""
     return next(
-        (group["step"] for inner in _inner_optimizers(arm) for group in inner.param_groups if "step" in group), None
+        (group["step"] for inner in inner_optimizers(arm) for group in inner.param_groups if "step" in group), None
     )
 
 
@@ -195,7 +195,7 @@ def _optimizer_parameters(arm: Arm) -> dict[str, tuple[torch.optim.Optimizer, to
         names[id(getattr(parameter, "main_param", parameter))] = name
     models = {id(parameter) for _, parameter in global_parameters(arm.chunks)}
     found = {}
-    for number, inner in enumerate(_inner_optimizers(arm)):
+    for number, inner in enumerate(inner_optimizers(arm)):
         position = 0
         for group in inner.param_groups:
             for parameter in group["params"]:

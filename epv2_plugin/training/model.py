@@ -54,8 +54,9 @@ def _defaults() -> dict[str, Any]:
     cuda, te = torch.cuda.is_available(), uses_transformer_engine()
     return {
         "use_cpu_initialization": not cuda,
-        "bias_activation_fusion": cuda,
-        "bias_dropout_fusion": cuda,
+        # Without Transformer Engine these are built by torch.compile, on every rank in its first steps.
+        "bias_activation_fusion": te,
+        "bias_dropout_fusion": te,
         "masked_softmax_fusion": False,
         "moe_permute_fusion": te,
         "moe_grouped_gemm": te,

@@ -22,6 +22,7 @@ logger = logging.getLogger("epv2_plugin")
 
 OURS = "epv2"
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative, at every step
+CHANCE = 2.0  # two runs that differ by rounding alone may be this many times further apart than two others
 MIN_PAIRS = 5  # fewer steps say nothing about a difference in time
 RESAMPLES = 4000
 MIB = 1 << 20
@@ -69,7 +70,13 @@ class Run:
         self.arms: list[str] = [str(arm) for arm in self.meta.get("arms", [])]
         if not self.arms:
             raise ConfigError(str(folder), "meta.json: arms", self.meta.get("arms"), "must name at least one arm")
-        self.records: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in self.arms}
+        # Stock's other dispatcher, which rounds its sums in another order than the stock arm `base`: a yardstick for
+        # losses, and not an arm unless it was asked for as one.
+        noise = self.meta.get("noise") or {}
+        self.noise: str | None = noise.get("arm")
+        self.noise_base: str = noise.get("base", self.arms[0])
+        names = [*self.arms, *([self.noise] if self.noise else [])]
+        self.records: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in names}
         self.unreadable = 0
         for line in lines:
             try:
@@ -160,11 +167,28 @@ def _loss_sentence(run: Run, arm: str) -> str:
     if not difference.steps:
         return "There is no step at which the losses can be compared."
     detail = f"largest relative difference {difference.largest:.1e} at step {difference.at_step}"
+    noise = noise_difference(run, difference.steps)
+    if noise is not None and noise.largest > 0:
+        return _noise_sentence(arm, difference, run, noise)
     if difference.largest <= tolerance:
         return (
             f"Losses agree at each of {difference.steps} steps ({detail}, tolerance {tolerance:.0e} for {precision})."
         )
     return f"**Losses differ**: {detail}, tolerance {tolerance:.0e} for {precision}."
+
+
+def _noise_sentence(arm: str, difference: LossDifference, run: Run, noise: LossDifference) -> str:
+    detail = (
+        f"{arm} and {run.baseline} differ by at most {difference.largest:.1e} (step {difference.at_step}), stock's own "
+        f"{run.noise} and {run.noise_base} by {noise.largest:.1e} (step {noise.at_step})"
+    )
+    if difference.largest <= noise.largest:
+        return f"Losses agree within rounding noise at each of {difference.steps} steps: {detail}."
+    times = difference.largest / noise.largest
+    if times <= CHANCE:
+        return f"Losses differ by {times:.1f} times the rounding noise, which may be chance: {detail}."
+    why = "" if run.meta.get("dispatch_dtype") != "fp8" else " epv2 dispatches in fp8, which rounds more."
+    return f"**Losses differ by more than rounding noise** ({times:.1f} times): {detail}.{why}"
 
 
 def paired_ratio(run: Run, arm: str, key: str = "step_ms") -> Paired:
@@ -183,13 +207,14 @@ def paired_ratio(run: Run, arm: str, key: str = "step_ms") -> Paired:
     return Paired(len(sample), float(np.median(sample)), float(low), float(high))
 
 
-def loss_difference(run: Run, arm: str) -> LossDifference:
-    """Compare the arm's losses with the baseline's at the steps that both completed."""
+def loss_difference(run: Run, arm: str, base: str | None = None) -> LossDifference:
+    """Compare the arm's losses with those of `base` (default: the baseline) at the steps that both completed."""
+    base = base or run.baseline
     largest, at_step, count, not_finite = 0.0, None, 0, []
     for step in run.steps(arm):
-        if step not in run.records[run.baseline]:
+        if step not in run.records[base]:
             continue
-        ours, theirs = run.loss(arm, step), run.loss(run.baseline, step)
+        ours, theirs = run.loss(arm, step), run.loss(base, step)
         if not (math.isfinite(ours) and math.isfinite(theirs)):
             not_finite.append(step)
             continue
@@ -198,6 +223,21 @@ def loss_difference(run: Run, arm: str) -> LossDifference:
         if at_step is None or difference > largest:
             largest, at_step = difference, step
     return LossDifference(count, largest, at_step, tuple(not_finite))
+
+
+def noise_difference(run: Run, steps: int | None = None) -> LossDifference | None:
+    """How far stock's two dispatchers are apart, which differ only in the order in which they round their sums.
+
+    Args:
+        steps: as many steps must have been compared; None = any number.
+
+    Returns:
+        None if there is no such pair of runs, or it is shorter.
+    """
+    if run.noise is None or run.noise_base not in run.records:
+        return None
+    noise = loss_difference(run, run.noise, run.noise_base)
+    return None if steps is not None and noise.steps < steps else noise
 
 
 def _relative(ours: float, theirs: float) -> float:
@@ -280,7 +320,7 @@ def _traffic(run: Run) -> str:
     rows = []
     for arm in run.arms:
         sent, plain = (run.values(arm, key, warm=False) for key in ("sent_bytes", "undeduplicated_bytes"))
-        memory, tokens = run.values(arm, "peak_rss_mib", warm=False), run.values(arm, "tokens", warm=False)
+        memory, tokens = run.values(arm, "peak_mib", warm=False), run.values(arm, "tokens", warm=False)
         rate = run.values(
             arm, lambda record: 1e3 * _number(record.get("tokens")) / (_number(record.get("step_ms")) or math.nan)
         )
@@ -308,19 +348,24 @@ def _traffic(run: Run) -> str:
         "Bytes to other ranks in a step, summed over ranks, layers and directions; sent = by dispatch and combine, "
         "pipeline = between stages, context = keys, values and their gradients. The deduplication factor says "
         "how much more one copy for each token and expert would have been. Peak memory is the largest of all steps and "
-        "ranks; the arms live in the same processes, so it includes the other arms' models and optimizers."
+        "ranks; the arms live in the same processes, so it includes the other arms' models and optimizers. "
     )
+    if _on_gpu(run):
+        note += "It is what torch allocated on the GPU: communication buffers, NCCL and CUDA itself come on top."
     return f"## Bytes and memory\n\n{note}\n\n{_table(header, rows)}"
 
 
 def _losses(run: Run) -> str:
     rivals = run.arms[1:]
     summary = []
-    for arm in rivals:
-        difference = loss_difference(run, arm)
+    compared = [(arm, loss_difference(run, arm)) for arm in rivals]
+    noise = noise_difference(run)
+    if noise is not None:
+        compared.append((f"rounding noise: {run.noise} and {run.noise_base}", noise))
+    for label, difference in compared:
         where = NO_VALUE if difference.at_step is None else str(difference.at_step)
         size = f"{difference.largest:.2e}" if difference.steps else NO_VALUE
-        summary.append([arm, str(difference.steps), size, where, str(len(difference.not_finite))])
+        summary.append([label, str(difference.steps), size, where, str(len(difference.not_finite))])
     rows = []
     for step in sorted({step for arm in run.arms for step in run.records[arm]}):
         cells = [f"{run.loss(arm, step):.7f}" if step in run.records[arm] else NO_VALUE for arm in run.arms]
@@ -328,14 +373,34 @@ def _losses(run: Run) -> str:
             ours, theirs = run.loss(arm, step), run.loss(run.baseline, step)
             finite = math.isfinite(ours) and math.isfinite(theirs)
             cells.append(f"{_relative(ours, theirs):.1e}" if finite else NO_VALUE)
+        if noise is not None:
+            cells.append(f"{_noise_at(run, step):.1e}" if math.isfinite(_noise_at(run, step)) else NO_VALUE)
         rows.append([str(step), *cells])
     text = ["## Losses", ""]
     if rivals:
         header = ["arm", "steps compared", "largest relative difference", "at step", "steps not finite"]
         text += [_table(header, summary), ""]
-    table = _table(["step", *run.arms, *(f"{arm} difference" for arm in rivals)], rows)
+    if "missing" in (run.meta.get("noise") or {}):
+        text += [f"Rounding noise is not known: {run.meta['noise']['missing']}", ""]
+    elif noise is not None:
+        text += [
+            "Rounding noise: stock's two dispatchers compute the same function, but alltoall sums all of a token's "
+            "expert rows at once, and allgather those of each rank first.",
+            "",
+        ]
+    columns = ["step", *run.arms, *(f"{arm} difference" for arm in rivals), *(["noise"] if noise is not None else [])]
+    table = _table(columns, rows)
     text += ["<details><summary>Loss of every step</summary>", "", table, "", "</details>"]
     return "\n".join(text)
+
+
+def _noise_at(run: Run, step: int) -> float:
+    """Relative difference of the two stock runs at a step, NaN where one of them has no finite loss."""
+    return math.nan if run.noise is None else _relative(run.loss(run.noise, step), run.loss(run.noise_base, step))
+
+
+def _on_gpu(run: Run) -> bool:
+    return "gpu" in (run.meta.get("machine") or {})
 
 
 def _circumstances(run: Run) -> str:
@@ -348,6 +413,8 @@ def _circumstances(run: Run) -> str:
     rows.append(
         ["routing", "the model's own" if skew is None else f"skewed: {skew:g} of the tokens go to one popular expert"]
     )
+    rows.append(["dispatch of epv2", _value(run.meta.get("dispatch_dtype"))])
+    rows.append(["SM budget", _budget(run)])
     tokens = data.get("tokens")
     size = f"{tokens:,} tokens" if isinstance(tokens, int) else "unknown size"
     rows.append(["data", f"{_value(data.get('path'))}, {size}, digest {_value(data.get('digest'))}"])
@@ -356,13 +423,21 @@ def _circumstances(run: Run) -> str:
     return f"## Circumstances\n\n    {_value(meta.get('command'))}\n\n{_table(['what', 'value'], rows)}"
 
 
+def _budget(run: Run) -> str:
+    """What ran on the first rank's expert-parallel groups, as the plugin says itself."""
+    asked = f"sm_budget.expert: {_value(run.meta.get('sm_budget'))}"
+    text = "{backend} backend over {transport}, {mode} mode, {sms} SMs"
+    kinds = [text.format_map(group) for group in run.meta.get("expert_parallel") or []]
+    return "; ".join([asked, *dict.fromkeys(kinds)])
+
+
 def _value(value: object) -> str:
     return "unknown" if value is None else str(value)
 
 
 def _limits(run: Run) -> str:
-    cores = (run.meta.get("machine") or {}).get("cpus")
-    processes = run.meta.get("processes")
+    machine = run.meta.get("machine") or {}
+    cores, processes, sharing = machine.get("cpus"), run.meta.get("processes"), machine.get("ranks per gpu", 0)
     lines = [
         "## Limits",
         "",
@@ -370,13 +445,25 @@ def _limits(run: Run) -> str:
         "so the parts need not add up to the step.",
         "- The time of a stage includes waiting: a rank that arrives early in an exchange waits for the slower ones, "
         "and that wait counts as communication.",
-        "- The numbers hold for this model, these sizes and this machine. Processes on one host that exchange data "
-        "through gloo say little about GPUs and a real network.",
     ]
-    if isinstance(cores, int) and isinstance(processes, int) and cores < processes:
+    scope = "- The numbers hold for this model, these sizes and this machine."
+    if not _on_gpu(run):
         lines.append(
-            f"- {processes} ranks shared {cores} cores, so a rank's time includes time in which others were running."
+            f"{scope} Processes on one host that exchange data through gloo say little about GPUs and a real network."
         )
+        if isinstance(cores, int) and isinstance(processes, int) and cores < processes:
+            lines.append(
+                f"- {processes} ranks shared {cores} cores, so a rank's time includes time in which others ran."
+            )
+        return "\n".join(lines)
+    lines.append(f"{scope} Stages are timed on the stream that runs the layer.")
+    if sharing > 1:
+        lines.append(
+            f"- {sharing} ranks shared a GPU: its SMs, and its memory in the place of links between GPUs. A rank's "
+            "time includes what the others took, and nothing here says how fast links are."
+        )
+        if not machine.get("mps"):
+            lines.append("- **Without MPS the ranks took turns on the GPU: the times say nothing.**")
     return "\n".join(lines)
 
 
@@ -442,11 +529,16 @@ def _draw_differences(run: Run, axes: Any, losses: Any) -> None:
         points = [(step, max(value, floor)) for step, value in points if math.isfinite(value)]
         if points:
             axes.plot(*zip(*points, strict=True), color=_colour(run, place), marker="o", ms=3, lw=0.8, label=arm)
-    tolerance = LOSS_TOLERANCE.get(str(run.meta.get("precision")), LOSS_TOLERANCE["fp32"])
-    axes.axhline(tolerance, color="#555555", lw=0.8, ls=":")
-    axes.annotate(
-        "tolerance", (0.995, tolerance), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom"
-    )
+    noise = noise_difference(run)
+    if noise is not None and noise.steps:
+        steps = [step for step in run.steps(run.noise or "") if math.isfinite(_noise_at(run, step))]
+        band = np.maximum.accumulate([max(_noise_at(run, step), floor) for step in steps])
+        axes.fill_between(steps, floor, band, color="#8a8f98", alpha=0.25, lw=0, label="rounding noise")
+        tolerance, label = float(band[-1]), "rounding noise of stock"
+    else:
+        tolerance, label = LOSS_TOLERANCE.get(str(run.meta.get("precision")), LOSS_TOLERANCE["fp32"]), "tolerance"
+        axes.axhline(tolerance, color="#555555", lw=0.8, ls=":")
+    axes.annotate(label, (0.995, tolerance), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, floor / 2), max(high, tolerance * 10))

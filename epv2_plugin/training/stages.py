@@ -8,8 +8,8 @@ backward pass meets the brackets in reverse. Waiting for slower ranks falls into
 from __future__ import annotations
 
 import functools
+import itertools
 import resource
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from epv2_plugin.megatron.patches import Patches
+from epv2_plugin.training import devices
 
 # The brackets in the order in which the forward pass meets them, and the stage that ends at each.
 BRACKETS = ("before dispatch", "after dispatch", "before combine", "after combine")
@@ -50,10 +51,9 @@ class _Bracket(torch.autograd.Function):
 
 
 class StageClock:
-    """Seconds per stage since `reset`, summed over the MoE layers and micro-batches of `chunks`, on the host's clock.
+    """Seconds per stage since `reset`, summed over the MoE layers and micro-batches of `chunks`.
 
-    Attributes:
-        seconds: forward seconds by stage, and backward seconds by stage + "_backward".
+    On a GPU the time is that of the stream that runs the layer: work on other streams counts where that one waits.
     """
 
     def __init__(self, chunks: list[Any]):
@@ -70,8 +70,16 @@ class StageClock:
 
     def reset(self) -> None:
         """Start counting anew."""
-        self.seconds = {stage + suffix: 0.0 for suffix in ("", "_backward") for stage in STAGES}
-        self._last = 0.0
+        self._passed: list[tuple[str | None, Any]] = []  # stage that ended, time
+
+    def seconds(self) -> dict[str, float]:
+        """Forward seconds by stage, and backward seconds by stage + "_backward". Waits for the device."""
+        devices.synchronize()
+        sums = {stage + suffix: 0.0 for suffix in ("", "_backward") for stage in STAGES}
+        for (_, begin), (stage, end) in itertools.pairwise(self._passed):
+            if stage is not None:
+                sums[stage] += devices.seconds_between(begin, end)
+        return sums
 
     def forward(self, bracket: str) -> None:
         """The forward pass is at `bracket`."""
@@ -83,10 +91,7 @@ class StageClock:
         self._pass(stage and stage + "_backward")
 
     def _pass(self, stage: str | None) -> None:
-        now = time.perf_counter()
-        if stage is not None:
-            self.seconds[stage] += now - self._last
-        self._last = now
+        self._passed.append((stage, devices.mark()))
 
     def _bracketed(self, method: Callable, before: str | None, after: str | None) -> Callable:
         @functools.wraps(method)
@@ -206,7 +211,7 @@ class SkewedRouting:
         token_T = torch.arange(scores.shape[0], device=scores.device, dtype=torch.float64)
         popular_T = (token_T * 0.6180339887498949 % 1.0 < self._share) & (chosen_TK != 0).all(1)
         chosen_TK = chosen_TK.clone()
-        chosen_TK[popular_T, -1] = 0
+        chosen_TK[:, -1] = chosen_TK[:, -1].masked_fill(popular_T, 0)
         return scores.gather(1, chosen_TK), chosen_TK
 
 
@@ -217,12 +222,16 @@ def skew_routing(chunks: list[Any], share: float) -> None:
 
 
 class PeakMemory:
-    """Peak resident memory of this process in bytes since `reset`, or since its start where Linux can't reset it."""
+    """Peak memory of this process in bytes since `reset`: on a GPU, what torch allocated there; on the CPU, resident
+    memory, since the start of the process where Linux can't reset it."""
 
     _clear, _status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
     def reset(self) -> None:
         """Forget the peak so far."""
+        if devices.on_gpu():
+            torch.cuda.reset_peak_memory_stats()
+            return
         try:
             self._clear.write_text("5")
             self._resettable = True
@@ -231,6 +240,8 @@ class PeakMemory:
 
     def read(self) -> int:
         """The peak in bytes."""
+        if devices.on_gpu():
+            return torch.cuda.max_memory_allocated()
         if self._resettable:
             for line in self._status.read_text().splitlines():
                 if line.startswith("VmHWM:"):

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sys
-import time
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,11 +24,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from epv2_plugin.megatron import cpu_bridge
+from epv2_plugin import plugin
+from epv2_plugin.megatron import cpu_bridge, dispatcher, local_attention
 from epv2_plugin.megatron.context_parallel import zigzag_split
 from epv2_plugin.megatron.local_attention import uses_transformer_engine
 from epv2_plugin.megatron.pipeline import schedule_groups
-from epv2_plugin.training import checkpoint
+from epv2_plugin.training import checkpoint, devices
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.launcher import INTERRUPTED, process_group_store
 from epv2_plugin.training.model import build_model, seed_weights, transformer_config
@@ -44,26 +44,31 @@ def setup(recipe: Recipe) -> None:
     Megatron's groups, seeds and micro-batch count for the recipe. A second call replaces what the first one made.
 
     Raises:
-        ConfigError: the recipe is for another number of ranks.
+        ConfigError: the recipe is for another number of ranks or another kind of machine, or asks for context
+            parallelism on a GPU without Transformer Engine.
         RuntimeError: the process was not started as a rank.
     """
-    cuda = torch.cuda.is_available()
-    cpu_bridge.install()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
-        torch.set_num_threads(1)
+    where = devices.place(devices.usable_gpus(recipe))
+    if where.gpus and recipe.degree("context") > 1 and not uses_transformer_engine():
+        raise recipe.fail(
+            "plugin.parallel.context", "must be 1 on GPUs, unless Transformer Engine, whose attention splits, is there"
+        )
+    if not cpu_bridge.install():
+        local_attention.install()
+    notice = devices.take(where)
     timeouts = recipe.plugin.timeouts
-    timeout = timedelta(seconds=timeouts.gpu_seconds if cuda else timeouts.host_seconds)
+    timeout = timedelta(seconds=timeouts.gpu_seconds if where.gpus else timeouts.host_seconds)
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             raise RuntimeError("RANK is not set: start ranks by `epv2 train`, `epv2 ab` or torchrun")
-        backend, store = "nccl" if cuda else "gloo", process_group_store(timeout)
+        backend, store = devices.process_group_backend(), process_group_store(timeout)
         if store is None:
             dist.init_process_group(backend, timeout=timeout)
         else:
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    if notice and dist.get_rank() == 0:
+        logger.info("%s", notice)
     if recipe.train.processes != dist.get_world_size():
         raise recipe.fail("train.processes", f"the job was started with {dist.get_world_size()} ranks")
     _forget_groups()
@@ -90,6 +95,7 @@ def setup(recipe: Recipe) -> None:
 
 
 def _forget_groups() -> None:
+    dispatcher.release()
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
 
@@ -97,6 +103,7 @@ def _forget_groups() -> None:
 def leave() -> None:
     """End a rank's part in everything that `setup` made."""
     _forget_groups()
+    local_attention.uninstall()
     dist.destroy_process_group()
 
 
@@ -135,9 +142,7 @@ class Arm:
 
     def __init__(self, recipe: Recipe, dispatcher: str):
         if dispatcher == "epv2":
-            from epv2_plugin.plugin import enable
-
-            enable(recipe.plugin)
+            plugin.enable(recipe.plugin)
         self.recipe, self.dispatcher, self.steps_done = recipe, dispatcher, 0
         train = recipe.train
         config = transformer_config(recipe, dispatcher)
@@ -146,10 +151,11 @@ class Arm:
         self.chunks = build_model(recipe, config, GatherThenAttend if gathers_first else None)
         self.runs = {"expert": dispatcher}
         if recipe.degree("pipeline") > 1:
-            ours = not stock and recipe.plugin.pipeline.transport != "stock"
+            ours = not stock and plugin.status()["pipeline"] == "epv2"
             self.runs["pipeline"] = "epv2" if ours else "stock P2P"
         if recipe.degree("context") > 1:
-            self.runs["context"] = GatherThenAttend.label if gathers_first else "stock" if stock else "epv2"
+            label = "stock" if stock else plugin.status()["context"]
+            self.runs["context"] = GatherThenAttend.label if gathers_first else label
         # Where the plugin is enabled for another arm, schedules take its communicator unless told otherwise.
         self._pipeline: dict[str, Any] = {}
         if stock and recipe.degree("pipeline") > 1:
@@ -191,7 +197,7 @@ class Arm:
         if train.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self._device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        self._device = devices.current()
         for chunk in self.chunks:
             chunk.train()
 
@@ -250,6 +256,23 @@ class Arm:
         )
         return chunk(tokens_BS, positions_BS, None, labels=labels_BS), _loss
 
+    def release(self) -> None:
+        """Give the memory of weights, gradients and optimizer states back; the arm can't be used afterwards.
+
+        Forgetting the arm would not do: Megatron's hooks on gradient accumulation keep it alive for ever.
+        """
+        held: list[Any] = []
+        for chunk in self.chunks:
+            held += [tensor for p in chunk.parameters() for tensor in (p, getattr(p, "main_grad", None))]
+        for inner in checkpoint.inner_optimizers(self):
+            held += [p for group in inner.param_groups for p in group["params"]]
+            held += [value for state in inner.state.values() for value in state.values()]
+        for tensor in held:
+            if isinstance(tensor, torch.Tensor):
+                tensor.untyped_storage().resize_(0)
+        if devices.on_gpu():
+            torch.cuda.empty_cache()
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write a checkpoint into `folder`; see `checkpoint.save`. Every rank must call it."""
         return checkpoint.save(self, Path(folder))
@@ -303,9 +326,11 @@ def train(
     saved = arm.steps_done
     with Interrupts() as interrupts:
         while arm.steps_done < last:
-            begin = time.perf_counter()
+            begin = devices.mark()
             result = arm.step(stream.sequences(arm.steps_done))
-            seconds = time.perf_counter() - begin
+            end = devices.mark()
+            devices.synchronize()
+            seconds = devices.seconds_between(begin, end)
             if report is not None:
                 report.step(arm.steps_done, result, seconds)
             interrupted = interrupts.anywhere()
@@ -326,7 +351,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         self._asked = False
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = devices.current()
         self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -52,8 +52,8 @@ def _words(rows: torch.Tensor) -> torch.Tensor:
 
 def _take_rows(source: torch.Tensor, index: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Rows `index` of `source` `[X, Y]` of any dtype, as bits."""
-    if source.shape[1] == 0:
-        return source.new_empty(index.numel(), 0)
+    if source.numel() == 0:  # such as the scales of no tokens, which torch gives strides that can't be viewed as bits
+        return source.new_empty(index.numel(), source.shape[1])
     words = _words(source)
     if out is None:
         return torch.index_select(words, 0, index).view(source.dtype)
