@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from epv2_plugin.elastic.backends.base import Received, Traffic
+from epv2_plugin.elastic.backends.host_engram import HostEngram
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import Event, HostEvent
 from epv2_plugin.elastic.quant import per_token_cast_to_fp8
@@ -125,21 +126,29 @@ class Transport:
         self._sequence += 1
         return Operation(self, f"{name} #{self._sequence}", self._sequence % (1 << _SEQUENCE_BITS))
 
+    def _open(self) -> Any:
+        gloo = self._gloo
+        if gloo is None:  # given up by a thread of the backend, or closed, since the operation began
+            raise self._failure or RuntimeError("the connections of this buffer are closed")
+        return gloo
+
     def _send(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
-        assert self._gloo is not None
+        gloo = self._open()
         try:
-            return self._gloo.send([payload], peer, tag)
+            return gloo.send([payload], peer, tag)
         except RuntimeError as error:
             raise self._fail(peer, phase, f"rank {peer} to take {payload.numel()} bytes", error) from error
 
     def _receive(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
-        assert self._gloo is not None
+        gloo = self._open()
         try:
-            return self._gloo.recv([payload], peer, tag)
+            return gloo.recv([payload], peer, tag)
         except RuntimeError as error:
             raise self._fail(peer, phase, f"{payload.numel()} bytes", error) from error
 
     def _wait(self, work: dist.Work, peer: int, phase: str, expected: str, seconds: float) -> None:
+        if self._failure is not None:
+            raise self._failure
         try:
             work.wait(timedelta(seconds=max(seconds, 0.001)))
         except RuntimeError as error:
@@ -153,14 +162,21 @@ class Transport:
         else:
             kind = CommunicationError
             seen = "a closed connection (the process ended or gave up)"
-        self.abandon(kind(self.rank, peer, phase, expected, seen))
-        assert self._failure is not None
-        return self._failure
+        return self.abandon(kind(self.rank, peer, phase, expected, seen))
 
-    def abandon(self, failure: CommunicationError) -> None:
-        """Give the group up after an error: its peers see closed connections and raise instead of waiting."""
-        self._failure = failure
+    @property
+    def failed(self) -> bool:
+        """Whether the group was given up."""
+        return self._failure is not None
+
+    def abandon(self, failure: CommunicationError) -> CommunicationError:
+        """Give the group up after an error: its peers see closed connections and raise instead of waiting.
+
+        Returns the first such error, the cause of those that follow from it.
+        """
+        self._failure = self._failure or failure
         self.close()
+        return self._failure
 
     def close(self) -> None:
         """Drop the connections."""
@@ -212,8 +228,7 @@ class Operation:
     def mismatch(self, peer: int, phase: str, expected: str, seen: str) -> CommunicationError:
         """The error for a peer that came with something else; the group is given up."""
         failure = CommunicationError(self.rank, peer, f"{self._name}, {phase}", expected, seen)
-        self._transport.abandon(failure)
-        return failure
+        return self._transport.abandon(failure)
 
 
 class _RowExchange:
@@ -477,7 +492,13 @@ class HostBackend:
     def combine_buffer(self, route: HostRoute, hidden: int, dtype: torch.dtype, num_sms: int) -> torch.Tensor:
         return torch.empty(sum(align(n, route.expert_alignment) for n in route.rows_per_expert), hidden, dtype=dtype)
 
+    @cached_property
+    def engram(self) -> HostEngram:
+        return HostEngram(self.transport, self.traffic)
+
     def close(self) -> None:
+        if "engram" in self.__dict__:
+            self.engram.close()
         self.transport.close()
 
     def all_gather(self, name: str, value: int) -> list[int]:
