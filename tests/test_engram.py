@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -692,3 +696,19 @@ def test_gradient_against_a_dense_table(pool: Callable[[int], Pool], dtype: str)
         valid = index.flatten() >= 0
         total.index_add_(0, index.flatten()[valid], rows.grad.float()[valid])
     torch.testing.assert_close(torch.cat([grad for *_, grad in results]), total, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_bench(tmp_path: Path, dtype: str) -> None:
+    words = f"--ranks 2 --rows 50 --hidden 20 --tokens 6 --entries 3 --iters 2 --dtype {dtype} --json".split()
+    command = [sys.executable, "-m", "epv2_plugin.cli", "bench", "engram", *words, str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Mrows/s" in done.stdout
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert {name: len(times) for name, times in document["samples_us"].items()} == {
+        "fetch": 2,
+        "reduce": 2,
+        "gather": 2,
+    }
+    assert document["row_bytes"]["fetch"] == (40 if dtype == "bf16" else 24)
