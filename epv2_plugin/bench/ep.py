@@ -48,7 +48,7 @@ STAGES = ("dispatch", "to_experts", "from_experts", "combine")
 
 def run(setup: Setup, command: str, json_file: File | None) -> int:
     """Measure as one rank; rank 0 prints the report and writes the JSON. Returns the exit code, 1 = a wrong result."""
-    device = _join(setup)
+    device = join(setup.backend)
     try:
         document = _Bench(setup, device).document(command)
     except WrongResult as error:
@@ -63,9 +63,9 @@ def run(setup: Setup, command: str, json_file: File | None) -> int:
     return 0
 
 
-def _join(setup: Setup) -> torch.device:
+def join(backend: str) -> torch.device:
     """Join the process group and choose this rank's device."""
-    cuda = setup.backend == "cuda"
+    cuda = backend == "cuda"
     local, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
     if cuda:

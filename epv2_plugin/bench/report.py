@@ -210,5 +210,27 @@ def sm_text(document: dict[str, Any]) -> str:
     )
 
 
+def engram_text(document: dict[str, Any]) -> str:
+    """The report of `epv2 bench engram`, from what its JSON file holds."""
+    setup = document["setup"]
+    what = (
+        f"{setup['ranks']} ranks x {setup['rows']} rows of {setup['hidden']} {setup['dtype']}; each fetches "
+        f"{setup['tokens']} x {setup['entries']} random rows; {setup['backend']} backend"
+    )
+    entries = setup["tokens"] * setup["entries"]
+    rows = []
+    for name, samples in document["samples_us"].items():
+        times, row_bytes = slowest(samples), document["row_bytes"][name]
+        median = statistics.median(times)
+        rows.append([name, spread(times), _rate(entries * row_bytes / median / 1e3), f"{entries / median:.3g}"])
+    lines = [*head(document), *_wrap(what), ""]
+    lines += _wrap(
+        f"Microseconds of the slowest rank, median of {setup['iterations']} repetitions ± half of the interquartile "
+        "range; GB/s and million rows/s of each rank, duplicates counted. gather = index_select from a local table of "
+        "as many rows as all ranks have, at most 1 GiB. Every fetch was checked against the table."
+    )
+    return "\n".join([*lines, *table(["", "time", "GB/s", "Mrows/s"], rows)])
+
+
 def _wrap(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, break_on_hyphens=False)

@@ -1,4 +1,4 @@
-"""`epv2 bench ep` and `epv2 bench sm`: what dispatch and combine take, and what one SM can copy."""
+"""`epv2 bench ep | sm | engram`: what dispatch and combine take, what one SM can copy, what fetching rows takes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANKS = 4
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the `bench` command."""
     parser = subparsers.add_parser(
-        "bench", help="measure dispatch and combine, or the copy rate of an SM", description="Measure."
+        "bench", help="measure dispatch and combine, the copy rate of an SM, or Engram", description="Measure."
     )
     kinds = parser.add_subparsers(metavar="WHAT", required=True)
     ep = kinds.add_parser(
@@ -63,6 +63,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     sm.add_argument("--json", type=Path, metavar="FILE", help="write every sample, too")
     sm.set_defaults(main=main_sm)
+    engram = kinds.add_parser(
+        "engram",
+        help="rows a second from a table spread over ranks, against a local gather",
+        description="Measure Engram's fetch and the sum of row gradients, on fresh random rows in every repetition.",
+    )
+    engram.add_argument("--ranks", type=positive, help=f"ranks that share the table (default: {RANKS}, or torchrun's)")
+    engram.add_argument("--rows", type=positive, default=524288, help="rows of each rank (default: %(default)s)")
+    engram.add_argument("--hidden", type=positive, default=128, help="values of a row (default: %(default)s)")
+    engram.add_argument("--tokens", type=positive, default=512, help="tokens of each rank (default: %(default)s)")
+    engram.add_argument("--entries", type=positive, default=24, help="rows of a token (default: %(default)s)")
+    engram.add_argument("--dtype", choices=["bf16", "fp32", "fp8"], default="bf16", help="(default: %(default)s)")
+    engram.add_argument("--iters", type=positive, default=30, help="repetitions (default: %(default)s)")
+    engram.add_argument("--json", type=Path, metavar="FILE", help="write every sample, too")
+    engram.set_defaults(main=main_engram)
 
 
 def main_ep(args: argparse.Namespace) -> int:
@@ -166,6 +180,30 @@ def main_sm(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
     return 0
+
+
+def main_engram(args: argparse.Namespace) -> int:
+    """Run `epv2 bench engram` on the host backend; 0 = done and every row was right, 1 = a wrong row.
+
+    Raises:
+        ConfigError: the ranks are not the job's, or a file can't be written.
+    """
+    from epv2_plugin.bench.engram import Setup, run
+
+    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    ranks = args.ranks or world or RANKS
+    if world not in (None, ranks):
+        raise ConfigError("epv2 bench engram", "--ranks", ranks, f"the job was started with {world} ranks")
+    if args.json is not None:
+        check_file("--json", args.json)
+    words = ["bench", "engram", "--ranks", str(ranks)]
+    for name in ("rows", "hidden", "tokens", "entries", "dtype", "iters"):
+        words += [f"--{name}", str(getattr(args, name))]
+    words += ["--json", str(args.json)] if args.json is not None else []
+    if world is None:
+        return run_ranks("epv2_plugin.cli", words, ranks, {})
+    setup = Setup(ranks, args.rows, args.hidden, args.tokens, args.entries, args.dtype, args.iters)
+    return run(setup, shlex.join(["epv2", *words]), args.json)
 
 
 def _wrong(option: str, value: object, allowed: str) -> ConfigError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 
 from epv2_plugin.elastic import sizing
-from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Backend, PointToPoint, Sessions, Traffic
+from epv2_plugin.elastic.backends.base import (
+    NUM_CHANNELS,
+    Backend,
+    EngramTable,
+    PointToPoint,
+    Sessions,
+    Traffic,
+)
 from epv2_plugin.elastic.backends.cuda import CudaBackend
 from epv2_plugin.elastic.backends.device import CudaRuntime
 from epv2_plugin.elastic.backends.host import HostBackend
@@ -37,7 +44,8 @@ class ElasticBuffer:
         group: ranks among which experts are spread; expert e lives on rank e // (num_experts / ranks).
         num_bytes: size of the buffer. On the host backend a limit only: nothing is allocated ahead. On the cuda backend
             the bytes of the window; without it the MoE sizes below say how many, for rows of 2 bytes per value.
-        num_cpu_bytes: part of `num_bytes` in CPU memory (unused by the host backend).
+        num_cpu_bytes: part of `num_bytes` in CPU memory, for an Engram table; the rest is then for the rows fetched.
+            0 = no limit set (host backend).
         num_max_tokens_per_rank: most tokens that any rank dispatches at once; 0 = the ranks agree at each dispatch
             (host backend, `do_cpu_sync=True` only).
         hidden, num_topk: largest values per token and top-k; 0 = no limit set.
@@ -97,6 +105,8 @@ class ElasticBuffer:
                 raise ValueError(f"{name} = {value}: must be 0 or more")
         if num_bytes is not None and num_bytes <= 0:
             raise ValueError(f"num_bytes = {num_bytes}: must be positive")
+        if num_cpu_bytes and (num_bytes is None or num_cpu_bytes > num_bytes):
+            raise ValueError(f"num_cpu_bytes = {num_cpu_bytes}: must be a part of num_bytes, which is {num_bytes}")
         if num_cpu_timeout_secs <= 0 or num_gpu_timeout_secs <= 0:
             raise ValueError(
                 f"num_cpu_timeout_secs = {num_cpu_timeout_secs}, num_gpu_timeout_secs = {num_gpu_timeout_secs}: "
@@ -108,7 +118,7 @@ class ElasticBuffer:
         self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
         self.use_fp8_dispatch, self.explicitly_destroy = use_fp8_dispatch, explicitly_destroy
         self.allow_hybrid_mode, self.allow_multiple_reduction = allow_hybrid_mode, allow_multiple_reduction
-        self.num_allocated_qps = num_allocated_qps
+        self.num_allocated_qps, self.num_cpu_bytes = num_allocated_qps, num_cpu_bytes
         self._limit_bytes = num_bytes
         self._max_tensor_bytes = 0  # of pp_send and pp_recv
         self._theoretical_sms: dict[tuple[float, ...], int] = {}
@@ -511,6 +521,206 @@ class ElasticBuffer:
         if not async_with_compute_stream:
             finish.current_stream_wait()
         return combined, weights, EventOverlap(finish)
+
+    # ---- Engram: one table, its rows spread over the ranks -------------------------------------------------------
+
+    @staticmethod
+    def get_engram_storage_size_hint(
+        num_entries: int, hidden: int, num_max_tokens_per_rank: int, dtype: torch.dtype = torch.bfloat16
+    ) -> tuple[int, int]:
+        """(GPU bytes for the rows of a fetch, CPU bytes for this rank's part of a table), multiples of 2 MiB.
+
+        A buffer for both is `ElasticBuffer(group, num_bytes=gpu + cpu, num_cpu_bytes=cpu)`.
+
+        Args:
+            num_entries: rows of each rank. hidden: values of a row.
+            num_max_tokens_per_rank: most rows that a rank fetches at once, duplicates counted once.
+            dtype: of the values; e4m3 is sized with a scale factor for every 128 values.
+        """
+        row = sizing.engram_row_bytes(hidden, dtype.itemsize, dtype == FP8)
+        gpu, cpu = row * num_max_tokens_per_rank, row * num_entries
+        return sizing.align(gpu, sizing.BUFFER_ALIGNMENT), sizing.align(cpu, sizing.BUFFER_ALIGNMENT)
+
+    @torch.no_grad()
+    def engram_write(self, storage: torch.Tensor, sf: torch.Tensor | None = None) -> None:
+        """Make `storage` this rank's part of the table. Every rank calls it, with as many rows.
+
+        Row r of the table is row r % num_entries of rank r // num_entries. Fetches that started before still return the
+        old rows, later ones the new.
+
+        Args:
+            storage: `[num_entries, H]` bf16, fp16, fp32, or e4m3; copied.
+            sf: scale factors of e4m3, fp32 or int32 (four packed UE8M0) `[num_entries, S]`, any S. A row's travel with
+                it. The scales of all ranks `[ranks * num_entries, S]`, which DeepEP V2 keeps on each, are taken, too:
+                this rank's part is kept.
+
+        Raises:
+            TypeError, ValueError, BufferSizeError: wrong dtype or shape, or above `num_cpu_bytes`; nothing was sent.
+            CommunicationError: a peer died, did not answer within the timeout, or has rows of another kind.
+        """
+        engram = self._open().engram
+        self._check_tensor("storage", storage, (*self._open().dtypes, FP8), (None, None))
+        entries, hidden = storage.shape
+        if not storage.numel():
+            raise ValueError(f"storage has shape {list(storage.shape)}: must have 1 row and 1 value or more")
+        if sf is not None and sf.dim() == 2 and sf.shape[0] == self.num_ranks * entries:
+            sf = sf[self.rank_idx * entries :][:entries]
+        sf = self._check_scales(storage, sf, None)
+        columns, kind = (0, None) if sf is None else (sf.shape[1], sf.dtype)
+        table = EngramTable(entries, hidden, storage.dtype, columns, kind)
+        needed = entries * table.layout.stride
+        if self.num_cpu_bytes and needed > self.num_cpu_bytes:
+            raise BufferSizeError(f"storage needs {needed} bytes, num_cpu_bytes is {self.num_cpu_bytes}")
+        engram.write(table, _dense(storage), sf)
+
+    @torch.no_grad()
+    def engram_update(self, rows: torch.Tensor, storage: torch.Tensor, sf: torch.Tensor | None = None) -> None:
+        """Replace some rows of this rank's part of the table, as `engram_write` does all. Every rank calls it.
+
+        Args:
+            rows: int64 `[U]` in 0..num_entries - 1, each at most once; may be empty.
+            storage, sf: `[U, H]` and `[U, S]`, of the table's dtypes.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong dtype, shape or value. RuntimeError: no table was written.
+            CommunicationError: a fetch that started before has failed.
+        """
+        table = self._engram_table("engram_update")
+        self._check_tensor("rows", rows, (torch.int64,), (None,))
+        self._check_tensor("storage", storage, (table.dtype,), (rows.numel(), table.hidden))
+        self._check_range("rows", rows, 0, table.rows - 1, "a row of this rank")
+        if rows.device.type == "cpu" and rows.unique().numel() < rows.numel():
+            values, counts = rows.unique(return_counts=True)
+            raise ValueError(f"rows names row {int(values[counts > 1][0])} more than once")
+        self._open().engram.update(rows, _dense(storage), self._check_scales(storage, sf, table))
+
+    @property
+    def engram_storage(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """This rank's part of the table and its scales, as they lie in the buffer: change them by the calls above only.
+
+        Raises:
+            RuntimeError: no table was written.
+        """
+        self._engram_table("engram_storage")
+        return self._open().engram.storage()
+
+    @torch.no_grad()
+    def engram_fetch(
+        self, indices: torch.Tensor, num_qps: int = 0, use_tma_aligned_col_major_sf: bool = False
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
+        """Start to fetch rows of the table, each distinct row once; returns at once.
+
+        Every rank calls it equally often, be it with no index. Hooks may be called in any order, or not at all; owners
+        answer while they compute.
+
+        Args:
+            indices: int32 or int64 `[T]` or `[T, K]`: rows of the whole table, -1 = zeros.
+            num_qps: accepted for compatibility.
+            use_tma_aligned_col_major_sf: return the scales column-major, columns padded to 16 bytes.
+
+        Returns:
+            hook: waits for the rows; returns data `[T * K, H]` and, for an e4m3 table, their scales `[T, K * S]`, else
+            None. Every call returns the same tensors.
+
+        Raises:
+            TypeError, ValueError, BufferSizeError: wrong dtype, shape or value, or more than the buffer was made for;
+                nothing was sent. RuntimeError: no table was written.
+            CommunicationError: from here or from the hook: a peer died or did not answer within the timeout.
+        """
+        table = self._engram_table("engram_fetch")
+        indices_N = self._check_indices(indices, table)
+        room, stride = self.num_bytes - self.num_cpu_bytes, table.layout.stride
+        if self.num_cpu_bytes and indices_N.numel() * stride > room:
+            distinct = indices_N[indices_N >= 0].unique().numel()
+            if distinct * stride > room:
+                raise BufferSizeError(
+                    f"indices name {distinct} distinct rows: they need {distinct * stride} bytes, the buffer has "
+                    f"{room} beside num_cpu_bytes"
+                )
+        hook = self._open().engram.fetch(indices_N)
+        if not table.scale_columns:
+            return hook
+        tokens = indices.shape[0]
+        columns = table.scale_columns * (indices.shape[1] if indices.dim() == 2 else 1)
+        arranged: list[torch.Tensor] = []
+
+        def hook_with_scales() -> tuple[torch.Tensor, torch.Tensor | None]:
+            data, scales = hook()
+            assert scales is not None
+            if not arranged:
+                scales = scales.view(tokens, columns)
+                if use_tma_aligned_col_major_sf:
+                    padded = scales.new_zeros(columns, sizing.align(tokens, 4)).t()[:tokens]
+                    scales = padded.copy_(scales)
+                arranged.append(scales)
+            return data, arranged[0]
+
+        return hook_with_scales
+
+    @torch.no_grad()
+    def engram_reduce(
+        self, indices: torch.Tensor, gradients: torch.Tensor
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """Start to send rows' gradients to their owners and to sum them; the backward of `engram_fetch`.
+
+        Every rank calls it equally often. Sums run in fp32: first over a rank's entries of a row, in order, then over
+        the ranks, in order.
+
+        Args:
+            indices: as there; -1 is left out.
+            gradients: `[T * K, H]` bf16, fp16 or fp32.
+
+        Returns:
+            hook: waits for all ranks; returns int64 rows of this rank `[U]`, ascending, and their sums fp32 `[U, H]`.
+
+        Raises:
+            As `engram_fetch`.
+        """
+        table = self._engram_table("engram_reduce")
+        indices_N = self._check_indices(indices, table)
+        self._check_tensor("gradients", gradients, self._open().dtypes, (indices_N.numel(), table.hidden))
+        return self._open().engram.reduce(indices_N, _dense(gradients))
+
+    def _engram_table(self, call: str) -> EngramTable:
+        table = self._open().engram.table
+        if table is None:
+            raise RuntimeError(f"{call} before engram_write: this buffer has no table yet")
+        return table
+
+    def _check_indices(self, indices: torch.Tensor, table: EngramTable) -> torch.Tensor:
+        """int64 `[T * K]`, a copy that the caller can't change."""
+        if isinstance(indices, torch.Tensor) and indices.dim() != 1:
+            self._check_tensor("indices", indices, (torch.int32, torch.int64), (None, None))
+        else:
+            self._check_tensor("indices", indices, (torch.int32, torch.int64), (None,))
+        self._check_range("indices", indices, -1, self.num_ranks * table.rows - 1, "-1 (zeros) or a row of the table")
+        return indices.reshape(-1).to(torch.int64, copy=True)
+
+    def _check_range(self, name: str, values: torch.Tensor, low: int, high: int, what: str) -> None:
+        # On a GPU the kernel looks at the values: reading them here would make the host wait.
+        if values.numel() and values.device.type == "cpu":
+            smallest, largest = (int(v) for v in values.aminmax())
+            if smallest < low or largest > high:
+                position = ((values < low) | (values > high)).nonzero()[0].tolist()
+                raise ValueError(
+                    f"{name}[{', '.join(map(str, position))}] = {int(values[tuple(position)])}: must be {what}, "
+                    f"{max(low, 0)}..{high}"
+                )
+
+    def _check_scales(
+        self, storage: torch.Tensor, sf: torch.Tensor | None, table: EngramTable | None
+    ) -> torch.Tensor | None:
+        if (sf is not None) != (storage.dtype == FP8):
+            given = "not given" if sf is None else "given"
+            raise ValueError(f"sf is {given}, storage is {storage.dtype}: e4m3 needs scale factors, others have none")
+        if sf is None:
+            return None
+        kinds = (torch.float32, torch.int32) if table is None or table.scale_dtype is None else (table.scale_dtype,)
+        columns = None if table is None else table.scale_columns
+        self._check_tensor("sf", sf, kinds, (storage.shape[0], columns))
+        if sf.shape[1] == 0:
+            raise ValueError(f"sf has shape {list(sf.shape)}: must have 1 column or more")
+        return _dense(sf)
 
     # ---- checks -------------------------------------------------------------------------------------------------
 

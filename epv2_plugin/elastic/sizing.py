@@ -108,6 +108,11 @@ def session_bytes(num_ranks: int, shape: Sequence[int], itemsize: int) -> int:
     return align(num_ranks * math.prod(shape) * itemsize, TENSOR_ALIGNMENT)
 
 
+def engram_row_bytes(hidden: int, itemsize: int, use_fp8: bool) -> int:
+    """Bytes of a row of an Engram table, in memory and on the wire: the values and, of FP8, their fp32 scales."""
+    return RowLayout(hidden * itemsize, 4 * scale_columns(hidden, packed=False) if use_fp8 else 0).stride
+
+
 # ---- the cuda backend's window and shared memory ------------------------------------------------------------------
 
 CHUNK_TOKENS = 32  # tokens whose expert counts a kernel keeps together

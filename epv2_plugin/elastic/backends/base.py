@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
 from epv2_plugin.elastic.event import Event
 from epv2_plugin.elastic.handle import Route
+from epv2_plugin.elastic.sizing import RowLayout
 
 NUM_CHANNELS = 4  # independent orders of tensors between two ranks
 
@@ -99,6 +101,55 @@ class Sessions(Protocol):
         """Start summing `[ranks, *shape]` over ranks; returns this rank's sums and the wait for them."""
 
 
+@dataclass(frozen=True)
+class EngramTable:
+    """What a table that is spread over the ranks looks like; the same on every rank.
+
+    Attributes:
+        rows: of each rank; row r of the table is row r % rows of rank r // rows.
+        hidden: values of a row. dtype: of them.
+        scale_columns, scale_dtype: scale factors of an e4m3 row (fp32, or int32 of four UE8M0 exponents); 0 and None.
+    """
+
+    rows: int
+    hidden: int
+    dtype: torch.dtype
+    scale_columns: int = 0
+    scale_dtype: torch.dtype | None = None
+
+    @cached_property
+    def layout(self) -> RowLayout:
+        """How a row lies in memory and travels: its scales with it."""
+        return RowLayout(self.hidden * self.dtype.itemsize, 4 * self.scale_columns)
+
+
+class Engram(Protocol):
+    """A table spread over the ranks of a group (legend: N entries asked for, U distinct rows, H hidden).
+
+    Attributes:
+        table: what was written, None before that.
+    """
+
+    table: EngramTable | None
+
+    def write(self, table: EngramTable, storage: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """See `ElasticBuffer.engram_write`."""
+
+    def update(self, rows_U: torch.Tensor, storage_UH: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """See `ElasticBuffer.engram_update`."""
+
+    def storage(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `ElasticBuffer.engram_storage`."""
+
+    def fetch(self, indices_N: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
+        """Rows `[N, H]` of the table and their scales, by int64 row of the whole table, -1 = zeros."""
+
+    def reduce(
+        self, indices_N: torch.Tensor, gradients_NH: torch.Tensor
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """See `ElasticBuffer.engram_reduce`."""
+
+
 class Backend(Protocol):
     """Dispatch and combine for one group of ranks. Arguments come checked from `ElasticBuffer`.
 
@@ -117,6 +168,10 @@ class Backend(Protocol):
     traffic: Traffic
     point_to_point: PointToPoint | None
     sessions: Sessions | None
+
+    @property
+    def engram(self) -> Engram:
+        """The table of this group, one for each buffer. Raises `RuntimeError` where the backend has none."""
 
     def describe(self) -> dict[str, Any]:
         """What carries the data, for `status()`: transport and versions."""

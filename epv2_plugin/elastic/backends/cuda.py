@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from epv2_plugin.elastic import model, sizing
-from epv2_plugin.elastic.backends.base import PointToPoint, Received, Sessions, Traffic
+from epv2_plugin.elastic.backends.base import Engram, PointToPoint, Received, Sessions, Traffic
 from epv2_plugin.elastic.backends.device import Runtime
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import Event
@@ -715,6 +715,10 @@ class CudaBackend:
         """`[N, hidden]`: where expert rows lie in the window."""
         num_bytes = route.num_expanded_rows * hidden * dtype.itemsize
         return self._window.tensor[layout.rows : layout.rows + num_bytes].view(dtype).view(-1, hidden)
+
+    @property
+    def engram(self) -> Engram:
+        raise RuntimeError("the cuda backend has no Engram in this version; ElasticBuffer(..., backend='host') has")
 
     def barrier(self) -> None:
         with self._operation((), False, ()) as place:

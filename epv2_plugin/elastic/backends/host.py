@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from epv2_plugin.elastic.backends.base import PointToPoint, Received, Sessions, Traffic
+from epv2_plugin.elastic.backends.host_engram import HostEngram
 from epv2_plugin.elastic.backends.host_p2p import HostPointToPoint
 from epv2_plugin.elastic.backends.host_sessions import HostSessions
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
@@ -135,19 +136,25 @@ class Transport:
         self._sequence += 1
         return Operation(self, f"{name} #{self._sequence}", self._sequence % (1 << _SEQUENCE_BITS))
 
+    def _open(self) -> Any:
+        gloo = self._gloo
+        if gloo is None:  # given up by a thread of the backend, or closed, since the operation began
+            raise self._failure or RuntimeError("the connections of this buffer are closed")
+        return gloo
+
     def post_send(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
         """Start sending `payload` (contiguous uint8, not empty); it must stay as it is until the work is done."""
-        assert self._gloo is not None
+        gloo = self._open()
         try:
-            return self._gloo.send([payload], peer, tag)
+            return gloo.send([payload], peer, tag)
         except RuntimeError as error:
             raise self._fail(peer, phase, f"rank {peer} to take {payload.numel()} bytes", error) from error
 
     def post_receive(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
         """Start receiving at most `payload` (contiguous uint8, not empty)."""
-        assert self._gloo is not None
+        gloo = self._open()
         try:
-            return self._gloo.recv([payload], peer, tag)
+            return gloo.recv([payload], peer, tag)
         except RuntimeError as error:
             raise self._fail(peer, phase, f"{payload.numel()} bytes", error) from error
 
@@ -161,6 +168,8 @@ class Transport:
         explain: Callable[[], str] = lambda: "",
     ) -> None:
         """Wait for a message; `explain` may know better than gloo why it failed."""
+        if self._failure is not None:
+            raise self._failure
         try:
             work.wait(timedelta(seconds=max(seconds, 0.001)))
         except RuntimeError as error:
@@ -177,20 +186,28 @@ class Transport:
             seen = f"nothing within {self.timeout_seconds:g} s"
         else:
             seen = "a closed connection (the process ended or gave up)"
-        self.abandon(kind(self.rank, peer, phase, expected, seen))
-        assert self._failure is not None
-        return self._failure
+        return self.abandon(kind(self.rank, peer, phase, expected, seen))
 
-    def abandon(self, failure: CommunicationError) -> None:
-        """Give the group up after an error: its peers see closed connections and raise instead of waiting."""
-        self._failure = failure
-        if self._gloo is not None:
+    @property
+    def failed(self) -> bool:
+        """Whether the group was given up."""
+        return self._failure is not None
+
+    def abandon(self, failure: CommunicationError) -> CommunicationError:
+        """Give the group up after an error: its peers see closed connections and raise instead of waiting.
+
+        Returns the first such error, the cause of those that follow from it.
+        """
+        self._failure = self._failure or failure
+        gloo = self._gloo
+        if gloo is not None:
             # Dropping the group is not enough: gloo keeps connections that an unfinished message refers to. It closes
             # all of them when any wait times out.
             with contextlib.suppress(RuntimeError):
                 peer = (self.rank + 1) % self.size
-                self._gloo.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+                gloo.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
         self.close()
+        return self._failure
 
     def close(self) -> None:
         """Drop the connections."""
@@ -243,8 +260,7 @@ class Operation:
     def mismatch(self, peer: int, phase: str, expected: str, seen: str) -> CommunicationError:
         """The error for a peer that came with something else; the group is given up."""
         failure = CommunicationError(self.rank, peer, f"{self._name}, {phase}", expected, seen)
-        self._transport.abandon(failure)
-        return failure
+        return self._transport.abandon(failure)
 
 
 class _RowExchange:
@@ -523,7 +539,13 @@ class HostBackend:
     def combine_buffer(self, route: HostRoute, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(sum(align(n, route.expert_alignment) for n in route.rows_per_expert), hidden, dtype=dtype)
 
+    @cached_property
+    def engram(self) -> HostEngram:
+        return HostEngram(self.transport, self.traffic)
+
     def close(self) -> None:
+        if "engram" in self.__dict__:
+            self.engram.close()
         self.transport.close()
 
     def all_gather(self, name: str, value: int) -> list[int]:
