@@ -447,7 +447,7 @@ def test_absent_peer_times_out_on_every_rank() -> None:
     results = harness.run(3, never_calls, timeout=60)
     assert all(kind for kind, _ in results)
     assert CommunicationTimeout.__name__ in {results[0][0], results[2][0]}
-    assert any("rank 1 in engram_fetch #2, header: expected 16 bytes, seen nothing" in text for _, text in results)
+    assert any("rank 1 in engram_fetch #3, header: expected 16 bytes, seen nothing" in text for _, text in results)
 
 
 # ---- hash -----------------------------------------------------------------------------------------------------------
