@@ -1,5 +1,5 @@
 # make ab      real Megatron-Core trains a small DeepSeek-V3 on this machine's CPU, stock against plugin
-# make test    every test that this machine can run
+# make test    every test that this machine can run (TESTS="FILE ..." = only those)
 # make lint    ruff and mypy
 # make gpu     the tests that need a GPU, with the Python and torch of the machine (PYTHON=...)
 # Another Python: make test PYTHON=python3.12 (gets an environment of its own)
@@ -25,7 +25,7 @@ ab: $(STAMP)
 	$(BIN)/epv2 ab recipes/deepseek_v3_tiny.yaml
 
 test: $(COMPILED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace

@@ -677,7 +677,7 @@ class CudaBackend:
             }
             if by_row and not in_window:
                 self._wait_until_idle()
-                # By a copy engine: it costs no SM, which copying the same bytes in a kernel would.
+                # A memory copy, which a copy engine can do: copying in a kernel would take SMs.
                 self._window_rows(layout, route, x.dtype, hidden).copy_(x)
             for kernel in (kernels.COMBINE_STAGE, kernels.COMBINE_PULL):
                 variant = kernel[_DTYPES[x.dtype]]
