@@ -298,6 +298,10 @@ def sizes(rank: int, size: int) -> None:
     made.runtime.description["device"] = "Some PCIe card"
     with pytest.raises(ValueError, match=r"network.scale_up_gbytes_per_s = 'auto'.*'Some PCIe card'"):
         made.get_theoretical_num_sms(17, 2)
+    with pytest.raises(BufferSizeError, match="make it with num_bytes") as error:
+        emulated_buffer(num_bytes=2 << 20).dispatch(x, **good, num_max_tokens_per_rank=20000)
+    enough = int(str(error.value).split("num_bytes = ")[1].split()[0])
+    emulated_buffer(num_bytes=enough).dispatch(x, **good, num_max_tokens_per_rank=20000, num_sms=1)
     big = emulated_buffer(num_bytes=WINDOW)
     with pytest.raises(ValueError, match="num_max_tokens_per_rank = 0: the cuda backend needs"):
         big.dispatch(x, **good)

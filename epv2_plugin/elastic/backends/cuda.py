@@ -221,6 +221,7 @@ class CudaBackend:
         return self.runtime.comm_stream()
 
     def close(self) -> None:
+        self._error_words = self._error_words.copy()  # events may outlive the mapped memory
         # After a failure some peer does not take part in anything that all must take part in.
         self.runtime.close(abandon=self._failure is not None or bool(self._error_words[0]))
 
@@ -301,11 +302,12 @@ class CudaBackend:
             sizing.scale_columns(hidden, packed=False) if fp8 else 0,
         )
         if layout.end > self._combine_start:
-            needed = layout.end - self._combine_start + self.num_bytes
+            control = sizing.control_bytes(self.runtime.size)
+            needed = control + (layout.end - control + sizing.SECTION_ALIGNMENT) * (self.runtime.size + 1)
             raise BufferSizeError(
                 f"the buffer has {self._combine_start} of its {self.num_bytes} bytes for what is dispatched, this "
-                f"dispatch needs {layout.end}: make it with num_bytes = {needed * (self.runtime.size + 1)} or with "
-                "num_max_tokens_per_rank, hidden and num_topk"
+                f"dispatch needs {layout.end}: make it with num_bytes = {align(needed, sizing.BUFFER_ALIGNMENT)} or "
+                "with num_max_tokens_per_rank, hidden and num_topk"
             )
 
     def _dispatch_layout(
@@ -331,11 +333,15 @@ class CudaBackend:
             num_rows=route.num_expanded_rows if by_row else None,
         )
         if layout.end > self.num_bytes:
+            size = layout.end - self._combine_start
+            needed = (
+                sizing.control_bytes(route.num_ranks) + sizing.SECTION_ALIGNMENT + size + -(-size // route.num_ranks)
+            )
             raise BufferSizeError(
                 f"the buffer has {self.num_bytes - self._combine_start} of its {self.num_bytes} bytes for what is "
-                f"combined, this needs {layout.end - self._combine_start}"
+                f"combined, this needs {size}"
                 + (f" for {route.num_expanded_rows} expert rows that travel as they are" if by_row else "")
-                + f": make it with num_bytes = {align(layout.end, sizing.BUFFER_ALIGNMENT)} or more"
+                + f": make it with num_bytes = {align(needed, sizing.BUFFER_ALIGNMENT)} or more"
             )
         return layout
 
