@@ -309,8 +309,13 @@ def test_close_goes_on_after_a_failure(fakes: Fakes) -> None:
 
 
 def test_background_error_and_junk_team(fakes: Fakes) -> None:
-    script = "comm = own(); print(comm.async_error()); refused(comm.properties)"
-    lines, _ = fakes.run(OWN + script, FAKE_FAIL="background,ncclTeamLsa", FAKE_LAST_ERROR="peer 3 is gone")
+    script = """
+import os
+comm = own()
+os.environ["FAKE_FAIL"] = "background,ncclTeamLsa"
+print(comm.async_error()); refused(comm.properties)
+"""
+    lines, _ = fakes.run(OWN + script, FAKE_LAST_ERROR="peer 3 is gone")
     assert lines[0] == f"an earlier call: invalid usage (NCCL {_built()} says: peer 3 is gone)"
     assert lines[1].startswith("Error: ncclTeamLsa: ")
 
@@ -543,7 +548,7 @@ def _pretend_cuda(cuda: str, **cuda_functions: Any) -> Iterator[None]:
         "current_device": lambda: 0,
         "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: "pretended",
-        "get_device_properties": lambda *_: types.SimpleNamespace(multi_processor_count=132),
+        "get_device_properties": lambda *_: types.SimpleNamespace(multi_processor_count=132, uuid="GPU-0"),
         "synchronize": lambda *_: None,
         "Stream": lambda *_, **__: types.SimpleNamespace(),
         "current_stream": lambda *_: types.SimpleNamespace(cuda_stream=77),

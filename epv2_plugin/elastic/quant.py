@@ -24,10 +24,7 @@ def per_token_cast_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # Not `E4M3_MAX / amax`, which torch computes as a product with the reciprocal, rounded twice.
     factor = torch.full_like(amax, E4M3_MAX) / amax
     quantized = (padded * factor.unsqueeze(2)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    scales = amax / E4M3_MAX
-    if not tokens:  # no strides to speak of otherwise
-        scales = scales.new_empty(scales.shape)
-    return quantized.view(tokens, wide)[:, :hidden].contiguous(), scales
+    return quantized.view(tokens, wide)[:, :hidden].contiguous(), amax / E4M3_MAX
 
 
 def per_token_cast_back(x_fp8: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
