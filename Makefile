@@ -29,7 +29,7 @@ test: $(COMPILED)
 
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu --continue-on-collection-errors $(TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
