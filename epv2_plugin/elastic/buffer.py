@@ -727,7 +727,8 @@ class ElasticBuffer:
     def _sms(self, num_sms: int, num_experts: int, num_topk: int) -> int:
         most = self._open().num_sms
         if num_sms < 0 or (most and num_sms > most):
-            raise ValueError(f"num_sms = {num_sms}: must be 0 (by the model) to the device's {most}")
+            allowed = f"to the device's {most}" if most else "or more"
+            raise ValueError(f"num_sms = {num_sms}: must be 0 (by the model) {allowed}")
         return num_sms or self.get_theoretical_num_sms(num_experts, num_topk)
 
     def _check_rows(self, x: torch.Tensor | Fp8Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
