@@ -134,6 +134,16 @@ class PluginConfig(Section):
             value = getattr(value, part)
         return ConfigError(self.source, key, value, allowed)
 
+    def check_degrees(self, framework: str, **degrees: int) -> None:
+        """Check that what is configured of `parallel` is what `framework` was started with.
+
+        Raises:
+            ConfigError: a degree differs.
+        """
+        for name, degree in degrees.items():
+            if getattr(self.parallel, name) not in ("auto", degree):
+                raise self.fail(f"parallel.{name}", f"{framework} was started with {degree}")
+
     def check(
         self,
         *,

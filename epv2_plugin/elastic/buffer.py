@@ -14,8 +14,6 @@ from epv2_plugin.elastic.backends.base import (
     NUM_CHANNELS,
     Backend,
     EngramTable,
-    PointToPoint,
-    Sessions,
     Traffic,
 )
 from epv2_plugin.elastic.backends.cuda import CudaBackend
@@ -842,7 +840,7 @@ class ElasticBuffer:
                 f"the buffer has {self._limit_bytes} bytes, {max_inflight} tensors of {max_tensor_bytes} bytes in "
                 f"flight need {needed}"
             )
-        self._point_to_point().configure(max_tensor_bytes, max_inflight)
+        self._open().point_to_point.configure(max_tensor_bytes, max_inflight)
         self._max_tensor_bytes = max_tensor_bytes
 
     @torch.no_grad()
@@ -875,7 +873,7 @@ class ElasticBuffer:
             CommunicationError: the peer died, or took none of the last `max_inflight` tensors within the timeout.
         """
         self._check_transfer("dst_rank", t, dst_rank, channel)
-        event = self._point_to_point().send(t, dst_rank, channel, copy=not async_with_compute_stream)
+        event = self._open().point_to_point.send(t, dst_rank, channel, copy=not async_with_compute_stream)
         return EventOverlap(event)
 
     @torch.no_grad()
@@ -897,26 +895,14 @@ class ElasticBuffer:
             As `pp_send`; CommunicationError also where a tensor of another shape or dtype came. Both ranks raise then.
         """
         self._check_transfer("src_rank", t, src_rank, channel)
-        event = self._point_to_point().receive(t, src_rank, channel)
+        event = self._open().point_to_point.receive(t, src_rank, channel)
         if not async_with_compute_stream:
             event.current_stream_wait()
         return EventOverlap(event)
 
     def pp_flush(self) -> None:
         """Wait until everything sent by `pp_send` has arrived. Raises CommunicationError as `pp_send`."""
-        self._point_to_point().flush()
-
-    def _point_to_point(self) -> PointToPoint:
-        backend = self._open()
-        if backend.point_to_point is None:
-            raise RuntimeError(f"pp_send and pp_recv: the {backend.name} backend does not have them in this version")
-        return backend.point_to_point
-
-    def _sessions(self) -> Sessions:
-        backend = self._open()
-        if backend.sessions is None:
-            raise RuntimeError(f"all_gather sessions: the {backend.name} backend does not have them in this version")
-        return backend.sessions
+        self._open().point_to_point.flush()
 
     def _check_transfer(self, name: str, t: torch.Tensor, peer: int, channel: int) -> None:
         if not self._max_tensor_bytes:
@@ -963,15 +949,15 @@ class ElasticBuffer:
         _check_positive(max_session_bytes=max_session_bytes, max_all_gathers_per_session=max_all_gathers_per_session)
         if self._limit_bytes is not None and max_session_bytes > self._limit_bytes:
             raise BufferSizeError(f"the buffer has {self._limit_bytes} bytes, the session needs {max_session_bytes}")
-        self._sessions().configure(max_session_bytes, max_all_gathers_per_session)
+        self._open().sessions.configure(max_session_bytes, max_all_gathers_per_session)
 
     def create_agrs_session(self) -> None:
         """Begin a session; every rank does. RuntimeError: there is one, or no `agrs_set_config` yet."""
-        self._sessions().begin()
+        self._open().sessions.begin()
 
     def destroy_agrs_session(self) -> None:
         """End the session, after everything in it. On the host, gathered tensors outlive it."""
-        self._sessions().end()
+        self._open().sessions.end()
 
     @contextmanager
     def agrs_new_session(self, enabled: bool = True) -> Iterator[None]:
@@ -983,14 +969,14 @@ class ElasticBuffer:
         try:
             yield
         except BaseException:
-            self._sessions().abandon()  # what is under way may never come
+            self._open().sessions.abandon()  # what is under way may never come
             raise
         self.destroy_agrs_session()
 
     @property
     def agrs_in_session(self) -> bool:
         """Whether there is a session."""
-        return self._sessions().active
+        return self._open().sessions.active
 
     def agrs_get_inplace_tensor(
         self, shapes: Sequence[int] | Sequence[Sequence[int]], dtype: torch.dtype
@@ -998,7 +984,7 @@ class ElasticBuffer:
         """Memory to write tensors into that `all_gather` then need not copy: one tensor for a shape, a tuple for
         several. RuntimeError: outside a session."""
         every, single = _shapes(shapes)
-        slots = self._sessions().own_slots(every, dtype)
+        slots = self._open().sessions.own_slots(every, dtype)
         return slots[0] if single else tuple(slots)
 
     @torch.no_grad()
@@ -1018,7 +1004,7 @@ class ElasticBuffer:
             CommunicationError: (at the wait) another rank came with other tensors, died, or did not come in time.
         """
         tensors = self._check_group_of("t", t)
-        gathered, wait = self._sessions().all_gather(tensors)
+        gathered, wait = self._open().sessions.all_gather(tensors)
         return (*gathered, wait)
 
     @torch.no_grad()
@@ -1042,7 +1028,7 @@ class ElasticBuffer:
                 raise ValueError(f"t has shape {list(tensor.shape)}: must be [{self.num_ranks} ranks, ...]")
             if tensor.dtype not in (*self._open().dtypes, torch.float64):
                 raise TypeError(f"t is {tensor.dtype}: must be a floating dtype of 16 bits or more")
-        reduced, wait = self._sessions().reduce_scatter(tensors)
+        reduced, wait = self._open().sessions.reduce_scatter(tensors)
         return (*reduced, wait)
 
     def _check_group_of(self, name: str, t: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -466,8 +466,7 @@ def _allow_session(buffer: ElasticBuffer, num_bytes: int, operations: int) -> No
 
 def _buffer_for(group: dist.ProcessGroup, config: TransformerConfig) -> ElasticBuffer:
     """The buffer that all layers of a group share, made by the first of them."""
-    if _config.parallel.context not in ("auto", config.context_parallel_size):
-        raise _config.fail("parallel.context", f"Megatron was started with {config.context_parallel_size}")
+    _config.check_degrees("Megatron", context=config.context_parallel_size)
     if group not in _buffers:
         _buffers[group] = ElasticBuffer(
             group,

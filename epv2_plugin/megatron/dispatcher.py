@@ -351,16 +351,14 @@ def _to_device(values: list[int], device: torch.device) -> torch.Tensor:
 
 def _check_model(config: TransformerConfig) -> None:
     """Refuse a model that the plugin's configuration does not describe."""
-    degrees = {
-        "expert": config.expert_model_parallel_size,
-        "pipeline": config.pipeline_model_parallel_size,
-        "context": config.context_parallel_size,
-        "tensor": config.tensor_model_parallel_size,
-        "virtual_pipeline": config.virtual_pipeline_model_parallel_size or 1,
-    }
-    for name, degree in degrees.items():
-        if getattr(_config.parallel, name) not in ("auto", degree):
-            raise _config.fail(f"parallel.{name}", f"Megatron was started with {degree}")
+    _config.check_degrees(
+        "Megatron",
+        expert=config.expert_model_parallel_size,
+        pipeline=config.pipeline_model_parallel_size,
+        context=config.context_parallel_size,
+        tensor=config.tensor_model_parallel_size,
+        virtual_pipeline=config.virtual_pipeline_model_parallel_size or 1,
+    )
     _config.check(
         num_experts=config.num_moe_experts,
         world_size=dist.get_world_size(),

@@ -140,13 +140,11 @@ def schedule_groups() -> ProcessGroupCollection:
 
 
 def _buffer_for(group: dist.ProcessGroup, config: Any) -> ElasticBuffer:
-    degrees = {
-        "pipeline": config.pipeline_model_parallel_size,
-        "virtual_pipeline": config.virtual_pipeline_model_parallel_size or 1,
-    }
-    for name, degree in degrees.items():
-        if getattr(_config.parallel, name) not in ("auto", degree):
-            raise _config.fail(f"parallel.{name}", f"Megatron was started with {degree}")
+    _config.check_degrees(
+        "Megatron",
+        pipeline=config.pipeline_model_parallel_size,
+        virtual_pipeline=config.virtual_pipeline_model_parallel_size or 1,
+    )
     if group not in _buffers:
         settings = _config.pipeline
         buffer = ElasticBuffer(

@@ -87,25 +87,17 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring, ui
 EPV2_KERNEL(epv2_combine_pull, CombineArgs, 768) {
   const Common& c = args.common;
   const uint32_t number = operation_number(c);
-  const int warps_per_group = blockDim.x / kWarp / args.num_groups, warp = threadIdx.x / kWarp;
-  const int group = warp / warps_per_group, role = warp % warps_per_group;
   uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
   uint8_t** peers = reinterpret_cast<uint8_t**>(behind_rings(args));
   for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) peers[p] = peer_pointer(c.window, 0, p);
-  init_rings(args, warps_per_group - 1);
+  init_rings(args);
 
   if (!wait_all(c, kSumsReady, number, true, scratch)) {
     poison(args.out, static_cast<uint64_t>(args.num_tokens) * args.row_bytes);
     poison(args.out_weights, static_cast<uint64_t>(args.num_tokens) * c.num_topk * 4);
     return;
   }
-  const Ring ring = make_ring(args, group);
-  if (role == 0) {
-    produce(args, group, ring, peers);
-  } else {
-    const int num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
-    consume(ring, role - 1, (args.row_bytes - (num_pieces - 1) * args.piece_bytes) / 16, num_pieces);
-  }
+  run_rings(args, [&](int group, const Ring& ring) { produce(args, group, ring, peers); });
   if (last_to_arrive(c, kArrived, scratch)) {
     signal_all(c, kCombineDone, number);
     if (threadIdx.x == 0) finish_operation(c, kLastCombine, number);

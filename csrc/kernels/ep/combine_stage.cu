@@ -65,19 +65,11 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring) {
 EPV2_KERNEL(epv2_combine_stage, CombineArgs, 768) {
   const Common& c = args.common;
   const uint32_t number = operation_number(c);
-  const int warps_per_group = blockDim.x / kWarp / args.num_groups, warp = threadIdx.x / kWarp;
-  const int group = warp / warps_per_group, role = warp % warps_per_group;
   uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
-  init_rings(args, warps_per_group - 1);
+  init_rings(args);
 
   // Peers may still be reading what the last combine put there.
   if (!wait_all(c, kCombineDone, *state_word(c, kLastCombine), false, scratch)) return;
-  const Ring ring = make_ring(args, group);
-  if (role == 0) {
-    produce(args, group, ring);
-  } else {
-    const int num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
-    consume(ring, role - 1, (args.row_bytes - (num_pieces - 1) * args.piece_bytes) / 16, num_pieces);
-  }
+  run_rings(args, [&](int group, const Ring& ring) { produce(args, group, ring); });
   if (last_to_arrive(c, kArrived, scratch)) signal_all(c, kSumsReady, number);
 }

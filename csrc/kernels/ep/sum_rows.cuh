@@ -41,7 +41,8 @@ __device__ inline uint64_t* behind_rings(const CombineArgs& args) {
 }
 
 // All threads of the CTA.
-__device__ inline void init_rings(const CombineArgs& args, int consumers) {
+__device__ inline void init_rings(const CombineArgs& args) {
+  const int consumers = blockDim.x / kWarp / args.num_groups - 1;
   const Ring first = make_ring(args, 0);
   for (int i = threadIdx.x; i < first.all_slots; i += blockDim.x) {
     mbarrier_init(first.full(i), 1);
@@ -179,6 +180,20 @@ __device__ inline void consume(const Ring& ring, int consumer, int last_vectors,
       }
       if (++piece == num_pieces) piece = 0;
     }
+  }
+}
+
+// All warps of the CTA: the first of each group calls `produce(group, ring)`, the others add what it feeds.
+template <typename Produce>
+__device__ __forceinline__ void run_rings(const CombineArgs& args, Produce produce) {
+  const int warps_per_group = blockDim.x / kWarp / args.num_groups, warp = threadIdx.x / kWarp;
+  const int group = warp / warps_per_group, role = warp % warps_per_group;
+  const Ring ring = make_ring(args, group);
+  if (role == 0) {
+    produce(group, ring);
+  } else {
+    const int num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
+    consume(ring, role - 1, (args.row_bytes - (num_pieces - 1) * args.piece_bytes) / 16, num_pieces);
   }
 }
 

@@ -157,7 +157,6 @@ class Backend(Protocol):
         name: "host" or "cuda". device: of the tensors it takes. dtypes: of rows, apart from e4m3 with scales.
         num_sms: SMs of the device, 0 on the host. traffic: bytes so far.
         needs_limit: True where every dispatch must name `num_max_tokens_per_rank`.
-        point_to_point, sessions: what the backend has beside dispatch and combine, None = not in this version.
     """
 
     name: str
@@ -166,8 +165,14 @@ class Backend(Protocol):
     num_sms: int
     needs_limit: bool
     traffic: Traffic
-    point_to_point: PointToPoint | None
-    sessions: Sessions | None
+
+    @property
+    def point_to_point(self) -> PointToPoint:
+        """Raises `RuntimeError` where the backend has none."""
+
+    @property
+    def sessions(self) -> Sessions:
+        """Raises `RuntimeError` where the backend has none."""
 
     @property
     def engram(self) -> Engram:

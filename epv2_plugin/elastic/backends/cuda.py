@@ -163,8 +163,6 @@ class CudaBackend:
     name = "cuda"
     dtypes: tuple[torch.dtype, ...] = tuple(_DTYPES)
     needs_limit = True
-    point_to_point: PointToPoint | None = None
-    sessions: Sessions | None = None
 
     def __init__(
         self,
@@ -347,10 +345,9 @@ class CudaBackend:
 
     # ---- launches -----------------------------------------------------------------------------------------------
 
-    def _arguments(self, kernel: Kernel, shared: dict[str, int], route: CudaRoute | None = None, **fields: Any) -> Any:
-        """Arguments of `kernel`: what all ranks agree on (keys of `_ARGUMENTS`), the routing, and its own fields."""
-        arguments = kernels.args_type(kernel)()
-        common = arguments.common
+    def _common(self, route: CudaRoute | None = None, **shared: int) -> Any:
+        """What every kernel of an operation gets: the routing, and what all ranks agree on (keys of `_ARGUMENTS`)."""
+        common = kernels.args_of(kernels.BARRIER)["Common"]()
         common.window, common.state, common.error = self._window.handle, self._state.data_ptr(), self._error.pointer
         common.timeout_ns = int(self._gpu_timeout * 1e9)
         shared = dict.fromkeys(_ARGUMENTS, 0) | shared
@@ -363,6 +360,11 @@ class CudaBackend:
         common.rank, common.num_ranks = self.runtime.rank, self.runtime.size
         if route is not None:
             common.num_local_experts = route.num_local_experts
+        return common
+
+    def _arguments(self, kernel: Kernel, common: Any, **fields: Any) -> Any:
+        arguments = kernels.args_type(kernel)()
+        arguments.common = common
         for name, value in fields.items():
             setattr(arguments, name, value)
         return arguments
@@ -461,13 +463,14 @@ class CudaBackend:
                 hidden * out_dtype.itemsize,
                 scale_words,
             )
-            shared = {
-                "operation": _OPERATIONS.index("cached dispatch" if cached else "dispatch"),
-                "hidden": hidden,
-                "dtype": _NAMED_DTYPES.index(out_dtype),
-                "scales": scale_words,
-                "has_weights": int(topk_weights_TK is not None),
-            }
+            common = self._common(
+                route,
+                operation=_OPERATIONS.index("cached dispatch" if cached else "dispatch"),
+                hidden=hidden,
+                dtype=_NAMED_DTYPES.index(out_dtype),
+                scales=scale_words,
+                has_weights=int(topk_weights_TK is not None),
+            )
             wants_counts = exact and not cached
             if wants_counts:
                 self._make_host_counts(route)
@@ -475,8 +478,7 @@ class CudaBackend:
             kernel = kernels.DISPATCH_STAGE[_DTYPES[x_TH.dtype] if use_fp8 else ""]
             arguments = self._arguments(
                 kernel,
-                shared,
-                route,
+                common,
                 x=_pointer(x_TH),
                 scales=_pointer(scales),
                 topk_idx=_pointer(topk_idx_TK),
@@ -518,12 +520,11 @@ class CudaBackend:
                 size = (num_expanded,) if expand else (num_recv, route.num_topk)
                 out_weights = torch.empty(size, dtype=torch.float32, device=self.device)
             if not cached or out_weights is not None:
-                self._launch_route(route, layout, shared, cached, out_weights, statistics, num_sms)
+                self._launch_route(route, layout, common, cached, out_weights, statistics, num_sms)
             shape = sizing.pull_shape(runtime.size, hidden * out_dtype.itemsize, scale_words)
             arguments = self._arguments(
                 kernels.DISPATCH_PULL,
-                shared,
-                route,
+                common,
                 counts=_pointer(route.counts),
                 metadata=_pointer(route.metadata),
                 out=_pointer(out_x),
@@ -551,7 +552,7 @@ class CudaBackend:
         self,
         route: CudaRoute,
         layout: DispatchLayout,
-        shared: dict[str, int],
+        common: Any,
         cached: bool,
         out_weights: torch.Tensor | None,
         statistics: torch.Tensor | None,
@@ -559,8 +560,7 @@ class CudaBackend:
     ) -> None:
         arguments = self._arguments(
             kernels.DISPATCH_ROUTE,
-            shared,
-            route,
+            common,
             counts=_pointer(route.counts),
             metadata=_pointer(route.metadata),
             recv_topk_idx=_pointer(route.recv_topk_idx),
@@ -648,13 +648,14 @@ class CudaBackend:
         biases = [_aligned(bias) for bias in bias_TH]
         num_tokens = route.topk_idx_TK.shape[0]
         shape = sizing.sum_shape(self.runtime.size, row_bytes)
-        shared = {
-            "operation": _OPERATIONS.index("combine"),
-            "hidden": hidden,
-            "dtype": _NAMED_DTYPES.index(x.dtype),
-            "has_weights": int(topk_weights is not None),
-            "by_row": int(by_row),
-        }
+        common = self._common(
+            route,
+            operation=_OPERATIONS.index("combine"),
+            hidden=hidden,
+            dtype=_NAMED_DTYPES.index(x.dtype),
+            has_weights=int(topk_weights is not None),
+            by_row=int(by_row),
+        )
         inputs = (x, topk_weights, *biases, route.metadata, route.counts, route.topk_idx_TK)
         with self._operation(previous, asynchronous, inputs) as place:
             combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
@@ -687,7 +688,7 @@ class CudaBackend:
                 self._window_rows(layout, route, x.dtype, hidden).copy_(x)
             for kernel in (kernels.COMBINE_STAGE, kernels.COMBINE_PULL):
                 variant = kernel[_DTYPES[x.dtype]]
-                self._launch(variant, self._arguments(variant, shared, route, **fields), num_sms, shape)
+                self._launch(variant, self._arguments(variant, common, **fields), num_sms, shape)
             event = place.end((combined, combined_weights))
         return combined, combined_weights, event
 
@@ -714,7 +715,7 @@ class CudaBackend:
 
     def _wait_until_idle(self) -> None:
         """What follows on this stream may overwrite what peers read in the last combine."""
-        arguments = self._arguments(kernels.COMBINE_IDLE, {})
+        arguments = self._arguments(kernels.COMBINE_IDLE, self._common())
         self._launch(kernels.COMBINE_IDLE, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
 
     def _window_rows(self, layout: CombineLayout, route: CudaRoute, dtype: torch.dtype, hidden: int) -> torch.Tensor:
@@ -723,12 +724,20 @@ class CudaBackend:
         return self._window.tensor[layout.rows : layout.rows + num_bytes].view(dtype).view(-1, hidden)
 
     @property
+    def point_to_point(self) -> PointToPoint:
+        raise RuntimeError("pp_send and pp_recv: the cuda backend does not have them in this version")
+
+    @property
+    def sessions(self) -> Sessions:
+        raise RuntimeError("all_gather sessions: the cuda backend does not have them in this version")
+
+    @property
     def engram(self) -> Engram:
         raise RuntimeError("the cuda backend has no Engram in this version; ElasticBuffer(..., backend='host') has")
 
     def barrier(self) -> None:
         with self._operation((), False, ()) as place:
-            arguments = self._arguments(kernels.BARRIER, {"operation": _OPERATIONS.index("barrier")})
+            arguments = self._arguments(kernels.BARRIER, self._common(operation=_OPERATIONS.index("barrier")))
             self._launch(kernels.BARRIER, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
             place.end(())
         self.check()

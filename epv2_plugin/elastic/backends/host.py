@@ -492,8 +492,8 @@ class HostBackend:
     ):
         self.transport = Transport(group, timeout_seconds)
         self.traffic = Traffic()
-        self.point_to_point: PointToPoint | None = HostPointToPoint(self.transport, self.traffic)
-        self.sessions: Sessions | None = HostSessions(self.transport, self.traffic)
+        self.point_to_point: PointToPoint = HostPointToPoint(self.transport, self.traffic)
+        self.sessions: Sessions = HostSessions(self.transport, self.traffic)
         self._allow_multiple_reduction, self._limit_bytes = allow_multiple_reduction, limit_bytes
         self._most_tokens = 0  # of any rank in any dispatch so far; every rank has seen the same
 
