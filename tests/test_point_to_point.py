@@ -14,7 +14,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer
+from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer, EventOverlap
 from tests import harness
 from tests.harness import Pool
 
@@ -247,6 +247,29 @@ def test_wrong_shape_or_dtype_is_named_on_both_ranks(pool: Callable[[int], Pool]
     assert "rank 0, waiting for rank 1 in pp_send to rank 1, tensor #2, slot 0 of 2" in sender
     assert "a refusal: rank 1 expected #2 " in sender
     assert "and saw #2 [64, 8] float32" in sender
+
+
+def mismatch_without_a_third(rank: int, size: int) -> float:
+    """Rank 2 is gone; how long rank 0 waits until it knows that rank 1, which lives on, gave up."""
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=8)
+    buffer.pp_set_config(1 << 20, 2)
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    begin = time.monotonic()
+    event = buffer.pp_send(torch.ones(64, 8), 1) if rank == 0 else EventOverlap()
+    wait = event.current_stream_wait if rank == 0 else lambda: buffer.pp_recv(torch.empty(8, 64), 0)
+    with pytest.raises(CommunicationError, match=r"#0 \[64, 8\] float32"):
+        wait()
+    seconds = time.monotonic() - begin
+    time.sleep(9 if rank == 1 else 0)
+    return seconds
+
+
+def test_giving_up_reaches_peers_though_another_is_gone() -> None:
+    sender, receiver, _ = harness.outcomes(3, mismatch_without_a_third, timeout=40)
+    assert (sender.error, receiver.error) == ("", "")
+    assert sender.value < 4
 
 
 def not_taken(rank: int, size: int, who: str) -> str:
