@@ -20,7 +20,9 @@ from typing import Any
 
 # Megatron imported before the CPU bridge compiles small functions at their first call, unless told not to.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-PRELOAD = ["torch.distributed", "numpy", "megatron.core.models.gpt", "megatron.core.optimizer"]
+PRELOAD = ["torch.distributed", "numpy"]
+if not os.path.exists("/dev/nvidiactl"):  # Megatron counts the devices, and after that no fork can use them
+    PRELOAD += ["megatron.core.models.gpt", "megatron.core.optimizer"]
 # Every gloo group leaves threads behind that wake up a hundred times a second.
 MAX_THREADS = 120
 _context = multiprocessing.get_context("forkserver")

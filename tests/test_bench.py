@@ -360,7 +360,7 @@ def test_sm_copy_moves_every_row_once(group, mode, rows, seed):
     row_bytes, stages, warps = 48, 2 + seed, 3
     source = torch.randint(0, 256, (rows, row_bytes), dtype=torch.uint8)
     target = torch.full((rows * max(writes, 1) + 1, row_bytes), 7, dtype=torch.uint8)
-    args = args_type(SM_COPY)(
+    args = args_type(SM_COPY).pack(
         source=source.data_ptr(),
         target=target.data_ptr(),
         rows=rows,

@@ -64,7 +64,7 @@ def test_collectives_compute_what_cuda_defines(group, seed):
     out = torch.zeros(14, ctas, threads, dtype=torch.int32)
     runtime(group, seed).launch(
         Kernel("collectives", "collectives.cu"),
-        Args(in_=counters.data_ptr(), out=out.data_ptr()),
+        bytes(Args(in_=counters.data_ptr(), out=out.data_ptr())),
         ctas=ctas,
         threads=threads,
         shared_bytes=4 * threads,
@@ -118,7 +118,7 @@ def test_conversions_round_as_torch_does(group):
     out = torch.zeros(len(x), 7, dtype=torch.int32)
     runtime(group).launch(
         Kernel("convert", "convert.cu"),
-        Args(in_=x.data_ptr(), out=out.data_ptr(), count=len(x)),
+        bytes(Args(in_=x.data_ptr(), out=out.data_ptr(), count=len(x))),
         ctas=2,
         threads=64,
         shared_bytes=0,
@@ -152,7 +152,7 @@ def ring(group: dist.ProcessGroup, mutant: str, seed: int) -> bool:
     y = torch.zeros_like(x)
     runtime(group, seed).launch(
         Kernel("ring", "ring.cu", defines=defines),
-        Args(in_=x.data_ptr(), out=y.data_ptr(), count=len(x)),
+        bytes(Args(in_=x.data_ptr(), out=y.data_ptr(), count=len(x))),
         ctas=3,
         threads=128,
         shared_bytes=128 + 3 * 1024,
@@ -192,7 +192,7 @@ def order(group: dist.ProcessGroup, mode: int, seed: int) -> None:
     window = device.window(512)
     window.tensor[0] = 1
     args = Args(in_=flags.data_ptr(), out=out.data_ptr(), window=window.handle, mode=mode)
-    device.launch(Kernel("order", "order.cu"), args, ctas=2, threads=128, shared_bytes=1024)
+    device.launch(Kernel("order", "order.cu"), bytes(args), ctas=2, threads=128, shared_bytes=1024)
     device.close()
 
 
@@ -267,10 +267,10 @@ def test_a_mistake_is_an_error(group, mode):
     out = torch.zeros(1024, dtype=torch.uint8)
     args = Args(out=(out.data_ptr() + 15) // 16 * 16, window=window.handle, mode=mode, count=4000, ranks=1)
     with pytest.raises(RuntimeError, match=MISTAKES[mode]):
-        device.launch(Kernel("misuse", "misuse.cu"), args, ctas=2, threads=128, shared_bytes=4000)
+        device.launch(Kernel("misuse", "misuse.cu"), bytes(args), ctas=2, threads=128, shared_bytes=4000)
     # The process, and the next launch, are not hurt.
     args.mode = -1
-    device.launch(Kernel("misuse", "misuse.cu"), args, ctas=2, threads=128, shared_bytes=4000)
+    device.launch(Kernel("misuse", "misuse.cu"), bytes(args), ctas=2, threads=128, shared_bytes=4000)
 
 
 def test_a_refused_launch_says_why(group):
@@ -284,10 +284,10 @@ def test_a_refused_launch_says_why(group):
         (1, 128, 232449, "232449 bytes of shared memory"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            device.launch(kernel, args, ctas=ctas, threads=threads, shared_bytes=shared_bytes)
+            device.launch(kernel, bytes(args), ctas=ctas, threads=threads, shared_bytes=shared_bytes)
     with pytest.raises(RuntimeError, match=r"args of 8 bytes, the kernel's have 40"):
-        device.launch(kernel, ctypes.c_uint64(), ctas=1, threads=32, shared_bytes=256)
-    device.launch(kernel, args, ctas=8, threads=128, shared_bytes=232448)
+        device.launch(kernel, bytes(8), ctas=1, threads=32, shared_bytes=256)
+    device.launch(kernel, bytes(args), ctas=8, threads=128, shared_bytes=232448)
     assert [(each.kernel, each.ctas) for each in device.launches][-1] == ("misuse", 8)
 
 
@@ -298,7 +298,7 @@ def exchange(rank: int, size: int, mode: int, seed: int, turns: int = 4) -> tupl
     dist.barrier()
     out = torch.zeros(turns, dtype=torch.int32)
     args = Args(out=out.data_ptr(), window=window.handle, mode=mode, count=turns, rank=rank, ranks=size)
-    device.launch(Kernel("flags", "flags.cu"), args, ctas=1, threads=64, shared_bytes=4096)
+    device.launch(Kernel("flags", "flags.cu"), bytes(args), ctas=1, threads=64, shared_bytes=4096)
     dist.barrier()  # peers' kernels, which write here, have ended, too
     assert mode or window.tensor[4096 * (1 + rank)] == turns * (rank + 1)
     device.close()
@@ -343,7 +343,7 @@ def test_seeds_repeat_a_launch_and_time_is_short(group):
     kernel = Kernel("many", "many.cu")
     args = Args(out=out.data_ptr(), count=300)
     device = runtime(group)
-    device.launch(kernel, args, ctas=2, threads=768, shared_bytes=0)  # compiles
+    device.launch(kernel, bytes(args), ctas=2, threads=768, shared_bytes=0)  # compiles
     start = time.monotonic()
-    device.launch(kernel, args, ctas=2, threads=768, shared_bytes=0)
+    device.launch(kernel, bytes(args), ctas=2, threads=768, shared_bytes=0)
     assert time.monotonic() - start < 10  # 0.1 s; a busy machine is slower

@@ -191,18 +191,23 @@ def test_headers_must_be_those_of_the_loaded_library(bare, monkeypatch, library,
 
 
 def test_the_loaded_library_is_seen(tmp_path):
+    """Of two, such as a preloaded one and torch's own, the one that came first, as for the linker."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    source = tmp_path / "nccl.cc"
-    source.write_text('extern "C" int ncclGetVersion(int* version) { *version = 23007; return 0; }\n')
-    library = tmp_path / "lib" / "libnccl.so.2"
-    library.parent.mkdir()
-    subprocess.run(["g++", "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)
-    headers(tmp_path / "include")
-    script = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); from epv2_plugin.jit import toolchain as t; "
-    script += "print(t.loaded_nccl().version, t.find_nccl().found)"
+    libraries = []
+    for name, version in (("first", 23007), ("second", 22809)):
+        source = tmp_path / f"{name}.cc"
+        source.write_text(f'extern "C" int ncclGetVersion(int* version) {{ *version = {version}; return 0; }}\n')
+        library = tmp_path / name / "lib" / "libnccl.so.2"
+        library.parent.mkdir(parents=True)
+        command = ["g++", "-shared", "-fPIC", "-Wl,-soname,libnccl.so.2", "-o", library, source]
+        subprocess.run(command, check=True, timeout=60)
+        headers(tmp_path / name / "include", version)
+        libraries.append(library)
+    script = "import ctypes, sys; [ctypes.CDLL(path) for path in sys.argv[1:]]; "
+    script += "from epv2_plugin.jit import toolchain as t; print(t.loaded_nccl().version, t.find_nccl().found)"
     run = subprocess.run(
-        [sys.executable, "-c", script, library],
+        [sys.executable, "-c", script, *libraries],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,

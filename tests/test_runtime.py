@@ -613,7 +613,7 @@ def _launch_twice(runtime: CudaRuntime) -> list[str]:
     kernel = Kernel(name="kernel_a", source="ep/a.cu", args="Args")
     with mock.patch("epv2_plugin.jit.compiler.build", build):
         for number in (1, 2):
-            runtime.launch(kernel, Args(number, 0, 9), ctas=4, threads=64, shared_bytes=256)
+            runtime.launch(kernel, bytes(Args(number, 0, 9)), ctas=4, threads=64, shared_bytes=256)
     assert built == [("kernel_a", "sm_90a")]
     return [line for line in Path(os.environ["FAKE_LOG"]).read_text().splitlines() if "Launch" in line]
 
@@ -797,13 +797,13 @@ def on_device(rank: int, size: int, cubin: str, torch_communicator: bool) -> str
     with mock.patch("epv2_plugin.jit.compiler.build", return_value=types.SimpleNamespace(path=Path(cubin))):
         with runtime.on_comm_stream():
             assert torch.cuda.current_stream() == runtime.comm_stream()
-            runtime.launch(kernel, FillArgs(mapped.pointer, 7, 16), ctas=1, threads=32, shared_bytes=0)
+            runtime.launch(kernel, bytes(FillArgs(mapped.pointer, 7, 16)), ctas=1, threads=32, shared_bytes=0)
             done = runtime.record()
         runtime.wait(done)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             args = FillArgs(window.tensor.data_ptr(), 0x01020304, 64)
-            runtime.launch(kernel, args, ctas=2, threads=32, shared_bytes=1024)
+            runtime.launch(kernel, bytes(args), ctas=2, threads=32, shared_bytes=1024)
             with pytest.raises(RuntimeError, match="can't be made while a CUDA graph is being captured"):
                 runtime.window(64)
     graph.replay()

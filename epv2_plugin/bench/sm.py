@@ -43,7 +43,7 @@ def measure(
 
     def launch(mode: str, ctas: int, rows: int) -> None:
         reads, writes = MODES[mode]
-        args = args_type(SM_COPY)(
+        args = args_type(SM_COPY).pack(
             source=source.data_ptr(),
             target=target.data_ptr(),
             rows=rows,

@@ -21,10 +21,12 @@ def per_token_cast_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = align(hidden, FP8_BLOCK)
     padded = torch.nn.functional.pad(x.float(), (0, wide - hidden)).view(tokens, wide // FP8_BLOCK, FP8_BLOCK)
     amax = padded.abs().amax(dim=2).clamp(min=_SMALLEST_AMAX)
-    # Not `E4M3_MAX / amax`, which torch computes as a product with the reciprocal, rounded twice.
-    factor = torch.full_like(amax, E4M3_MAX) / amax
+    # Two tensors: what torch divides by or into a Python number, it multiplies with a reciprocal, rounded twice
+    # (`c / x` everywhere, `x / c` on CUDA).
+    largest = torch.full_like(amax, E4M3_MAX)
+    factor = largest / amax
     quantized = (padded * factor.unsqueeze(2)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return quantized.view(tokens, wide)[:, :hidden].contiguous(), amax / E4M3_MAX
+    return quantized.view(tokens, wide)[:, :hidden].contiguous(), amax / largest
 
 
 def per_token_cast_back(x_fp8: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

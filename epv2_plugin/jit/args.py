@@ -9,22 +9,27 @@ from __future__ import annotations
 import ctypes
 import keyword
 import re
+import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
-TYPES: dict[str, type[ctypes._SimpleCData]] = {
+_Field: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
+
+TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
     "uint64_t": ctypes.c_uint64,
     "int64_t": ctypes.c_int64,
     "uint32_t": ctypes.c_uint32,
     "int32_t": ctypes.c_int32,
     "float": ctypes.c_float,
 }
-_RANGES = {
-    ctypes.c_uint64: (0, 2**64 - 1),
-    ctypes.c_int64: (-(2**63), 2**63 - 1),
-    ctypes.c_uint32: (0, 2**32 - 1),
-    ctypes.c_int32: (-(2**31), 2**31 - 1),
+_CODES: dict[type[_Field], str] = {
+    ctypes.c_uint64: "Q",
+    ctypes.c_int64: "q",
+    ctypes.c_uint32: "I",
+    ctypes.c_int32: "i",
+    ctypes.c_float: "f",
 }
 _HEAD = re.compile(r"struct\s+([A-Za-z]\w*)\s*\{")
 _FIELD = re.compile(r"(\w+)\s+([A-Za-z]\w*)\s*;")
@@ -35,38 +40,74 @@ class HeaderError(ValueError):
     """An argument header that can't be read; the message is one line: file:line: what is wrong: the text there."""
 
 
+@dataclass(frozen=True)
+class _Packing:
+    """How the fields of a struct become its bytes: `packer` takes them in the order of `zeros`."""
+
+    packer: struct.Struct
+    codes: dict[str, str]
+    zeros: dict[str, Any]
+    nested: tuple[str, ...]
+
+
 class Arguments(ctypes.Structure):
-    """Base of the structs that `load` makes: unknown fields and numbers that do not fit are errors, not silence."""
+    """Base of the structs that `load` makes."""
 
     __slots__ = ()
+    _packing: ClassVar[_Packing]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field.
+    @classmethod
+    def pack(cls, **values: Any) -> bytes:
+        """The struct's bytes; fields that are not given are zero, a struct inside it is given as its own bytes.
+
+        A launch needs about thirty fields, and setting them one by one takes longer than the launch.
 
         Raises:
             AttributeError: the struct has no such field.
-            OverflowError: the number does not fit in the field; ctypes alone would cut it.
+            OverflowError: a value does not fit in its field.
         """
-        kind = type(self)._kinds.get(name)  # type: ignore[attr-defined]  # `load` makes it
-        if kind is None:
-            raise AttributeError(f"{type(self).__name__} has no field {name!r}")
-        if kind in _RANGES:
-            low, high = _RANGES[kind]
-            if isinstance(value, int) and not low <= value <= high:
-                raise OverflowError(f"{type(self).__name__}.{name} = {value}: must be from {low} to {high}")
-        super().__setattr__(name, value)
+        how = cls._packing
+        fields = how.zeros | values
+        if len(fields) > len(how.zeros):
+            raise AttributeError(f"{cls.__name__} has no field {next(n for n in values if n not in how.zeros)!r}")
+        for name in how.nested:
+            if len(fields[name]) != len(how.zeros[name]):
+                raise OverflowError(f"{cls.__name__}.{name}: {len(fields[name])} bytes, must be {len(how.zeros[name])}")
+        try:
+            return how.packer.pack(*fields.values())
+        except struct.error:
+            for name, code in how.codes.items():
+                try:
+                    struct.pack(f"<{code}", fields[name])
+                except struct.error as error:
+                    raise OverflowError(f"{cls.__name__}.{name} = {fields[name]}: {error}") from None
+            raise
 
 
-def load(path: Path) -> dict[str, type[ctypes.Structure]]:
+def _packing(fields: Mapping[str, type[_Field]]) -> _Packing:
+    layout = type("_", (ctypes.Structure,), {"_fields_": [*fields.items()]})
+    parts, end = ["<"], 0
+    codes = {name: _CODES.get(kind, f"{ctypes.sizeof(kind)}s") for name, kind in fields.items()}
+    for name, kind in fields.items():
+        offset = getattr(layout, name).offset
+        parts.append(f"{offset - end}x{codes[name]}")
+        end = offset + ctypes.sizeof(kind)
+    parts.append(f"{ctypes.sizeof(layout) - end}x")
+    nested = tuple(name for name, kind in fields.items() if kind not in _CODES)
+    zeros = {name: bytes(ctypes.sizeof(kind)) if name in nested else 0 for name, kind in fields.items()}
+    return _Packing(struct.Struct("".join(parts)), codes, zeros, nested)
+
+
+def load(path: Path) -> dict[str, type[Arguments]]:
     """The structs of an argument header by name, in the header's order, laid out as C++ does.
 
     Raises:
         HeaderError: a line that is not understood, named with file, line number and text.
         OSError: the file can't be read.
     """
-    structs: dict[str, type[ctypes.Structure]] = {}
+    structs: dict[str, type[Arguments]] = {}
     name, begun = "", 0
-    fields: dict[str, type[ctypes._SimpleCData] | type[ctypes.Structure]] = {}
+    fields: dict[str, type[_Field]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         text = line.split("//", 1)[0].strip()
 
@@ -85,7 +126,8 @@ def load(path: Path) -> dict[str, type[ctypes.Structure]]:
         elif text == "};":
             if not fields:
                 raise fail(f"struct {name} has no fields")
-            structs[name] = type(name, (Arguments,), {"__slots__": (), "_fields_": [*fields.items()], "_kinds": fields})
+            body = {"__slots__": (), "_fields_": [*fields.items()], "_packing": _packing(fields)}
+            structs[name] = type(name, (Arguments,), body)
             name = ""
         else:
             field = _FIELD.fullmatch(text)
@@ -103,16 +145,16 @@ def load(path: Path) -> dict[str, type[ctypes.Structure]]:
     return structs
 
 
-def layout_asserts(structs: Mapping[str, type[ctypes.Structure]]) -> str:
+def layout_asserts(structs: Mapping[str, type[Arguments]]) -> str:
     """C++ text that fails to compile where a struct's size or a field's offset or size differs from Python's.
 
     It needs the structs' own header before it.
     """
     lines = ["#include <cstddef>"]
-    for name, struct in structs.items():
-        checks = [(f"sizeof({name})", ctypes.sizeof(struct))]
-        for field, *_ in struct._fields_:
-            place = getattr(struct, field)
+    for name, kind in structs.items():
+        checks = [(f"sizeof({name})", ctypes.sizeof(kind))]
+        for field, *_ in kind._fields_:
+            place = getattr(kind, field)
             checks += [(f"offsetof({name}, {field})", place.offset), (f"sizeof({name}::{field})", place.size)]
         lines += [f'static_assert({what} == {value}, "{name}: C++ and Python differ");' for what, value in checks]
     return "\n".join(lines) + "\n"

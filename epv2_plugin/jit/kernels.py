@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +50,8 @@ def source_root() -> Path:
     raise FileNotFoundError(f"no device code: neither {package / 'csrc'} nor {package.parent / 'csrc'} is a folder")
 
 
-def args_type(kernel: Kernel) -> type[ctypes.Structure]:
-    """The struct that `kernel` takes: fields by keyword, zero if not given.
+def args_type(kernel: Kernel) -> type[args.Arguments]:
+    """The struct that `kernel` takes.
 
     Raises:
         HeaderError: see `args_of`.
@@ -60,7 +59,7 @@ def args_type(kernel: Kernel) -> type[ctypes.Structure]:
     return args_of(kernel)[kernel.args]
 
 
-def args_of(kernel: Kernel) -> dict[str, type[ctypes.Structure]]:
+def args_of(kernel: Kernel) -> dict[str, type[args.Arguments]]:
     """All structs of the header that owns `kernel`'s.
 
     Raises:
@@ -77,7 +76,7 @@ def args_of(kernel: Kernel) -> dict[str, type[ctypes.Structure]]:
 
 
 @functools.cache
-def _structs(header: Path) -> dict[str, type[ctypes.Structure]]:
+def _structs(header: Path) -> dict[str, type[args.Arguments]]:
     return args.load(header)
 
 

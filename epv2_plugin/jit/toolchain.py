@@ -154,17 +154,31 @@ def find_nccl() -> NcclHeaders:
     raise ToolchainError(f"no NCCL headers ({'; '.join(missed)})", nccl_mend())
 
 
+class _Address(ctypes.Structure):
+    """`Dl_info` of dladdr(3)."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
 def loaded_nccl() -> NcclLibrary | None:
-    """The NCCL that this process has loaded (torch's CUDA builds load it), `None` = none."""
-    path = _mapped("libnccl.so")
-    if path is None:
-        return None
-    code = ctypes.c_int()
+    """The NCCL that this process has loaded (torch's CUDA builds load it), `None` = none.
+
+    Of several (a preloaded one and torch's own) the one that the loader finds by name, as the runtime and torch do.
+    """
     try:
-        ctypes.CDLL(str(path)).ncclGetVersion(ctypes.byref(code))
-    except (OSError, AttributeError):  # replaced on disk since, or not NCCL but something named like it
+        version = ctypes.CDLL("libnccl.so.2", mode=os.RTLD_NOW | os.RTLD_NOLOAD).ncclGetVersion
+    except (OSError, AttributeError):  # none, or not NCCL but something named like it
         return None
-    return NcclLibrary(path, code.value)
+    where, code = _Address(), ctypes.c_int()
+    if not ctypes.CDLL(None).dladdr(ctypes.cast(version, ctypes.c_void_p), ctypes.byref(where)) or not where.file:
+        return None
+    version(ctypes.byref(code))
+    return NcclLibrary(Path(os.fsdecode(where.file)).resolve(), code.value)
 
 
 def nccl_mend() -> str:
@@ -247,16 +261,6 @@ def _nccl_code(include: Path) -> int | None:
         return None
     match = re.search(r"^#define\s+NCCL_VERSION_CODE\s+(\d+)", text, re.MULTILINE)
     return int(match[1]) if match else None
-
-
-def _mapped(name: str) -> Path | None:
-    """The file of a library that is mapped into this process."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return None
-    paths = (line.split(maxsplit=5)[5] for line in lines if name in line)
-    return next((Path(path) for path in paths if Path(path).name.startswith(name)), None)
 
 
 @functools.cache

@@ -144,7 +144,7 @@ class EmulatedRuntime:
         tensor = torch.zeros(num_bytes, dtype=torch.uint8)
         return Mapped(tensor, tensor.data_ptr())
 
-    def launch(self, kernel: KernelSpec, args: ctypes.Structure, *, ctas: int, threads: int, shared_bytes: int) -> None:
+    def launch(self, kernel: KernelSpec, args: bytes, *, ctas: int, threads: int, shared_bytes: int) -> None:
         """Run `kernel` to its end.
 
         Raises:
@@ -154,15 +154,14 @@ class EmulatedRuntime:
             raise RuntimeError(f"{kernel.name}: {ctas} CTAs on a device of {self.num_sms} SMs")
         library = _kernel_library(kernel.name, self._sources / kernel.source, tuple(kernel.defines), self._sources)
         expected = library[f"{kernel.name}_args_bytes"]()
-        if ctypes.sizeof(args) != expected:
-            raise RuntimeError(f"{kernel.name}: args of {ctypes.sizeof(args)} bytes, the kernel's have {expected}")
+        if len(args) != expected:
+            raise RuntimeError(f"{kernel.name}: args of {len(args)} bytes, the kernel's have {expected}")
+        memory = (ctypes.c_uint64 * (-(-len(args) // 8))).from_buffer_copy(args.ljust(len(args) + -len(args) % 8))
         self.launches.append(Launch(kernel.name, ctas, threads, shared_bytes))
         _scheduler().epv2_emulator_limit_seconds(ctypes.c_double(self._limit_seconds))
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         seed = ctypes.c_uint64(self._random.getrandbits(64))
-        failed = library[f"{kernel.name}_launch"](
-            ctypes.byref(args), ctas, threads, shared_bytes, seed, message, MESSAGE_BYTES
-        )
+        failed = library[f"{kernel.name}_launch"](memory, ctas, threads, shared_bytes, seed, message, MESSAGE_BYTES)
         if failed:
             raise RuntimeError(f"rank {self.rank}: {_with_lines(message.value.decode(errors='replace'))}")
 

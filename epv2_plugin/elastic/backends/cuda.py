@@ -10,7 +10,7 @@ R received rows (one per token and rank), N rows in expert order.
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import math
 import time
 import zlib
@@ -28,6 +28,7 @@ from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, Comm
 from epv2_plugin.elastic.event import Event
 from epv2_plugin.elastic.sizing import CombineLayout, DispatchLayout, LaunchShape, align
 from epv2_plugin.jit import kernels
+from epv2_plugin.jit.args import Arguments
 from epv2_plugin.jit.kernels import Kernel
 
 MAX_TOPK = 32  # one lane of a warp for each
@@ -58,8 +59,18 @@ _ARGUMENTS = {
     "max_tokens": "num_max_tokens_per_rank",
     "num_topk": "top-k",
 }
+_NOTHING_SHARED = dict.fromkeys(_ARGUMENTS, 0)
 _OPERATIONS = ("dispatch", "cached dispatch", "combine", "barrier")
 _NAMED_DTYPES = (*_DTYPES, torch.float8_e4m3fn)
+
+
+# Looked up at every launch.
+_struct_of = functools.cache(kernels.args_type)
+
+
+@functools.cache
+def _common_struct() -> type[Arguments]:
+    return kernels.args_of(kernels.BARRIER)["Common"]
 
 
 class CudaEvent:
@@ -198,6 +209,7 @@ class CudaBackend:
             )
         self._window = runtime.window(self.num_bytes)
         self._state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=runtime.device)
+        self._state_pointer = self._state.data_ptr()
         self._error = runtime.mapped(4 * _ERROR_WORDS)
         self._error_words = self._error.tensor.view(torch.int32).numpy()
         self._host_counts: Any = None  # mapped memory that grows with the number of experts
@@ -345,31 +357,28 @@ class CudaBackend:
 
     # ---- launches -----------------------------------------------------------------------------------------------
 
-    def _common(self, route: CudaRoute | None = None, **shared: int) -> Any:
+    def _common(self, route: CudaRoute | None = None, **shared: int) -> bytes:
         """What every kernel of an operation gets: the routing, and what all ranks agree on (keys of `_ARGUMENTS`)."""
-        common = kernels.args_of(kernels.BARRIER)["Common"]()
-        common.window, common.state, common.error = self._window.handle, self._state.data_ptr(), self._error.pointer
-        common.timeout_ns = int(self._gpu_timeout * 1e9)
-        shared = dict.fromkeys(_ARGUMENTS, 0) | shared
+        shared = _NOTHING_SHARED | shared
         if route is not None:
-            shared |= {"route": route.number, "num_experts": route.num_experts, "num_topk": route.num_topk}
-            shared["max_tokens"] = route.num_max_tokens_per_rank
-        common.signature = zlib.crc32(repr([shared[name] for name in _ARGUMENTS]).encode())
-        for name, value in shared.items():
-            setattr(common, name, value)
-        common.rank, common.num_ranks = self.runtime.rank, self.runtime.size
-        if route is not None:
-            common.num_local_experts = route.num_local_experts
-        return common
+            shared["route"], shared["num_experts"] = route.number, route.num_experts
+            shared["max_tokens"], shared["num_topk"] = route.num_max_tokens_per_rank, route.num_topk
+        return _common_struct().pack(
+            window=self._window.handle,
+            state=self._state_pointer,
+            error=self._error.pointer,
+            timeout_ns=int(self._gpu_timeout * 1e9),
+            signature=zlib.crc32(repr([*shared.values()]).encode()),
+            rank=self.runtime.rank,
+            num_ranks=self.runtime.size,
+            num_local_experts=0 if route is None else route.num_local_experts,
+            **shared,
+        )
 
-    def _arguments(self, kernel: Kernel, common: Any, **fields: Any) -> Any:
-        arguments = kernels.args_type(kernel)()
-        arguments.common = common
-        for name, value in fields.items():
-            setattr(arguments, name, value)
-        return arguments
+    def _arguments(self, kernel: Kernel, common: bytes, **fields: int) -> bytes:
+        return _struct_of(kernel).pack(common=common, **fields)
 
-    def _launch(self, kernel: Kernel, arguments: ctypes.Structure, ctas: int, shape: LaunchShape) -> None:
+    def _launch(self, kernel: Kernel, arguments: bytes, ctas: int, shape: LaunchShape) -> None:
         self.runtime.launch(kernel, arguments, ctas=ctas, threads=shape.threads, shared_bytes=shape.shared_bytes)
 
     @contextmanager
@@ -552,7 +561,7 @@ class CudaBackend:
         self,
         route: CudaRoute,
         layout: DispatchLayout,
-        common: Any,
+        common: bytes,
         cached: bool,
         out_weights: torch.Tensor | None,
         statistics: torch.Tensor | None,

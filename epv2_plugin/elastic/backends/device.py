@@ -80,7 +80,7 @@ class Runtime(Protocol):
     def mapped(self, num_bytes: int) -> Mapped:
         """Zeroed host memory that kernels reach."""
 
-    def launch(self, kernel: Kernel, args: ctypes.Structure, *, ctas: int, threads: int, shared_bytes: int) -> None:
+    def launch(self, kernel: Kernel, args: bytes, *, ctas: int, threads: int, shared_bytes: int) -> None:
         """Launch on the current stream: `ctas` blocks of `threads`, with `shared_bytes` of dynamic shared memory."""
 
     def comm_stream(self) -> Any:
@@ -260,9 +260,9 @@ class CudaRuntime:
         self._mapped.append(self._library.Mapped(num_bytes))
         return _CudaMapped(self._mapped[-1])
 
-    def launch(self, kernel: Kernel, args: ctypes.Structure, *, ctas: int, threads: int, shared_bytes: int) -> None:
+    def launch(self, kernel: Kernel, args: bytes, *, ctas: int, threads: int, shared_bytes: int) -> None:
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._function(kernel).launch(ctas, threads, shared_bytes, stream, bytes(args))
+        self._function(kernel).launch(ctas, threads, shared_bytes, stream, args)
 
     def _function(self, kernel: Kernel) -> _C.Function:
         """`kernel` built and loaded, once per process and device."""
