@@ -528,8 +528,6 @@ def test_code_and_launches_that_the_driver_refuses(fakes: Fakes) -> None:
         lines, calls = fakes.run("refused(_C.Module.load(b'code').function, 'kernel_a')", FAKE_FAIL=call)
         assert lines == [f"Error: {call} (kernel kernel_a): {oom}"]
         assert calls[-1] == "cuModuleUnload"
-    lines, calls = fakes.run("refused(_C.Module.load(b'code').function, 'kernel_a')", FAKE_TWO_PARAMETERS="1")
-    assert lines == ["Error: kernel kernel_a takes more than one parameter: must take one struct"]
     lines, calls = fakes.run(KERNEL + "refused(f.launch, 8, 256, 64, 0, args)", FAKE_FAIL="cuLaunchKernelEx")
     what = "kernel kernel_a, 8 CTAs of 256 threads, 64 bytes of shared memory"
     assert lines == [f"Error: cuLaunchKernelEx ({what}): {oom}"]

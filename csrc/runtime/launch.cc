@@ -52,8 +52,6 @@ Function::Function(std::shared_ptr<Module> module, CUfunction function, std::str
   max_threads = attribute(CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK);
   size_t offset = 0;
   cuda.check(cuda.cuFuncGetParamInfo(function_, 0, &offset, &args_bytes), "cuFuncGetParamInfo", what);
-  if (size_t second = 0; cuda.cuFuncGetParamInfo(function_, 1, &offset, &second) == CUDA_SUCCESS)
-    throw Error(what + " takes more than one parameter: must take one struct");
   CUdevice device = 0;
   int limit = 0;
   cuda.check(cuda.cuCtxGetDevice(&device), "cuCtxGetDevice", what);

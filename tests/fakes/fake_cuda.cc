@@ -121,7 +121,7 @@ CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int value) {
 }
 
 CUresult cuFuncGetParamInfo(CUfunction, size_t index, size_t* offset, size_t* size) {
-  if (index > (*setting("FAKE_TWO_PARAMETERS") ? 1 : 0)) return CUDA_ERROR_INVALID_VALUE;
+  if (index > 0) return CUDA_ERROR_INVALID_VALUE;
   *offset = 0;
   *size = 12;
   return CUDA_SUCCESS;
