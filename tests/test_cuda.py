@@ -288,7 +288,10 @@ def test_sanitizer_finds_nothing(tool: str) -> None:
     # The MPS daemon and the sanitizer do not go together; without it, the ranks take turns.
     env = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_MPS")}
     call = "from tests import harness, test_cuda; harness.run(2, test_cuda.small, timeout=400)"
-    command = [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", sys.executable, "-c"]
+    command = [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
+    if tool == "memcheck":
+        command += ["--report-api-errors", "no"]  # NCCL asks the driver for what it may not have, and copes
+    command += [sys.executable, "-c"]
     done = subprocess.run([*command, call], env=env, capture_output=True, text=True, timeout=450)
     found = "\n".join(line for line in done.stdout.splitlines() if "Host Frame" not in line)
     assert done.returncode == 0, found[-4000:] + done.stderr[-2000:]

@@ -251,7 +251,7 @@ def no_such_expert(rank: int, size: int) -> str:
     x, idx = _routing(rank)
     if rank == 1:
         idx[3, 1] = EXPERTS
-        made._check_routing = lambda x, idx, experts: (idx, experts)
+        made._check_routing = lambda x, idx, experts: (idx.contiguous(), experts)
     try:
         made.dispatch(x, idx, num_experts=EXPERTS)
     except (CommunicationError, ValueError) as error:

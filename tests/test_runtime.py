@@ -551,7 +551,8 @@ def _pretend_cuda(cuda: str, **cuda_functions: Any) -> Iterator[None]:
         "Stream": lambda *_, **__: types.SimpleNamespace(),
         "current_stream": lambda *_: types.SimpleNamespace(cuda_stream=77),
     }
-    with mock.patch.multiple("torch.cuda", **(functions | cuda_functions)):
+    raw_stream = mock.patch("torch._C._cuda_getCurrentRawStream", return_value=77, create=True)
+    with mock.patch.multiple("torch.cuda", **(functions | cuda_functions)), raw_stream:
         yield
 
 

@@ -421,7 +421,7 @@ class ElasticBuffer:
         received = backend.dispatch(
             x_TH,
             scales,
-            topk_idx.clone() if do_handle_copy and handle is None else topk_idx,
+            topk_idx,
             topk_weights if topk_weights is None else _dense(topk_weights),
             num_experts=num_experts,
             num_max_tokens_per_rank=limit,
@@ -433,6 +433,7 @@ class ElasticBuffer:
             route=route,
             use_fp8=use_fp8,
             column_major_scales=use_tma_aligned_col_major_sf,
+            copy_routing=do_handle_copy,
             num_sms=self._sms(num_sms, num_experts, topk_idx.shape[1]),
             previous=previous,
             asynchronous=async_with_compute_stream,

@@ -6,6 +6,7 @@ Legend: T tokens of a rank, K top-k, E experts, P ranks, R received rows (one pe
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -391,6 +392,7 @@ def _shape(threads: int, shared_bytes: int, **parts: int) -> LaunchShape:
     return LaunchShape(threads, max(shared_bytes, LEAST_SHARED_BYTES), **parts)
 
 
+@functools.cache
 def stage_shape(num_ranks: int, num_local_experts: int) -> LaunchShape:
     """Of dispatch_stage."""
     warps = 28
@@ -401,6 +403,7 @@ def stage_shape(num_ranks: int, num_local_experts: int) -> LaunchShape:
     return _shape(32 * warps, fixed + counting * per_warp, counting_warps=counting)
 
 
+@functools.cache
 def route_shape(num_local_experts: int, num_topk: int) -> LaunchShape:
     """Of dispatch_route: a warp keeps a chunk's experts and weights, and a counter for each expert."""
     per_warp = 4 * (48 * num_topk + CHUNK_TOKENS + align(num_local_experts, 4))
@@ -410,6 +413,7 @@ def route_shape(num_local_experts: int, num_topk: int) -> LaunchShape:
     return _shape(32 * warps, 16 + warps * per_warp)
 
 
+@functools.cache
 def pull_shape(num_ranks: int, data_bytes: int, scale_words: int) -> LaunchShape:
     """Of dispatch_pull: 4 warps with 4 pieces in flight each saturate an SM (docs/performance.md)."""
     warps, stages = 4, 4
@@ -419,6 +423,7 @@ def pull_shape(num_ranks: int, data_bytes: int, scale_words: int) -> LaunchShape
     return _shape(32 * warps, fixed + slots * piece, piece_bytes=piece, stages=stages)
 
 
+@functools.cache
 def sum_shape(num_ranks: int, row_bytes: int) -> LaunchShape:
     """Of combine_stage and combine_pull: groups of one producer and up to 7 consumer warps of 2 KiB each."""
     most_warps, consumer_bytes = 24, 2048

@@ -220,11 +220,12 @@ class Backend(Protocol):
         route: Any,
         use_fp8: bool,
         column_major_scales: bool,
+        copy_routing: bool,
         num_sms: int,
         previous: Sequence[Event],
         asynchronous: bool,
     ) -> Received:
-        """See `ElasticBuffer.dispatch`. `route` repeats a routing."""
+        """See `ElasticBuffer.dispatch`. `route` repeats a routing; `copy_routing`: a new one copies `topk_idx`."""
 
     def combine(
         self,

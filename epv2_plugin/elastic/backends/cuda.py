@@ -114,7 +114,7 @@ class CudaRoute:
         self.num_ranks, self.num_experts, self.num_local_experts = num_ranks, num_experts, num_experts // num_ranks
         self.num_max_tokens_per_rank, self.expert_alignment, self.expanded = max_tokens, alignment, expanded
         self.number = number
-        self.host_counts: list[list[int]] | None = None  # [P, E_local + 1] rows from each rank, if the host knows
+        self.host_counts: Any = None  # numpy int32 [P, E_local + 1]: rows from each rank, if the host knows
         self.metadata = counts.new_empty(0, 2 + topk_idx_TK.shape[1])
         self.num_expanded_rows = 0
         self.recv_topk_idx: torch.Tensor | None = None  # int64 [rows, K], compact layout only
@@ -142,7 +142,7 @@ class CudaRoute:
     def rows_per_expert(self) -> list[int]:
         if self.host_counts is None:
             return self.received_per_expert.tolist()
-        return [sum(column) for column in list(zip(*self.host_counts, strict=True))[:-1]]
+        return self.host_counts[:, :-1].sum(0).tolist()
 
     @cached_property
     def recv_src_metadata(self) -> torch.Tensor:
@@ -323,15 +323,7 @@ class CudaBackend:
     def _dispatch_layout(
         self, max_tokens: int, num_topk: int, num_local_experts: int, data_bytes: int, scale_words: int
     ) -> DispatchLayout:
-        return DispatchLayout(
-            sizing.control_bytes(self.runtime.size),
-            num_ranks=self.runtime.size,
-            max_tokens=max_tokens,
-            num_topk=num_topk,
-            num_local_experts=num_local_experts,
-            data_bytes=data_bytes,
-            scale_words=scale_words,
-        )
+        return _dispatch_layout(self.runtime.size, max_tokens, num_topk, num_local_experts, data_bytes, scale_words)
 
     def _combine_layout(self, route: CudaRoute, row_bytes: int, by_row: bool) -> CombineLayout:
         layout = CombineLayout(
@@ -429,6 +421,7 @@ class CudaBackend:
         route: CudaRoute | None,
         use_fp8: bool,
         column_major_scales: bool,
+        copy_routing: bool,
         num_sms: int,
         previous: Sequence[Event],
         asynchronous: bool,
@@ -511,17 +504,24 @@ class CudaBackend:
             )
             self._launch(kernel, arguments, num_sms, shape)
 
+            # Everything that does not need the counts, while they are on their way.
+            data_bytes = hidden * out_dtype.itemsize
+            shape = sizing.pull_shape(runtime.size, data_bytes, scale_words)
+            pull = {
+                "counts": _pointer(route.counts),
+                "rows_offset": layout.rows,
+                "data_bytes": data_bytes,
+                "scale_words": scale_words,
+                "row_stride": layout.row_stride,
+                "piece_bytes": shape.piece_bytes,
+                "num_stages": shape.stages,
+                "expand": int(expand),
+                "expert_alignment": route.expert_alignment,
+                "zero_padding": int(zero_padding),
+            }
             if not cached:
                 self._size_outputs(route, exact)
             num_recv, num_expanded = route.metadata.shape[0], route.num_expanded_rows
-            num_out = num_expanded if expand else num_recv
-            out_x = torch.empty(num_out, hidden, dtype=out_dtype, device=self.device)
-            out_scales = None
-            if scale_words and column_major_scales:
-                out_scales = torch.empty(scale_words, align(num_out, 4), dtype=scale_dtype, device=self.device)
-                out_scales = out_scales.t()[:num_out]
-            elif scale_words:
-                out_scales = torch.empty(num_out, scale_words, dtype=scale_dtype, device=self.device)
             if not expand and not cached:
                 route.recv_topk_idx = torch.empty(num_recv, route.num_topk, dtype=torch.int64, device=self.device)
             out_weights = None
@@ -530,31 +530,33 @@ class CudaBackend:
                 out_weights = torch.empty(size, dtype=torch.float32, device=self.device)
             if not cached or out_weights is not None:
                 self._launch_route(route, layout, common, cached, out_weights, statistics, num_sms)
-            shape = sizing.pull_shape(runtime.size, hidden * out_dtype.itemsize, scale_words)
+            num_out = num_expanded if expand else num_recv
+            out_x = torch.empty(num_out, hidden, dtype=out_dtype, device=self.device)
+            out_scales = None
+            if scale_words and column_major_scales:
+                out_scales = torch.empty(scale_words, align(num_out, 4), dtype=scale_dtype, device=self.device)
+                out_scales = out_scales.t()[:num_out]
+            elif scale_words:
+                out_scales = torch.empty(num_out, scale_words, dtype=scale_dtype, device=self.device)
             arguments = self._arguments(
                 kernels.DISPATCH_PULL,
                 common,
-                counts=_pointer(route.counts),
+                **pull,
                 metadata=_pointer(route.metadata),
                 out=_pointer(out_x),
                 out_scales=_pointer(out_scales),
-                rows_offset=layout.rows,
                 scale_row_stride=0 if out_scales is None else out_scales.stride(0),
                 scale_column_stride=0 if out_scales is None else out_scales.stride(1),
-                data_bytes=hidden * out_dtype.itemsize,
-                scale_words=scale_words,
-                row_stride=layout.row_stride,
-                piece_bytes=shape.piece_bytes,
-                num_stages=shape.stages,
-                expand=int(expand),
                 rows_capacity=num_recv,
                 expanded_capacity=num_expanded,
-                expert_alignment=route.expert_alignment,
-                zero_padding=int(zero_padding),
             )
             self._launch(kernels.DISPATCH_PULL, arguments, num_sms, shape)
-            event = place.end((out_x, out_scales, out_weights, route.recv_topk_idx, route.counts, route.metadata))
-        self._count(route, hidden * out_dtype.itemsize + 4 * scale_words + (4 if out_weights is not None else 0))
+            made = [out_x, out_scales, out_weights, route.recv_topk_idx, route.counts, route.metadata]
+            if copy_routing and not cached:  # last: the host launches it while rows travel
+                route.topk_idx_TK = topk_idx_TK.clone()
+                made.append(route.topk_idx_TK)
+            event = place.end(made)
+        self._count(route, data_bytes + 4 * scale_words + (4 if out_weights is not None else 0))
         return Received(out_x, out_scales, route.recv_topk_idx, out_weights, route, num_recv, num_expanded, event)
 
     def _launch_route(
@@ -601,7 +603,7 @@ class CudaBackend:
         size, limit = self.runtime.size, route.num_max_tokens_per_rank
         if exact:
             route.host_counts = self._wait_for_counts(route)
-            num_rows = sum(row[-1] for row in route.host_counts)
+            num_rows = int(route.host_counts[:, -1].sum())
             route.num_expanded_rows = sum(align(n, route.expert_alignment) for n in route.rows_per_expert)
         else:
             num_rows = sizing.max_received_rows(size, limit)
@@ -610,7 +612,7 @@ class CudaBackend:
             )
         route.metadata = route.counts.new_empty(num_rows, 2 + route.num_topk)
 
-    def _wait_for_counts(self, route: CudaRoute) -> list[list[int]]:
+    def _wait_for_counts(self, route: CudaRoute) -> Any:
         words = self._host_counts.tensor.view(torch.int32).numpy()
         deadline = time.monotonic() + self._host_timeout
         while words[0] != self._tag:
@@ -623,15 +625,16 @@ class CudaBackend:
                 raise self._failure
             time.sleep(0)  # other threads of this process need the interpreter
         size, columns = self.runtime.size, route.num_local_experts + 1
-        return words[1 + size * columns : 1 + 2 * size * columns].reshape(size, columns).tolist()
+        return words[1 + size * columns : 1 + 2 * size * columns].reshape(size, columns).copy()
 
     def _count(self, route: CudaRoute, row_bytes: int) -> None:
         """Count what was pulled from other ranks; unknown to the host after `do_cpu_sync=False`."""
         if route.host_counts is None:
             return
-        others = [row for source, row in enumerate(route.host_counts) if source != self.runtime.rank]
-        self.traffic.sent_bytes += row_bytes * sum(row[-1] for row in others)
-        self.traffic.undeduplicated_bytes += row_bytes * sum(sum(row[:-1]) for row in others)
+        own = self.runtime.rank
+        others = route.host_counts.sum(0) - route.host_counts[own]
+        self.traffic.sent_bytes += row_bytes * int(others[-1])
+        self.traffic.undeduplicated_bytes += row_bytes * int(others[:-1].sum())
 
     # ---- combine ------------------------------------------------------------------------------------------------
 
@@ -767,6 +770,21 @@ class _Stream:
         event = CudaEvent(self._backend)
         self._backend._last = (self._stream, self._capturing, event._event)
         return event
+
+
+@functools.lru_cache(maxsize=256)
+def _dispatch_layout(
+    num_ranks: int, max_tokens: int, num_topk: int, num_local_experts: int, data_bytes: int, scale_words: int
+) -> DispatchLayout:
+    return DispatchLayout(
+        sizing.control_bytes(num_ranks),
+        num_ranks=num_ranks,
+        max_tokens=max_tokens,
+        num_topk=num_topk,
+        num_local_experts=num_local_experts,
+        data_bytes=data_bytes,
+        scale_words=scale_words,
+    )
 
 
 def _check_row(hidden: int, dtype: torch.dtype) -> None:

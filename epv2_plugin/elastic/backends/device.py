@@ -164,6 +164,7 @@ class CudaRuntime:
         self._closed = False
         self._windows = 0
         self._mapped: list[_C.Mapped] = []
+        self._streams: dict[int, torch.cuda.Stream] = {}
         self._communicator: _C.Communicator | None = None
         states = self._meeting.agree("state", self._start)
         if len(versions := {state.split()[0] for state in states}) > 1:
@@ -261,8 +262,7 @@ class CudaRuntime:
         return _CudaMapped(self._mapped[-1])
 
     def launch(self, kernel: Kernel, args: bytes, *, ctas: int, threads: int, shared_bytes: int) -> None:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._function(kernel).launch(ctas, threads, shared_bytes, stream, args)
+        self._function(kernel).launch(ctas, threads, shared_bytes, self.current_stream().cuda_stream, args)
 
     def _function(self, kernel: Kernel) -> _C.Function:
         """`kernel` built and loaded, once per process and device."""
@@ -283,18 +283,22 @@ class CudaRuntime:
             yield
 
     def current_stream(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self.device)
+        # Asked for at every launch; torch.cuda.current_stream makes an object each time, which takes longer than that.
+        raw = torch._C._cuda_getCurrentRawStream(self.device.index)
+        if raw not in self._streams:
+            self._streams[raw] = torch.cuda.current_stream(self.device)
+        return self._streams[raw]
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
     def record(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(self.current_stream())
         return event
 
     def wait(self, event: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self.device).wait_event(event)
+        self.current_stream().wait_event(event)
 
     def close(self, abandon: bool = False) -> None:
         if self._closed:

@@ -583,6 +583,7 @@ class HostBackend:
         route: HostRoute | None,
         use_fp8: bool,
         column_major_scales: bool,
+        copy_routing: bool,
         num_sms: int,
         previous: Sequence[Event],
         asynchronous: bool,
@@ -609,6 +610,8 @@ class HostBackend:
         if route is None:
             # Rows travel with the header that says how many they are, into space for as many as have come before.
             exchange.receive_early(self._most_tokens)
+            if copy_routing:
+                topk_idx_TK = topk_idx_TK.clone()
             route = HostRoute(topk_idx_TK, rank, size, num_experts)
             route.expert_alignment, route.expanded, route.number = alignment, expand, operation.sequence
             wait_header = self._exchange_header(
