@@ -389,11 +389,11 @@ def test_rates_are_measured_for_every_mode(group):
     assert [point.sms for point in table.points] == [1, 3]
     for sms in ("1", "3"):
         assert {mode: len(times) for mode, times in measured["samples_us"][sms].items()} == dict.fromkeys(sm.MODES, 6)
+        assert set(measured["warps"][sms].values()) <= set(sm.WARPS)
     document = {
         **report.circumstances("epv2 bench sm", CPU),
         "repetitions": 6,
         "row_bytes": 64,
-        "warps": 8,
         "stages": 3,
         "stored": "/cache/file.json",
         **measured,

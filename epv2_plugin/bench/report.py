@@ -201,7 +201,7 @@ def sm_text(document: dict[str, Any]) -> str:
     lines = [*head(document), ""]
     lines += _wrap(
         f"GB/s, median of {document['repetitions']}: bulk copies of rows of {document['row_bytes']} bytes by "
-        f"{document['warps']} warps with {document['stages']} rows in flight each. Per SM, then together; a copy "
+        f"as many warps as are fastest, with {document['stages']} rows in flight each. Per SM, then together; a copy "
         "counts one direction, the last mode the bytes written."
     )
     header = ["SMs busy", *modes.values(), *modes.values()]

@@ -14,7 +14,8 @@ from epv2_plugin.elastic.model import Rate
 from epv2_plugin.jit.kernels import SM_COPY, args_type
 
 MODES = {"read": (1, 0), "write": (0, 1), "copy": (1, 1), "copy_twice": (1, 2)}  # (reads, writes) of each row
-ROW_BYTES, WARPS, STAGES = 7168, 8, 3  # fewer warps do not fill an SM's copy path
+ROW_BYTES, STAGES = 7168, 3
+WARPS = (8, 4, 2)  # it takes 8 to fill an SM's copy path; where all SMs wait for memory, fewer in flight are faster
 BYTES_PER_SM = 64 << 20  # read or written by each SM in one launch: about a millisecond
 MOST_BYTES = 1 << 30  # far above what caches hold
 REPETITIONS = 7
@@ -31,7 +32,8 @@ def measure(
     """Measure every mode at each number of SMs (ascending) on an otherwise idle device.
 
     Returns:
-        `rates`: for each number of SMs the fields of `model.Rate`, of the median; `samples_us`: {SMs: {mode: times}}.
+        `rates`: for each number of SMs the fields of `model.Rate`, of the median with the best number of warps;
+        `samples_us`: {SMs: {mode: its times}}; `warps`: {SMs: {mode: its warps}}.
 
     Raises:
         RuntimeError: the kernel did not copy what it was told to.
@@ -41,7 +43,7 @@ def measure(
     source = torch.randint(0, 256, (most_rows, row_bytes), dtype=torch.uint8, device=runtime.device)
     target = torch.zeros(2 * most_rows, row_bytes, dtype=torch.uint8, device=runtime.device)
 
-    def launch(mode: str, ctas: int, rows: int) -> None:
+    def launch(mode: str, ctas: int, rows: int, warps: int) -> None:
         reads, writes = MODES[mode]
         args = args_type(SM_COPY).pack(
             source=source.data_ptr(),
@@ -52,28 +54,33 @@ def measure(
             writes=writes,
             stages=STAGES,
         )
-        shared = WARPS * STAGES * (row_bytes + 8)
-        runtime.launch(SM_COPY, args, ctas=ctas, threads=32 * WARPS, shared_bytes=shared)
+        shared = warps * STAGES * (row_bytes + 8)
+        runtime.launch(SM_COPY, args, ctas=ctas, threads=32 * warps, shared_bytes=shared)
 
     rates: list[dict[str, Any]] = []
     samples: dict[str, dict[str, list[float]]] = {}
+    best: dict[str, dict[str, int]] = {}
     for ctas in sms:
         rows = min(bytes_per_sm * ctas // row_bytes, most_rows)
         per_sm: dict[str, float] = {}
-        samples[str(ctas)] = {}
+        samples[str(ctas)], best[str(ctas)] = {}, {}
         for mode, (_, writes) in MODES.items():
-            times = []
-            for _ in range(REPETITIONS):
-                watch.mark()
-                launch(mode, ctas, rows)
-                watch.mark()
-                times += watch.laps()
-            samples[str(ctas)][mode] = times[1:]  # the first builds the kernel, or wakes the device up
+            tried: dict[int, list[float]] = {}
+            for warps in WARPS:
+                times = []
+                for _ in range(REPETITIONS):
+                    watch.mark()
+                    launch(mode, ctas, rows, warps)
+                    watch.mark()
+                    times += watch.laps()
+                tried[warps] = times[1:]  # the first builds the kernel, or wakes the device up
+                _check(mode, source[:rows], target, writes)
+            warps = min(tried, key=lambda warps: statistics.median(tried[warps]))
+            samples[str(ctas)][mode], best[str(ctas)][mode] = tried[warps], warps
             # Bytes a microsecond = 1e-3 GB/s.
-            per_sm[mode] = rows * row_bytes * max(writes, 1) / statistics.median(times[1:]) / 1e3 / ctas
-            _check(mode, source[:rows], target, writes)
+            per_sm[mode] = rows * row_bytes * max(writes, 1) / statistics.median(tried[warps]) / 1e3 / ctas
         rates.append({"sms": ctas, **per_sm})
-    return {"rates": rates, "samples_us": samples}
+    return {"rates": rates, "samples_us": samples, "warps": best}
 
 
 def _check(mode: str, source: torch.Tensor, target: torch.Tensor, writes: int) -> None:

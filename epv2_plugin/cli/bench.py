@@ -169,7 +169,6 @@ def main_sm(args: argparse.Namespace) -> int:
         "kind": "bench sm",
         **report.circumstances("epv2 bench sm", device),
         "row_bytes": sm.ROW_BYTES,
-        "warps": sm.WARPS,
         "stages": sm.STAGES,
         "repetitions": sm.REPETITIONS - 1,
         **measured,
