@@ -22,7 +22,8 @@ logger = logging.getLogger("epv2_plugin")
 
 OURS = "epv2"
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative, at every step
-CHANCE = 2.0  # two runs that differ by rounding alone may be this many times further apart than two others
+CHANCE = 3.0  # two runs that differ by rounding alone may be this many times further apart than two others
+_LEAST_NOISE = 1e-7  # what a loss in fp32 is rounded by
 MIN_PAIRS = 5  # fewer steps say nothing about a difference in time
 RESAMPLES = 4000
 MIB = 1 << 20
@@ -182,13 +183,32 @@ def _noise_sentence(arm: str, difference: LossDifference, run: Run, noise: LossD
         f"{arm} and {run.baseline} differ by at most {difference.largest:.1e} (step {difference.at_step}), stock's own "
         f"{run.noise} and {run.noise_base} by {noise.largest:.1e} (step {noise.at_step})"
     )
-    if difference.largest <= noise.largest:
+    # Rounding grows as training goes on: a late difference of stock's does not excuse an early one of ours.
+    band = _noise_band(run)
+    ratios = {
+        step: _relative(run.loss(arm, step), run.loss(run.baseline, step)) / band[step]
+        for step in run.steps(arm)
+        if step in band
+    }
+    at_step = max(ratios, key=lambda step: ratios[step])
+    times = ratios[at_step]
+    if times <= 1:
         return f"Losses agree within rounding noise at each of {difference.steps} steps: {detail}."
-    times = difference.largest / noise.largest
+    at = f"{times:.1f} times the rounding noise up to step {at_step}"
     if times <= CHANCE:
-        return f"Losses differ by {times:.1f} times the rounding noise, which may be chance: {detail}."
+        return f"Losses differ by {at}, which may be chance: {detail}."
     why = "" if run.meta.get("dispatch_dtype") != "fp8" else " epv2 dispatches in fp8, which rounds more."
-    return f"**Losses differ by more than rounding noise** ({times:.1f} times): {detail}.{why}"
+    return f"**Losses differ by more than rounding noise** ({at}): {detail}.{why}"
+
+
+def _noise_band(run: Run) -> dict[int, float]:
+    """The largest relative difference of the two stock runs up to each step at which both have a finite loss."""
+    band, largest = {}, _LEAST_NOISE
+    for step in run.steps(run.noise or ""):
+        noise = _noise_at(run, step)
+        if math.isfinite(noise):
+            largest = band[step] = max(noise, largest)
+    return band
 
 
 def paired_ratio(run: Run, arm: str, key: str = "step_ms") -> Paired:
@@ -531,10 +551,9 @@ def _draw_differences(run: Run, axes: Any, losses: Any) -> None:
             axes.plot(*zip(*points, strict=True), color=_colour(run, place), marker="o", ms=3, lw=0.8, label=arm)
     noise = noise_difference(run)
     if noise is not None and noise.steps:
-        steps = [step for step in run.steps(run.noise or "") if math.isfinite(_noise_at(run, step))]
-        band = np.maximum.accumulate([max(_noise_at(run, step), floor) for step in steps])
-        axes.fill_between(steps, floor, band, color="#8a8f98", alpha=0.25, lw=0, label="rounding noise")
-        tolerance, label = float(band[-1]), "rounding noise of stock"
+        band = _noise_band(run)
+        axes.fill_between([*band], floor, [*band.values()], color="#8a8f98", alpha=0.25, lw=0, label="rounding noise")
+        tolerance, label = [*band.values()][-1], "rounding noise of stock"
     else:
         tolerance, label = LOSS_TOLERANCE.get(str(run.meta.get("precision")), LOSS_TOLERANCE["fp32"]), "tolerance"
         axes.axhline(tolerance, color="#555555", lw=0.8, ls=":")
