@@ -260,7 +260,7 @@ def test_commit_of_a_checkout(tmp_path, monkeypatch):
 def test_a_json_file_that_can_not_be_written(capsys):
     path = Path("/dev/null/facts.json")
     assert main(["doctor", "--json", str(path)]) == 2
-    assert capsys.readouterr().err == f"epv2: epv2: --json = '{path}': can't be written: Not a directory\n"
+    assert capsys.readouterr().err == f"epv2: --json = '{path}': can't be written: Not a directory\n"
 
 
 def test_help(capsys):

@@ -246,7 +246,8 @@ def test_errors_are_one_line(
     file.write_text(text)
     code, out, err = run(capsys, str(file), *words.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("epv2: ")
+    assert err.startswith(("epv2: ", "epv2 plan: "))
+    assert err.count("epv2:") + err.count("epv2 plan:") == 1
     assert message.format(file=file) in err
 
 
