@@ -155,6 +155,11 @@ def _commit() -> str | None:
     return commit + ("+changes" if changes else "")
 
 
+def memory_bytes() -> int:
+    """Main memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _machine() -> dict[str, Any]:
     try:
         system = platform.freedesktop_os_release()["PRETTY_NAME"]
@@ -165,7 +170,7 @@ def _machine() -> dict[str, Any]:
         "kernel": f"{platform.release()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "cpus_allowed": cpus_allowed(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "shared_memory_bytes": shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
         "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
         # GPUDirect RDMA and the mapping that NCCL's GIN can use.

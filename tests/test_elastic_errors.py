@@ -101,6 +101,13 @@ def bad_input(rank: int, size: int) -> list[str]:
         (TypeError, "bias is torch.bfloat16", lambda: buffer.combine(out, expanded, bias=x.bfloat16())),
         (ValueError, "at most two", lambda: buffer.combine(out, expanded, bias=(x, x, x))),
         (TypeError, "group must be", lambda: ElasticBuffer("world")),
+        (TypeError, "hidden = 'x': must be a whole number", lambda: ElasticBuffer(dist.group.WORLD, hidden="x")),
+        (TypeError, "num_bytes = 1.5: must be a whole", lambda: ElasticBuffer(dist.group.WORLD, num_bytes=1.5)),
+        (
+            TypeError,
+            "num_cpu_timeout_secs = '3': must be a number",
+            lambda: ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs="3"),
+        ),
         (ValueError, "hidden = -1", lambda: ElasticBuffer(dist.group.WORLD, hidden=-1)),
         (ValueError, "num_bytes = 0", lambda: ElasticBuffer(dist.group.WORLD, num_bytes=0)),
         (ValueError, "num_cpu_timeout_secs = 0", lambda: ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=0)),

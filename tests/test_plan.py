@@ -236,6 +236,7 @@ BARE = "backend: cuda\n"
         ("expert: {mode: fast}", "", "{file}: expert.mode = 'fast': must be 'auto', 'direct' or 'hybrid'"),
         ("model: {}", "", "{file}: "),
         (BARE, "--json /nowhere/plan.json", "epv2: --json = '/nowhere/plan.json': there is no folder /nowhere"),
+        (BARE, "--png plan.xyz", "epv2: --png = 'plan.xyz': must end in .png"),
         (BARE, "--png /nowhere/plan.png", "epv2: --png = '/nowhere/plan.png': there is no folder /nowhere"),
     ],
 )

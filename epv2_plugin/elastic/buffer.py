@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -114,6 +114,13 @@ class ElasticBuffer:
             "num_topk": num_topk,
             "num_allocated_qps": num_allocated_qps,
         }
+        for name, value in (sizes | {"num_bytes": 1 if num_bytes is None else num_bytes}).items():
+            if not isinstance(value, SupportsIndex):
+                raise TypeError(f"{name} = {value!r}: must be a whole number, got {type(value).__name__}")
+        timeouts = {"num_cpu_timeout_secs": num_cpu_timeout_secs, "num_gpu_timeout_secs": num_gpu_timeout_secs}
+        for name, seconds in timeouts.items():
+            if not isinstance(seconds, SupportsFloat):
+                raise TypeError(f"{name} = {seconds!r}: must be a number, got {type(seconds).__name__}")
         for name, value in sizes.items():
             if value < 0:
                 raise ValueError(f"{name} = {value}: must be 0 or more")
