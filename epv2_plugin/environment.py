@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -255,11 +256,20 @@ def _cache(gpus: list[dict[str, Any]]) -> dict[str, Any]:
         complete = False
     return {
         "folder": str(folder),
-        "writable": nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+        "writable": _can_be_written(nearest),
         "cubins": len(sizes),
         "bytes": sum(sizes),
         "complete": complete,
     }
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Tried, because permissions alone don't tell: /proc refuses root, too, and so does a read-only mount."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _mps() -> str:
