@@ -21,6 +21,13 @@ Count = Annotated[int, Field(ge=1)] | Literal["auto"]
 Rate = Annotated[float, Field(gt=0)] | Literal["auto"]
 
 
+class _NotGiven:
+    """The value, in messages, of a key that is not there."""
+
+    def __repr__(self) -> str:
+        return "(not given)"
+
+
 class ConfigError(ValueError):
     """A configuration that can't be used; the message is one line: file: key = value: what is allowed."""
 
@@ -209,16 +216,29 @@ def parse(model: type[Model], data: object, source: str, *, key: str = "") -> Mo
     except ValidationError as error:
         details = error.errors(include_url=False)
         # A wrong type makes one error for each member of a union; the first of a location names it well enough.
-        first = details[0]
+        first = _misspelt(details) or details[0]
         location = [str(part) for part in first["loc"]]
-        if first["type"] == "extra_forbidden":
+        value = first.get("input")
+        if first["type"] == "missing":
+            value, allowed = _NotGiven(), "must be given"  # pydantic's input is the whole section
+        elif first["type"] == "extra_forbidden":
             allowed = _unknown_key(model, location)
         else:
             location = _strip_union_members(model, location)
             same = [d for d in details if _strip_union_members(model, [str(p) for p in d["loc"]]) == location]
             allowed = " or ".join(dict.fromkeys(_explain(d) for d in same))
         dotted = ".".join(([key] if key else []) + location)
-        raise ConfigError(source, dotted, first.get("input"), allowed) from None
+        raise ConfigError(source, dotted, value, allowed) from None
+
+
+def _misspelt(details: list[Any]) -> Any:
+    """The error of the unknown key that is meant to be the key whose absence is the first error."""
+    *section, name = details[0]["loc"]
+    if details[0]["type"] != "missing":
+        return None
+    unknown = {d["loc"][-1]: d for d in details if d["type"] == "extra_forbidden" and list(d["loc"][:-1]) == section}
+    close = difflib.get_close_matches(name, unknown, n=1, cutoff=0.5)
+    return unknown[close[0]] if close else None
 
 
 def _owner(model: type[BaseModel], location: list[str]) -> type[BaseModel]:

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -155,6 +156,11 @@ def _commit() -> str | None:
     return commit + ("+changes" if changes else "")
 
 
+def memory_bytes() -> int:
+    """Main memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _machine() -> dict[str, Any]:
     try:
         system = platform.freedesktop_os_release()["PRETTY_NAME"]
@@ -165,7 +171,7 @@ def _machine() -> dict[str, Any]:
         "kernel": f"{platform.release()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "cpus_allowed": cpus_allowed(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "shared_memory_bytes": shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
         "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
         # GPUDirect RDMA and the mapping that NCCL's GIN can use.
@@ -250,11 +256,20 @@ def _cache(gpus: list[dict[str, Any]]) -> dict[str, Any]:
         complete = False
     return {
         "folder": str(folder),
-        "writable": nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+        "writable": _can_be_written(nearest),
         "cubins": len(sizes),
         "bytes": sum(sizes),
         "complete": complete,
     }
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Tried, because permissions alone don't tell: /proc refuses root, too, and so does a read-only mount."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _mps() -> str:

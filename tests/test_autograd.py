@@ -123,6 +123,7 @@ class Recorder:
 
     def __init__(self, buffer: ElasticBuffer):
         self._buffer, self.calls = buffer, []
+        self._counting_refusals = buffer._counting_refusals
 
     def dispatch(self, *args: Any, **options: Any) -> Any:
         self.calls.append(("dispatch", options.get("num_sms"), options.get("num_qps")))

@@ -489,7 +489,7 @@ def test_bench_ep_on_the_host(tmp_path, setup):
 def test_wrong_arguments_are_one_line(capsys, words, message):
     assert cli.main(["bench", "ep", "--backend", "host", *words]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("epv2: ")
+    assert error.startswith(("epv2: ", "epv2 bench ep: "))
     assert message in error
     assert error.count("\n") == 1
 
@@ -515,15 +515,15 @@ def test_no_gpu_is_one_line(capsys):
     assert cli.main(["bench", "sm"]) == 2
     assert cli.main(["bench", "ep", "--backend", "cuda"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "epv2: epv2 bench sm: device = None: no CUDA device here: nothing to measure"
-    assert second.startswith("epv2: epv2 bench ep: --backend = 'cuda': ")
+    assert first == "epv2 bench sm: device = None: no CUDA device here: nothing to measure"
+    assert second.startswith("epv2 bench ep: --backend = 'cuda': ")
 
 
 def test_ranks_must_be_those_of_torchrun(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert cli.main(["bench", "ep", "--ranks", "2", "--backend", "host"]) == 2
-    assert capsys.readouterr().err == "epv2: epv2 bench ep: --ranks = 2: the job was started with 3 ranks\n"
+    assert capsys.readouterr().err == "epv2 bench ep: --ranks = 2: the job was started with 3 ranks\n"
 
 
 def test_bench_ep_as_ranks_of_somebody_else(tmp_path):

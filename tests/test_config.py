@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from epv2_plugin.config import ConfigError, PluginConfig, load_config
+from epv2_plugin.config import ConfigError, PluginConfig, Section, load_config, parse
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -154,3 +154,30 @@ def test_what_is_no_configuration_is_refused(config: object) -> None:
 def test_errors_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(ConfigError("my.yaml", "parallel.expert", 3, "must divide 8")))
     assert str(error) == "my.yaml: parallel.expert = 3: must divide 8"
+
+
+class _Required(Section):
+    size: int
+    kind: str = "a"
+
+
+class _Whole(Section):
+    shape: _Required
+    big: PluginConfig = PluginConfig()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"shape": {"kind": "b"}, "big": {}}, "f.yaml: shape.size = (not given): must be given"),
+        ({"big": {}}, "f.yaml: shape = (not given): must be given"),
+        ({"shape": {"sise": 3}}, "f.yaml: shape.sise = 3: unknown key, did you mean 'size'? allowed: size, kind"),
+        ({"shap": {"size": 3}}, "f.yaml: shap = {'size': 3}: unknown key, did you mean 'shape'? allowed: shape, big"),
+        ({"shape": {"other": 3}}, "f.yaml: shape.size = (not given): must be given"),
+    ],
+)
+def test_keys_that_must_be_given(data: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(_Whole, data, "f.yaml")
+    assert str(caught.value) == message
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message

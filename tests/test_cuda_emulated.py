@@ -245,6 +245,33 @@ def test_every_rank_says_why_it_gave_up(what: str) -> None:
         assert any("expected hidden size 32 as on this rank, seen hidden size 64" in t for t in said.values()), said
 
 
+def refused_on_one_rank(rank: int, size: int, what: str) -> str:
+    """Every rank makes two calls. Rank 1's first one is refused, and it catches that."""
+    made = emulated_buffer(num_bytes=WINDOW, num_max_tokens_per_rank=8, seconds=20)
+    x, idx = _routing(rank)
+    rows, _, _, handle, _ = made.dispatch(x, idx, num_experts=EXPERTS)
+    try:
+        for number in range(2):
+            if rank == 1 and number == 0:
+                with pytest.raises(TypeError, match="float64"):
+                    made.combine(rows.double(), handle) if what == "combine" else made.dispatch(x.double())
+            elif what == "combine":
+                made.combine(number * rows, handle)
+            else:
+                made.dispatch(number * x, idx, num_experts=EXPERTS)
+        made.barrier()
+    except CommunicationError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("what", ["dispatch", "combine"])
+def test_a_call_that_only_one_rank_refused_is_an_error_everywhere(what: str) -> None:
+    said = harness.run(2, refused_on_one_rank, what, timeout=60)
+    assert all(text.startswith(f"rank {rank}, waiting for rank {1 - rank}") for rank, text in enumerate(said)), said
+    assert any(f"operation {what} after 1 refused" in text for text in said), said
+
+
 def no_such_expert(rank: int, size: int) -> str:
     """An expert that only the kernel sees to be wrong."""
     made = emulated_buffer(num_bytes=WINDOW, num_max_tokens_per_rank=8)

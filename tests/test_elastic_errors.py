@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer, EventOverlap
-from epv2_plugin.elastic import autograd
+from epv2_plugin.elastic import autograd, engram
+from epv2_plugin.elastic.backends import host
 from tests import harness
 from tests.harness import Pool
 
@@ -100,6 +101,13 @@ def bad_input(rank: int, size: int) -> list[str]:
         (TypeError, "bias is torch.bfloat16", lambda: buffer.combine(out, expanded, bias=x.bfloat16())),
         (ValueError, "at most two", lambda: buffer.combine(out, expanded, bias=(x, x, x))),
         (TypeError, "group must be", lambda: ElasticBuffer("world")),
+        (TypeError, "hidden = 'x': must be a whole number", lambda: ElasticBuffer(dist.group.WORLD, hidden="x")),
+        (TypeError, "num_bytes = 1.5: must be a whole", lambda: ElasticBuffer(dist.group.WORLD, num_bytes=1.5)),
+        (
+            TypeError,
+            "num_cpu_timeout_secs = '3': must be a number",
+            lambda: ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs="3"),
+        ),
         (ValueError, "hidden = -1", lambda: ElasticBuffer(dist.group.WORLD, hidden=-1)),
         (ValueError, "num_bytes = 0", lambda: ElasticBuffer(dist.group.WORLD, num_bytes=0)),
         (ValueError, "num_cpu_timeout_secs = 0", lambda: ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=0)),
@@ -232,3 +240,86 @@ def not_everyone_creates(rank: int, size: int) -> str:
 
 def test_buffer_that_not_every_rank_creates() -> None:
     assert "within 2 s" in harness.run(2, not_everyone_creates, timeout=60)[0]
+
+
+REFUSED = ("dispatch", "combine", "autograd", "engram_fetch", "engram_update", "engram", "all_gather", "keyword")
+
+
+def refused_on_one_rank(rank: int, size: int, what: str) -> str:
+    """Every rank makes two calls. Rank 1's first one is refused, and it catches that."""
+    host.SETTLE_SECONDS = 1
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=60)
+    x, idx, _ = _inputs(rank)
+    everybody = torch.arange(TOKENS).unsqueeze(1) % size  # so that nobody can do without anybody's rows
+    rows, _, _, handle, _ = buffer.dispatch(x, everybody, num_experts=size)
+    buffer.engram_write(torch.ones(4, 8))
+    buffer.agrs_set_config(1 << 20, 4)
+    weight, wanted = torch.zeros(4, 8), torch.arange(4 * size)
+    good, bad = {
+        "dispatch": (lambda v: buffer.dispatch(v * x, idx, num_experts=EXPERTS), lambda: buffer.dispatch(x.double())),
+        "combine": (lambda v: buffer.combine(v * rows, handle), lambda: buffer.combine(rows.double(), handle)),
+        "autograd": (
+            lambda v: autograd.combine(buffer, v * rows, handle),
+            lambda: autograd.combine(buffer, rows, handle, bias=x),
+        ),
+        "engram_fetch": (lambda v: buffer.engram_fetch(wanted)(), lambda: buffer.engram_fetch(wanted + 1)),
+        "engram_update": (
+            lambda v: buffer.engram_update(torch.tensor([v]), torch.ones(1, 8)),
+            lambda: buffer.engram_update(torch.tensor([9]), torch.ones(1, 8)),
+        ),
+        "engram": (
+            lambda v: engram.fetch(buffer, weight, wanted)(),
+            lambda: engram.fetch(buffer, weight[:2], wanted),
+        ),
+        "all_gather": (lambda v: buffer.all_gather(v * x)[-1](), lambda: buffer.all_gather([x, "x"])),
+        "keyword": (lambda v: buffer.barrier(), lambda: buffer.barrier(sync=True)),
+    }[what]
+    begin = time.monotonic()
+    try:
+        with buffer.agrs_new_session():
+            if rank == 1:
+                with pytest.raises((TypeError, ValueError)):
+                    bad()
+            else:
+                good(1)
+            good(2)
+        buffer.barrier()
+    except CommunicationError as error:
+        assert not isinstance(error, CommunicationTimeout) or rank == 1
+        assert time.monotonic() - begin < 15
+        with pytest.raises(CommunicationError):
+            buffer.barrier()
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_call_that_only_one_rank_refused_is_an_error_everywhere(what: str) -> None:
+    zero, one, two = harness.run(3, refused_on_one_rank, what, timeout=60)
+    assert one.startswith("rank 1, waiting for rank "), one
+    assert "to refuse it as this rank did" in one
+    for rank, text in ((0, zero), (2, two)):
+        assert text.startswith(f"rank {rank}, waiting for rank 1 in"), text
+        assert "seen a refusal: #" in text
+        assert "on rank 1: " in text
+
+
+def refused_on_all_ranks(rank: int, size: int) -> None:
+    """Different calls, refused for different reasons, at different times; what was under way goes on."""
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    x, idx, _ = _inputs(rank)
+    for repetition in range(3):
+        rows, _, _, handle, event = buffer.dispatch(x, idx, num_experts=EXPERTS, async_with_compute_stream=True)
+        with pytest.raises((TypeError, ValueError)):
+            buffer.dispatch(x.double() if rank else x[0])
+        time.sleep(0.3 * (rank == repetition))
+        with pytest.raises(TypeError):
+            buffer.combine(rows, "handle") if rank else buffer.dispatch("x")
+        event.current_stream_wait()
+        combined, _, _ = buffer.combine(rows, handle)
+        torch.testing.assert_close(combined, x * (idx // (EXPERTS // size)).sort(1).values.diff(dim=1).ne(0).add(1))
+    buffer.destroy()
+
+
+def test_calls_that_all_ranks_refused_are_forgotten(pool: Callable[[int], Pool]) -> None:
+    pool(3).run(refused_on_all_ranks)

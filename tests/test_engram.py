@@ -20,7 +20,7 @@ import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer
+from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer, cli
 from epv2_plugin.elastic import engram as autograd
 from epv2_plugin.elastic.quant import per_token_cast_back, per_token_cast_to_fp8
 from epv2_plugin.engram import (
@@ -696,6 +696,13 @@ def test_gradient_against_a_dense_table(pool: Callable[[int], Pool], dtype: str)
         valid = index.flatten() >= 0
         total.index_add_(0, index.flatten()[valid], rows.grad.float()[valid])
     torch.testing.assert_close(torch.cat([grad for *_, grad in results]), total, rtol=1e-6, atol=1e-6)
+
+
+def test_bench_of_more_rows_than_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "engram", "--rows", str(10**14)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"epv2 bench engram: --rows = {10**14}: 4 ranks need ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])

@@ -21,6 +21,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     monkeypatch.setattr(toolchain, "_LOCAL", tmp_path / "local")
     monkeypatch.setattr(toolchain, "SYSTEM_INCLUDE", tmp_path / "system")
+    monkeypatch.setattr(toolchain, "CHECKOUT", tmp_path / "checkout")
     monkeypatch.setattr(toolchain, "loaded_nccl", lambda: None)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)
@@ -55,6 +56,22 @@ def headers(include: Path, code: int = 23007, device: bool = True) -> Path:
     if device:
         (include / "nccl_device.h").touch()
     return include
+
+
+def test_in_a_checkout_make_mends_it(bare):
+    (bare / "checkout").mkdir()
+    (bare / "checkout/cuda-wheels.txt").touch()
+    made = f"or `make cuda-headers` in {bare}/checkout, and set "
+    with pytest.raises(ToolchainError) as caught:
+        toolchain.find_nccl()
+    assert caught.value.mend.endswith(f"{made}NCCL_HOME={bare}/checkout/build/cuda/nvidia/nccl")
+    with pytest.raises(ToolchainError) as caught:
+        toolchain.find_nvcc()
+    assert caught.value.mend.endswith(f"{made}CUDA_HOME={bare}/checkout/build/cuda/nvidia/cu13")
+
+
+def test_the_checkout_is_this_one():
+    assert (toolchain.CHECKOUT / "cuda-wheels.txt").is_file()
 
 
 def test_nvcc_is_looked_for_in_this_order(bare, monkeypatch):

@@ -236,6 +236,7 @@ BARE = "backend: cuda\n"
         ("expert: {mode: fast}", "", "{file}: expert.mode = 'fast': must be 'auto', 'direct' or 'hybrid'"),
         ("model: {}", "", "{file}: "),
         (BARE, "--json /nowhere/plan.json", "epv2: --json = '/nowhere/plan.json': there is no folder /nowhere"),
+        (BARE, "--png plan.xyz", "epv2: --png = 'plan.xyz': must end in .png"),
         (BARE, "--png /nowhere/plan.png", "epv2: --png = '/nowhere/plan.png': there is no folder /nowhere"),
     ],
 )
@@ -246,7 +247,8 @@ def test_errors_are_one_line(
     file.write_text(text)
     code, out, err = run(capsys, str(file), *words.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("epv2: ")
+    assert err.startswith(("epv2: ", "epv2 plan: "))
+    assert err.count("epv2:") + err.count("epv2 plan:") == 1
     assert message.format(file=file) in err
 
 

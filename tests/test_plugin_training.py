@@ -157,6 +157,7 @@ def test_ab_that_is_interrupted_reports_what_it_has(tmp_path: Path) -> None:
         (("train", RECIPE, "--folder", "/proc/nowhere"), "--folder = '/proc/nowhere': can't be made"),
         (("train", RECIPE, "--steps", "0"), "must be 1 or more"),
         (("train", "missing.yaml"), "can't be read"),
+        (("train", "seed.yaml"), "seed.yaml: train.seed = 1000000000000000000001234: must be"),
         (("recipe-args", "missing.yaml"), "can't be read"),
         (("train", "on_gpu.yaml"), "plugin: backend = 'cuda': there is no CUDA device here"),
         (("ab", "on_gpu.yaml"), "plugin: backend = 'cuda': there is no CUDA device here"),
@@ -164,12 +165,14 @@ def test_ab_that_is_interrupted_reports_what_it_has(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_usage_is_one_line(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    (tmp_path / "seed.yaml").write_text(Path(RECIPE).read_text().replace("seed: ", "seed: 1" + "0" * 20))
     if "on_gpu.yaml" in words:
         if torch.cuda.is_available():
             pytest.skip("there is a CUDA device")
         (tmp_path / "on_gpu.yaml").write_text(Path(RECIPE).read_text().replace("backend: host", "backend: cuda"))
     done = epv2(*words, cwd=tmp_path, timeout=60)
-    (tmp_path / "on_gpu.yaml").unlink(missing_ok=True)
+    for name in ("on_gpu.yaml", "seed.yaml"):
+        (tmp_path / name).unlink(missing_ok=True)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

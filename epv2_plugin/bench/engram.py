@@ -34,6 +34,11 @@ class Setup:
     backend: str = "host"
 
 
+def table_bytes(rows: int, hidden: int) -> int:
+    """Least bytes that a rank needs at once to make its part of the table: row numbers and values before the cast."""
+    return rows * (8 + 4 * hidden)
+
+
 def run(setup: Setup, command: str, json_file: Path | None) -> int:
     """Measure as one rank; rank 0 prints the report and writes the JSON. Returns the exit code, 1 = a wrong row."""
     device = join(setup.backend)

@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.main(args)
     except ConfigError as error:
-        print(f"epv2: {error}", file=sys.stderr)
+        # Of an option, or of a file.
+        print(error if error.source.split()[:1] == ["epv2"] else f"epv2: {error}", file=sys.stderr)
         return 2
 
 

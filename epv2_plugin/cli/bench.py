@@ -187,7 +187,8 @@ def main_engram(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: the ranks are not the job's, or a file can't be written.
     """
-    from epv2_plugin.bench.engram import Setup, run
+    from epv2_plugin.bench.engram import Setup, run, table_bytes
+    from epv2_plugin.environment import memory_bytes
 
     world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
     ranks = args.ranks or world or RANKS
@@ -195,6 +196,12 @@ def main_engram(args: argparse.Namespace) -> int:
         raise ConfigError("epv2 bench engram", "--ranks", ranks, f"the job was started with {world} ranks")
     if args.json is not None:
         check_file("--json", args.json)
+    needed = ranks * table_bytes(args.rows, args.hidden)
+    if world is None and needed > memory_bytes():
+        allowed = (
+            f"{ranks} ranks need {needed / 2**30:,.0f} GiB for them, this machine has {memory_bytes() / 2**30:,.0f}"
+        )
+        raise ConfigError("epv2 bench engram", "--rows", args.rows, allowed)
     words = ["bench", "engram", "--ranks", str(ranks)]
     for name in ("rows", "hidden", "tokens", "entries", "dtype", "iters"):
         words += [f"--{name}", str(getattr(args, name))]

@@ -56,6 +56,8 @@ def main(args: argparse.Namespace) -> int:
     for option, path in (("--json", args.json), ("--png", args.png)):
         if path is not None:
             check_file(option, path)
+    if args.png is not None and args.png.suffix.lower() != ".png":
+        raise ConfigError("epv2", "--png", str(args.png), "must end in .png")
     if args.ep and args.nodes:
         raise ConfigError("epv2 plan", "--nodes", args.nodes, "not together with --ep: it is one EP size itself")
     assume = dict(args.assume)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from epv2_plugin.cli.values import make_folder, positive
 from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.launcher import run_ranks
-from epv2_plugin.training.recipe import load_recipe
+from epv2_plugin.training.recipe import Recipe, load_recipe
+from epv2_plugin.training.run_folder import taken
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -22,7 +25,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("recipe", help="the recipe's YAML file")
     parser.add_argument("--folder", help="where metrics.jsonl and checkpoints/ go (default: runs/<recipe name>)")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in the folder, if there is one"
+    )
     parser.add_argument("--steps", type=positive, metavar="N", help="stop after step N of the recipe's schedule")
     parser.add_argument(
         "--megatron-throughput", action="store_true", help="print each step as Megatron-LM's log does, with TFLOP/s"
@@ -31,18 +36,34 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run `epv2 train`; returns its exit code (130 = interrupted, with a checkpoint).
+    """Run `epv2 train`; returns its exit code (130 = interrupted, with a checkpoint; 1 = a checkpoint is damaged).
 
     Raises:
-        ConfigError: the recipe can't be used.
+        ConfigError: the recipe can't be used; the folder is in use, or was used before and `--resume` is not given.
     """
     recipe = load_recipe(args.recipe)
     folder = Path(args.folder or f"runs/{recipe.name}")
     if "RANK" in os.environ:
-        # Here, and not above: this imports Megatron, which takes seconds that only the ranks need to spend.
-        from epv2_plugin.training import trainer
+        with taken(folder, resume=args.resume) if os.environ["RANK"] == "0" else nullcontext():
+            return _run_rank(args, recipe, folder)
+    usable_gpus(recipe)
+    make_folder(folder)
+    with taken(folder, resume=args.resume):
+        pass  # so that nothing is started in vain; rank 0 holds the folder while it trains
+    command = ["train", args.recipe]
+    command += ["--folder", args.folder] if args.folder else []
+    command += ["--steps", str(args.steps)] if args.steps is not None else []
+    command += ["--resume"] if args.resume else []
+    command += ["--megatron-throughput"] if args.megatron_throughput else []
+    return run_ranks("epv2_plugin.cli", command, recipe.train.processes)
 
-        trainer.setup(recipe)
+
+def _run_rank(args: argparse.Namespace, recipe: Recipe, folder: Path) -> int:
+    # Here, and not above: this imports Megatron, which takes seconds that only the ranks need to spend.
+    from epv2_plugin.training import checkpoint, trainer
+
+    trainer.setup(recipe)
+    try:
         code = trainer.train(
             recipe,
             folder,
@@ -50,13 +71,8 @@ def main(args: argparse.Namespace) -> int:
             steps=args.steps,
             megatron_throughput=args.megatron_throughput,
         )
-        trainer.leave()
-        return code
-    usable_gpus(recipe)
-    make_folder(folder)
-    command = ["train", args.recipe]
-    command += ["--folder", args.folder] if args.folder else []
-    command += ["--steps", str(args.steps)] if args.steps is not None else []
-    command += ["--resume"] if args.resume else []
-    command += ["--megatron-throughput"] if args.megatron_throughput else []
-    return run_ranks("epv2_plugin.cli", command, recipe.train.processes)
+    except checkpoint.CheckpointError as error:  # every rank raises it
+        print(f"epv2: {error}", file=sys.stderr)
+        return 1
+    trainer.leave()
+    return code

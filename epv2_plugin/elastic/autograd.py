@@ -55,9 +55,10 @@ def combine(
     Raises:
         TypeError: `bias` or `topk_weights` is given.
     """
-    for name in ("bias", "topk_weights"):
-        if name in options:
-            raise TypeError(f"{name}: has no gradient here; add it to the result, or use ElasticBuffer.combine")
+    with buffer._counting_refusals("combine"):
+        for name in ("bias", "topk_weights"):
+            if name in options:
+                raise TypeError(f"{name}: has no gradient here; add it to the result, or use ElasticBuffer.combine")
     return _Combine.apply(buffer, x, handle, options)
 
 

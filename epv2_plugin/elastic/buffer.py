@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from epv2_plugin.elastic.backends.base import (
 from epv2_plugin.elastic.backends.cuda import CudaBackend
 from epv2_plugin.elastic.backends.device import CudaRuntime
 from epv2_plugin.elastic.backends.host import HostBackend
-from epv2_plugin.elastic.errors import BufferSizeError
+from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError
 from epv2_plugin.elastic.event import Event, EventOverlap
 from epv2_plugin.elastic.handle import EPHandle, Route
 from epv2_plugin.elastic.model import num_qps
@@ -30,6 +31,18 @@ _USUAL_HIDDEN, _USUAL_TOKENS = 7168, 4096
 _WIDEST = 4  # bytes per value of the widest dtype that the host backend takes
 
 Fp8Rows = tuple[torch.Tensor, torch.Tensor]
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def _collective(call: _Call) -> _Call:
+    """An operation that every rank calls; see `ElasticBuffer._counting_refusals`."""
+
+    @functools.wraps(call)
+    def counted(self: ElasticBuffer, *args: Any, **kwargs: Any) -> Any:
+        with self._counting_refusals(call.__name__):
+            return call(self, *args, **kwargs)
+
+    return counted  # type: ignore[return-value]
 
 
 class ElasticBuffer:
@@ -37,6 +50,9 @@ class ElasticBuffer:
 
     Every rank of `group` creates the buffer and calls its operations in the same order. Received rows are ordered by
     (source rank, source token), sums run in fp32 in top-k order: results are the same bits in every run.
+
+    A call that is refused (TypeError, ValueError, ...) counts: if all ranks refuse it, the buffer goes on as if it had
+    not been made; if only some do, `CommunicationError` follows on every rank, and the buffer can't be used any more.
 
     Args:
         group: ranks among which experts are spread; expert e lives on rank e // (num_experts / ranks).
@@ -98,6 +114,13 @@ class ElasticBuffer:
             "num_topk": num_topk,
             "num_allocated_qps": num_allocated_qps,
         }
+        for name, value in (sizes | {"num_bytes": 1 if num_bytes is None else num_bytes}).items():
+            if not isinstance(value, SupportsIndex):
+                raise TypeError(f"{name} = {value!r}: must be a whole number, got {type(value).__name__}")
+        timeouts = {"num_cpu_timeout_secs": num_cpu_timeout_secs, "num_gpu_timeout_secs": num_gpu_timeout_secs}
+        for name, seconds in timeouts.items():
+            if not isinstance(seconds, SupportsFloat):
+                raise TypeError(f"{name} = {seconds!r}: must be a number, got {type(seconds).__name__}")
         for name, value in sizes.items():
             if value < 0:
                 raise ValueError(f"{name} = {value}: must be 0 or more")
@@ -250,6 +273,20 @@ class ElasticBuffer:
             raise RuntimeError("this ElasticBuffer was destroyed")
         return self._backend
 
+    @contextmanager
+    def _counting_refusals(self, call: str) -> Iterator[None]:
+        """Around what may end a collective call on this rank alone: whoever catches the error and goes on must not meet
+        what the peers called this time with what it calls next."""
+        backend = self._open()
+        try:
+            yield
+        except CommunicationError:
+            raise  # the backend has given up already
+        except BaseException as error:
+            backend.refuse(call, error)
+            raise
+
+    @_collective
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
         """Wait until every rank of the group is here.
 
@@ -297,6 +334,7 @@ class ElasticBuffer:
 
     # ---- operations ---------------------------------------------------------------------------------------------
 
+    @_collective
     @torch.no_grad()
     def dispatch(
         self,
@@ -457,6 +495,7 @@ class ElasticBuffer:
         recv_x = received.x if received.scales is None else (received.x, received.scales)
         return recv_x, received.topk_idx, received.topk_weights, handle, EventOverlap(received.event)
 
+    @_collective
     @torch.no_grad()
     def combine(
         self,
@@ -540,6 +579,7 @@ class ElasticBuffer:
         gpu, cpu = row * num_max_tokens_per_rank, row * num_entries
         return sizing.align(gpu, sizing.BUFFER_ALIGNMENT), sizing.align(cpu, sizing.BUFFER_ALIGNMENT)
 
+    @_collective
     @torch.no_grad()
     def engram_write(self, storage: torch.Tensor, sf: torch.Tensor | None = None) -> None:
         """Make `storage` this rank's part of the table. Every rank calls it, with as many rows.
@@ -572,6 +612,7 @@ class ElasticBuffer:
             raise BufferSizeError(f"storage needs {needed} bytes, num_cpu_bytes is {self.num_cpu_bytes}")
         engram.write(table, _dense(storage), sf)
 
+    @_collective
     @torch.no_grad()
     def engram_update(self, rows: torch.Tensor, storage: torch.Tensor, sf: torch.Tensor | None = None) -> None:
         """Replace some rows of this rank's part of the table, as `engram_write` does all. Every rank calls it.
@@ -603,6 +644,7 @@ class ElasticBuffer:
         self._engram_table("engram_storage")
         return self._open().engram.storage()
 
+    @_collective
     @torch.no_grad()
     def engram_fetch(
         self, indices: torch.Tensor, num_qps: int = 0, use_tma_aligned_col_major_sf: bool = False
@@ -656,6 +698,7 @@ class ElasticBuffer:
 
         return hook_with_scales
 
+    @_collective
     @torch.no_grad()
     def engram_reduce(
         self, indices: torch.Tensor, gradients: torch.Tensor
@@ -824,6 +867,7 @@ class ElasticBuffer:
         _check_positive(max_tensor_bytes=max_tensor_bytes, max_inflight=max_inflight, num_peers=num_peers)
         return sizing.ring_bytes(max_tensor_bytes, max_inflight, num_peers)
 
+    @_collective
     def pp_set_config(self, max_tensor_bytes: int, max_inflight: int) -> None:
         """Make `pp_send` and `pp_recv` ready. Every rank calls it, with the same values; earlier sends are completed.
 
@@ -857,6 +901,7 @@ class ElasticBuffer:
         """Send a tensor of any shape and dtype to any other rank.
 
         The n-th send to a rank on a channel meets the n-th `pp_recv` there, which must name the same shape and dtype.
+        Calls that raise TypeError or ValueError do not count.
 
         Args:
             t: on return the caller may overwrite it; with `async_with_compute_stream` only after the event, but its
@@ -937,6 +982,7 @@ class ElasticBuffer:
         _check_positive(max_session_bytes=max_session_bytes)
         return sizing.align(max_session_bytes, sizing.BUFFER_ALIGNMENT)
 
+    @_collective
     def agrs_set_config(self, max_session_bytes: int, max_all_gathers_per_session: int) -> None:
         """Make all-gather sessions ready. Every rank calls it, with the same values.
 
@@ -988,6 +1034,7 @@ class ElasticBuffer:
         slots = self._open().sessions.own_slots(every, dtype)
         return slots[0] if single else tuple(slots)
 
+    @_collective
     @torch.no_grad()
     def all_gather(self, t: torch.Tensor | Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """Start gathering a tensor, or several at once, from every rank; several calls may be under way.
@@ -1008,6 +1055,7 @@ class ElasticBuffer:
         gathered, wait = self._open().sessions.all_gather(tensors)
         return (*gathered, wait)
 
+    @_collective
     @torch.no_grad()
     def reduce_scatter(self, t: torch.Tensor | Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """Start summing a tensor, or several at once, over the ranks; each rank gets its part of the sums.

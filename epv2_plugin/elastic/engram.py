@@ -40,18 +40,8 @@ def fetch(
         TypeError, ValueError: `weight` is not fp32 or not of the table's shape; the scales are not one per 128 values;
             and as `engram_fetch`.
     """
-    shape = buffer.engram_storage[0].shape
-    if weight.dtype != torch.float32 or weight.shape != shape:
-        raise ValueError(
-            f"weight is {weight.dtype} {list(weight.shape)}: must be torch.float32 {list(shape)}, the rows of this rank"
-        )
-    factors = buffer.engram_storage[1]
-    if factors is not None:
-        needed = scale_columns(weight.shape[1], packed=factors.dtype == torch.int32)
-        if factors.shape[1] != needed:
-            raise ValueError(
-                f"the table has {factors.shape[1]} scales a row: {needed}, one per 128 values, can be cast back"
-            )
+    with buffer._counting_refusals("engram_fetch"):
+        _check(weight, *buffer.engram_storage)
     raw = buffer.engram_fetch(indices)
     kept = indices.reshape(-1).clone()
     results: list[torch.Tensor] = []
@@ -62,6 +52,20 @@ def fetch(
         return results[0]
 
     return hook
+
+
+def _check(weight: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor | None) -> None:
+    if weight.dtype != torch.float32 or weight.shape != rows.shape:
+        raise ValueError(
+            f"weight is {weight.dtype} {list(weight.shape)}: must be torch.float32 {list(rows.shape)}, the rows of "
+            "this rank"
+        )
+    if factors is not None:
+        needed = scale_columns(weight.shape[1], packed=factors.dtype == torch.int32)
+        if factors.shape[1] != needed:
+            raise ValueError(
+                f"the table has {factors.shape[1]} scales a row: {needed}, one per 128 values, can be cast back"
+            )
 
 
 class _Fetch(torch.autograd.Function):

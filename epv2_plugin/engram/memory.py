@@ -107,7 +107,8 @@ class ShardedNgramMemory(torch.nn.Module):
 
         Rows depend on tokens only: start this before the layers that come before the memory.
         """
-        rows_BSL = self.hashing(tokens, history)
+        with self.buffer._counting_refusals("engram_fetch"):
+            rows_BSL = self.hashing(tokens, history)
         output = torch.float32 if self.combine == "sum" else self.output_dtype
         hook = engram.fetch(
             self.buffer, self.weight, rows_BSL.flatten(), dtype=output, gradient_scale=self.gradient_scale

@@ -22,6 +22,7 @@ MIN_NCCL = 23000
 # From this release on a library serves code that was built with the headers of an older one; before, only with its own.
 _STABLE_NCCL = 23100
 _GXX_MEND = "apt-get install g++, or set NVCC_CCBIN to a C++ compiler that nvcc supports"
+CHECKOUT = Path(__file__).parents[2]  # with a Makefile and cuda-wheels.txt, unless this is an installed package
 _LOCAL = Path("/usr/local")  # where toolkits are installed
 SYSTEM_INCLUDE = Path("/usr/include")
 _SECONDS = 60  # for `nvcc --version` and the like
@@ -183,7 +184,7 @@ def loaded_nccl() -> NcclLibrary | None:
 
 def nccl_mend() -> str:
     """The command that brings an NCCL that will do."""
-    return f"pip install 'nvidia-nccl-cu{_cuda().split('.')[0]}>=2.30.4'"
+    return f"pip install 'nvidia-nccl-cu{_cuda().split('.')[0]}>=2.30.4'" + _or_make("NCCL_HOME", "nccl")
 
 
 def wheel_folders(name: str) -> list[Path]:
@@ -243,7 +244,13 @@ def _nvcc_mend() -> str:
         # The wheels for CUDA 12 have ptxas but not nvcc.
         return f"install the CUDA toolkit {cuda} and set CUDA_HOME to it"
     wheels = " ".join(f"'{name}=={cuda}.*'" for name in ("nvidia-cuda-nvcc", *_WHEEL_PARTS.values()))
-    return f"pip install {wheels}, or set CUDA_HOME to a CUDA toolkit"
+    return f"pip install {wheels}, or set CUDA_HOME to a CUDA toolkit" + _or_make("CUDA_HOME", "cu13")
+
+
+def _or_make(variable: str, folder: str) -> str:
+    if not (CHECKOUT / "cuda-wheels.txt").is_file():
+        return ""
+    return f", or `make cuda-headers` in {CHECKOUT}, and set {variable}={CHECKOUT}/build/cuda/nvidia/{folder}"
 
 
 def _number(path: Path) -> list[int]:

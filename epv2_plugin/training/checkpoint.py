@@ -23,13 +23,17 @@ from torch.distributed import checkpoint as dcp
 
 from epv2_plugin.training.model import global_buffers, global_parameters
 from epv2_plugin.training.recipe import Recipe
+from epv2_plugin.training.run_folder import LATEST
 
 if TYPE_CHECKING:
     from epv2_plugin.training.trainer import Arm
 
 logger = logging.getLogger("epv2_plugin")
 
-LATEST, STATE = "latest", "state.json"
+STATE = "state.json"
+
+
+_STATE_KEYS = {"step", "layout", "model", "train", "data", "group_step"}
 
 
 class CheckpointError(RuntimeError):
@@ -88,11 +92,6 @@ def latest(folder: Path) -> Path | None:
     return folder / name
 
 
-def forget(folder: Path) -> None:
-    """Let no later `resume` find what an earlier run left in `folder`; its files stay."""
-    (folder / LATEST).unlink(missing_ok=True)
-
-
 def load(arm: Arm, folder: Path) -> Path:
     """Bring the arm to the state of the newest checkpoint in `folder` and return that. Every rank must call it.
 
@@ -105,7 +104,9 @@ def load(arm: Arm, folder: Path) -> Path:
         raise CheckpointError(f"no checkpoint in {folder}")
     try:
         state = json.loads((source / STATE).read_text())
-    except ValueError as error:
+        if missing := _STATE_KEYS - set(state):
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{source / STATE} is damaged: {error}") from None
     _check(arm.recipe, state, source)
     reader = dcp.FileSystemReader(source)
@@ -115,8 +116,8 @@ def load(arm: Arm, folder: Path) -> Path:
         tensors = {**_model_tensors(arm), **_optimizer_tensors(arm)}
         random_states = _random_states() if state["layout"] == _layout(arm.recipe) else {}
         dcp.load({**tensors, **random_states}, storage_reader=reader)
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{source} can't be loaded: {error}") from error
+    except (Exception, dcp.api.CheckpointException) as error:  # bytes that make no pickle can raise anything
+        raise CheckpointError(f"{source} can't be loaded: {_reason(error)}") from error
     if random_states:
         _set_random_states(random_states)
     if state["group_step"] is not None:
@@ -125,6 +126,13 @@ def load(arm: Arm, folder: Path) -> Path:
                 group["step"] = state["group_step"]
     arm.steps_done = state["step"]
     return source
+
+
+def _reason(error: BaseException) -> str:
+    """One line; torch's own exception, which all ranks raise, holds a traceback of each rank that failed."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(f"{type(error).__name__} {error}".split())[:300]
 
 
 def _layout(recipe: Recipe) -> dict[str, Any]:

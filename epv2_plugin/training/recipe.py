@@ -82,7 +82,7 @@ class Train(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     clip_grad: float = Field(1.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = 1234
+    seed: int = Field(1234, ge=0, lt=1 << 63)  # Megatron adds offsets for ranks to it
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False

@@ -35,6 +35,7 @@ from epv2_plugin.training.launcher import INTERRUPTED, process_group_store
 from epv2_plugin.training.model import build_model, seed_weights, transformer_config
 from epv2_plugin.training.recipe import Recipe, parameter_count
 from epv2_plugin.training.reference_attention import GatherThenAttend
+from epv2_plugin.training.run_folder import CHECKPOINTS, METRICS
 
 logger = logging.getLogger("epv2_plugin")
 
@@ -298,12 +299,13 @@ def train(
     dispatcher: str = "epv2",
     megatron_throughput: bool = False,
 ) -> int:
-    """Train the recipe on this rank, writing `metrics.jsonl` and `checkpoints/` to `folder`.
+    """Train the recipe on this rank, writing `metrics.jsonl` and `checkpoints/` to `folder`, which is there and which
+    rank 0 holds (`run_folder.taken`).
 
     SIGINT or SIGTERM on any rank ends it after the running step, with a checkpoint.
 
     Args:
-        resume: continue from the newest checkpoint in `folder`; without one, begin.
+        resume: continue from the newest checkpoint in `folder`; without one, begin and say so.
         steps: stop after this step of the recipe's schedule instead of its last.
         megatron_throughput: print a line per step in the manner of Megatron-LM's training log.
 
@@ -311,17 +313,17 @@ def train(
         The exit code: 0, or 130 if interrupted.
     """
     folder = Path(folder)
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     stream = TokenStream(recipe)
     arm = Arm(recipe, dispatcher)
     if resume and checkpoint.latest(checkpoints) is not None:
         source = arm.load(checkpoints)
         logger.info("continuing from %s", source)
+    elif resume:
+        logger.info("no checkpoint in %s: beginning with step 0", checkpoints)
     is_first = dist.get_rank() == 0
     last = recipe.train.steps if steps is None else steps
     report = _Report(recipe, folder, arm.steps_done, last, megatron_throughput) if is_first else None
-    if is_first and arm.steps_done == 0:
-        checkpoint.forget(checkpoints)
     dist.barrier()
     saved = arm.steps_done
     with Interrupts() as interrupts:
@@ -376,8 +378,7 @@ class _Report:
         self._recipe, self._folder, self._last = recipe, folder, last
         self._megatron_throughput = megatron_throughput
         self._redraw = sys.stdout.isatty() and not megatron_throughput
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         kept = []
         if first and path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) < first]
@@ -425,7 +426,7 @@ class _Report:
         if interrupted:
             print(f"interrupted after step {saved}: checkpoint {newest}; continue with --resume", flush=True)
         else:
-            print(f"done: {saved} steps, metrics in {self._folder / 'metrics.jsonl'}, checkpoint {newest}", flush=True)
+            print(f"done: {saved} steps, metrics in {self._folder / METRICS}, checkpoint {newest}", flush=True)
 
 
 def _step_of(line: str) -> float:

@@ -244,6 +244,13 @@ class Backend(Protocol):
     def combine_buffer(self, route: Any, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """See `ElasticBuffer.get_combine_buffer`."""
 
+    def refuse(self, call: str, error: BaseException) -> None:
+        """Count a collective call that `error` ended on this rank.
+
+        Its later calls must not meet calls that its peers made before: where not all ranks refused the same calls, each
+        of them raises `CommunicationError`, at the latest in its next operation.
+        """
+
     def barrier(self) -> None:
         """Work submitted later starts once every rank has called this; on the host, return then."""
 

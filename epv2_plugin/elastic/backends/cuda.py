@@ -215,6 +215,7 @@ class CudaBackend:
         self._host_counts: Any = None  # mapped memory that grows with the number of experts
         self._tag = 0
         self._dispatches = 0
+        self._refused = 0  # calls that never reached the device, whose count of operations goes on without them
         # Stream, whether it is being captured, and event of the last operation (first: of the zeros above).
         self._last = (runtime.current_stream(), False, runtime.record())
         self._failure: CommunicationError | ValueError | None = None
@@ -352,6 +353,7 @@ class CudaBackend:
     def _common(self, route: CudaRoute | None = None, **shared: int) -> bytes:
         """What every kernel of an operation gets: the routing, and what all ranks agree on (keys of `_ARGUMENTS`)."""
         shared = _NOTHING_SHARED | shared
+        shared["operation"] += len(_OPERATIONS) * self._refused
         if route is not None:
             shared["route"], shared["num_experts"] = route.number, route.num_experts
             shared["max_tokens"], shared["num_topk"] = route.num_max_tokens_per_rank, route.num_topk
@@ -747,6 +749,9 @@ class CudaBackend:
     def engram(self) -> Engram:
         raise RuntimeError("the cuda backend has no Engram in this version; ElasticBuffer(..., backend='host') has")
 
+    def refuse(self, call: str, error: BaseException) -> None:
+        self._refused += 1
+
     def barrier(self) -> None:
         with self._operation((), False, ()) as place:
             arguments = self._arguments(kernels.BARRIER, self._common(operation=_OPERATIONS.index("barrier")))
@@ -807,5 +812,6 @@ def _pointer(tensor: torch.Tensor | None) -> int:
 def _show(field: str, value: int) -> str:
     """How users know the value of one of `_ARGUMENTS`."""
     if field == "operation":
-        return _OPERATIONS[value]
+        refused, operation = divmod(value, len(_OPERATIONS))
+        return _OPERATIONS[operation] + (f" after {refused} refused" if refused else "")
     return str(_NAMED_DTYPES[value]) if field == "dtype" else str(value)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from epv2_plugin.elastic.backends.base import PointToPoint, Received, Sessions, Traffic
 from epv2_plugin.elastic.backends.host_engram import HostEngram
-from epv2_plugin.elastic.backends.host_p2p import HostPointToPoint
+from epv2_plugin.elastic.backends.host_p2p import HostPointToPoint, message_text, text_message
 from epv2_plugin.elastic.backends.host_sessions import HostSessions
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import Event, HostEvent
@@ -33,7 +33,10 @@ from epv2_plugin.elastic.sizing import RowLayout, align, buffer_bytes, max_expan
 # is larger than its receiver expects; with unequal tags it does not match, and the wait times out.
 _SEQUENCE_BITS, _KIND_BITS, _STEP_BITS = 16, 11, 2
 _HEADER, _ROWS, _LATE_ROWS = range(3)
-_NEVER_SENT = (1 << 31) - 1  # a tag
+# Tags that no operation has.
+_NEVER_SENT = (1 << 31) - 1
+_REFUSAL = 1 << 29  # plus the number of the refusal
+SETTLE_SECONDS = 10.0  # after which a call that this rank refused counts as one that its peers did not refuse
 _EARLY_BYTES = 1 << 30  # most that is set aside for rows whose number is not known yet
 _HEADER_FIELDS = ("hidden size", "dtype", "top-k", "num_max_tokens_per_rank", "topk_weights", "scales")
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -96,7 +99,11 @@ def _ordered_sum(
 
 
 class Transport:
-    """Messages between the ranks of a group over a private gloo group, each wait with a deadline."""
+    """Messages between the ranks of a group over a private gloo group, each wait with a deadline.
+
+    A rank that refuses a call tells its peers at once, into room that each of them keeps ready. They look there when
+    something else that they wait for fails.
+    """
 
     def __init__(self, group: dist.ProcessGroup, timeout_seconds: float):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -104,8 +111,13 @@ class Transport:
         self._sequence = 0
         self._failure: CommunicationError | None = None
         self._gloo: Any = None  # torch's stubs leave out send and recv of a ProcessGroupGloo
+        # Of this rank: number, name and messages; and how many of them all peers are known to have refused, too.
+        self._refusals: list[tuple[int, str, list[tuple[torch.Tensor, dist.Work]]]] = []
+        self._num_settled = 0
+        self._peer_refusals: dict[int, tuple[torch.Tensor, dist.Work]] = {}  # each peer's next one
         if self.size > 1:
             self._gloo = self._connect(dist.get_process_group_ranks(group))
+            self._make_room_for_refusals()
 
     def _connect(self, ranks: list[int]) -> dist.ProcessGroupGloo:
         """A connection of our own between all ranks: nobody else's messages share its tags, and its timeout is ours."""
@@ -130,10 +142,74 @@ class Transport:
             raise self._failure
 
     def begin(self, name: str) -> Operation:
-        """Start an operation; every rank starts the same operations in the same order."""
+        """Start an operation; every rank starts the same operations in the same order.
+
+        Raises:
+            CommunicationError: the group was given up, or this rank refused a call that its peers did not refuse.
+        """
         self.check()
+        self._settle_refusals()
         self._sequence += 1
         return Operation(self, f"{name} #{self._sequence}", self._sequence % (1 << _SEQUENCE_BITS))
+
+    @property
+    def peers(self) -> list[int]:
+        """The other ranks."""
+        return [peer for peer in range(self.size) if peer != self.rank]
+
+    def refuse(self, call: str, error: BaseException) -> None:
+        """Count a collective call that `error` ended on this rank, and tell the peers.
+
+        It takes a number as any other: what this rank calls next must not meet what its peers called this time.
+        """
+        self._sequence += 1
+        name = f"{call} #{self._sequence}"
+        text = f"#{self._sequence} {call}: on rank {self.rank}: {type(error).__name__}: {error}"
+        try:
+            sent = [self.post_refusal(text, peer, name) for peer in self.peers]
+        except RuntimeError:
+            return  # the group was given up or closed: the next call says so
+        self._refusals.append((self._sequence, name, sent))
+
+    def post_refusal(self, text: str, peer: int, phase: str) -> tuple[torch.Tensor, dist.Work]:
+        """Start telling `peer` why it waits in vain; the tensor must be kept until the work is done."""
+        message = text_message(text)
+        return message, self.post_send(message, peer, _REFUSAL + len(self._refusals), phase)
+
+    def _make_room_for_refusals(self) -> None:
+        for peer in self.peers:
+            room = torch.empty_like(text_message(""))
+            tag = _REFUSAL + self._num_settled
+            self._peer_refusals[peer] = room, self.post_receive(room, peer, tag, "a refusal")
+
+    def _settle_refusals(self) -> None:
+        """See to it that every peer refused what this rank refused: otherwise it is in an operation that can't end."""
+        while self._num_settled < len(self._refusals):
+            number, name, _ = self._refusals[self._num_settled]
+            seconds = min(SETTLE_SECONDS, self.timeout_seconds)
+            deadline = time.monotonic() + seconds
+            for peer, (room, work) in self._peer_refusals.items():
+                try:
+                    work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+                    seen = message_text(room)
+                except RuntimeError:
+                    seen = f"no refusal within {seconds:g} s, or a closed connection"
+                if not seen.startswith(f"#{number} "):
+                    expected = f"rank {peer} to refuse it as this rank did"
+                    raise self.abandon(CommunicationError(self.rank, peer, name, expected, seen))
+            self._num_settled += 1
+            self._make_room_for_refusals()
+
+    def _refusal_of_any(self, first: int) -> tuple[int, str] | None:
+        """(peer, what it said) of a peer that refused something; `first` is asked before the others."""
+        for peer in sorted(self._peer_refusals, key=lambda peer: peer != first):
+            room, work = self._peer_refusals[peer]
+            try:
+                work.wait(timedelta(milliseconds=50))
+            except RuntimeError:
+                continue
+            return peer, message_text(room)
+        return None
 
     def _open(self) -> Any:
         gloo = self._gloo
@@ -157,29 +233,21 @@ class Transport:
         except RuntimeError as error:
             raise self._fail(peer, phase, f"{payload.numel()} bytes", error) from error
 
-    def wait(
-        self,
-        work: dist.Work,
-        peer: int,
-        phase: str,
-        expected: str,
-        seconds: float,
-        explain: Callable[[], str] = lambda: "",
-    ) -> None:
-        """Wait for a message; `explain` may know better than gloo why it failed."""
+    def wait(self, work: dist.Work, peer: int, phase: str, expected: str, seconds: float) -> None:
+        """Wait for a message."""
         if self._failure is not None:
             raise self._failure
         try:
             work.wait(timedelta(seconds=max(seconds, 0.001)))
         except RuntimeError as error:
-            raise self._fail(peer, phase, expected, error, explain()) from error
+            raise self._fail(peer, phase, expected, error) from error
 
-    def _fail(
-        self, peer: int, phase: str, expected: str, error: RuntimeError, explanation: str = ""
-    ) -> CommunicationError:
+    def _fail(self, peer: int, phase: str, expected: str, error: RuntimeError) -> CommunicationError:
         reason, kind = str(error), CommunicationError
-        if explanation:
-            seen = explanation
+        refusal = self._refusal_of_any(peer)  # knows better than gloo
+        if refusal is not None:
+            peer, text = refusal
+            seen = f"a refusal: {text}"
         elif "Timed out" in reason or "timed out" in reason:
             kind = CommunicationTimeout
             seen = f"nothing within {self.timeout_seconds:g} s"
@@ -215,6 +283,7 @@ class Transport:
     def close(self) -> None:
         """Drop the connections."""
         self._gloo = None
+        self._peer_refusals.clear()
 
 
 class Operation:
@@ -225,7 +294,7 @@ class Operation:
 
     def __init__(self, transport: Transport, name: str, sequence: int):
         self._transport, self._name, self.sequence = transport, name, sequence
-        self.rank, self.peers = transport.rank, [p for p in range(transport.size) if p != transport.rank]
+        self.rank, self.peers = transport.rank, transport.peers
         self._sends: list[tuple[int, str, dist.Work, torch.Tensor]] = []
 
     def _tag(self, step: int, kind: tuple) -> int:
@@ -545,6 +614,9 @@ class HostBackend:
     @cached_property
     def engram(self) -> HostEngram:
         return HostEngram(self.transport, self.traffic)
+
+    def refuse(self, call: str, error: BaseException) -> None:
+        self.transport.refuse(call, error)
 
     def close(self) -> None:
         if "engram" in self.__dict__:

@@ -6,7 +6,7 @@ keeps at most `max_inflight` incomplete sends for each (peer, channel), in numbe
 
 Each tensor is two messages: a header that says number, shape and dtype as text, and the bytes. The tag of the bytes
 depends on the header, so that a tensor of another size never meets a receive that it does not fit. The receiver reads
-the header, sees the difference, tells the sender why (third kind of message) and gives the connections up.
+the header, sees the difference, tells the sender why (`Transport.post_refusal`) and gives the connections up.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # A tag: a bit that no collective operation's tag has, then kind of message, channel, tensor number, hash of the header.
 _POINT_TO_POINT = 1 << 30
 _HASH_BITS, _NUMBER_BITS, _CHANNEL_BITS = 18, 8, 2
-_HEADER, _BYTES, _REFUSAL = range(3)
+_HEADER, _BYTES = range(2)
 _TEXT_BYTES = 256
 _REFUSAL_SECONDS = 1.0  # the peer has made room for it; this only bounds what a dead peer costs
 
@@ -92,7 +92,6 @@ class HostPointToPoint:
         self._max_inflight = 0
         self._outgoing: dict[tuple[int, int], _Link] = {}
         self._incoming: dict[tuple[int, int], _Link] = {}
-        self._refusals: dict[int, tuple[torch.Tensor, dist.Work]] = {}
 
     def configure(self, max_tensor_bytes: int, max_inflight: int) -> None:
         """Collective; raises CommunicationError where another rank came with other values."""
@@ -117,9 +116,6 @@ class HostPointToPoint:
         link = self._outgoing.setdefault((peer, channel), _Link())
         while len(link.inflight) >= self._max_inflight:
             self._finish_oldest(link, peer, self._phase("pp_send", link.number, peer, channel))
-        if peer not in self._refusals:
-            room = torch.empty(_TEXT_BYTES, dtype=torch.uint8)
-            self._refusals[peer] = (room, self._transport.post_receive(room, peer, _tag(_REFUSAL), "pp_send"))
         number = link.number
         phase = self._phase("pp_send", number, peer, channel)
         header = text_message(f"#{number} {describe(tensor)}")
@@ -191,27 +187,16 @@ class HostPointToPoint:
 
     def _wait(self, work: dist.Work, peer: int, phase: str, expected: str, seconds: float) -> None:
         self._transport.check()
-        self._transport.wait(work, peer, phase, expected, seconds, lambda: self._refusal_of(peer))
-
-    def _refusal_of(self, peer: int) -> str:
-        """Why the peer gave up, if it said so."""
-        if peer not in self._refusals:
-            return ""
-        room, work = self._refusals[peer]
-        try:
-            work.wait(timedelta(milliseconds=50))
-        except RuntimeError:
-            return ""
-        return f"a refusal: {message_text(room)}"
+        self._transport.wait(work, peer, phase, expected, seconds)
 
     def _refuse(self, peer: int, phase: str, expected: str, seen: str) -> CommunicationError:
         """Tell the peer that its tensor is not what was expected, and give up."""
         transport = self._transport
         failure = CommunicationError(transport.rank, peer, phase, expected, seen)
-        reason = text_message(f"rank {transport.rank} expected {expected} and saw {seen}")
         try:
-            work = transport.post_send(reason, peer, _tag(_REFUSAL), phase)
-            work.wait(timedelta(seconds=_REFUSAL_SECONDS))
+            text = f"rank {transport.rank} expected {expected} and saw {seen}"
+            sent = transport.post_refusal(text, peer, phase)
+            sent[1].wait(timedelta(seconds=_REFUSAL_SECONDS))
         except RuntimeError:
             pass  # the peer is gone: it needs no reason
         transport.abandon(failure)

@@ -72,7 +72,7 @@ class HostSessions:
         return slots
 
     def all_gather(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Wait]:
-        rank, peers = self._transport.rank, self._peers()
+        rank, peers = self._transport.rank, self._transport.peers
         self._admit("all_gather", sum(session_bytes(self._transport.size, t.shape, t.itemsize) for t in tensors))
         gathered = []
         for tensor in tensors:
@@ -90,7 +90,7 @@ class HostSessions:
         return gathered, self._start(wait)
 
     def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Wait]:
-        rank, peers = self._transport.rank, self._peers()
+        rank, peers = self._transport.rank, self._transport.peers
         self._admit("reduce_scatter", sum(session_bytes(t.shape[0], t.shape[1:], t.itemsize) for t in tensors))
         arrived = [torch.empty_like(tensor) for tensor in tensors]
         reduced = [tensor.new_empty(tensor.shape[1:]) for tensor in tensors]
@@ -111,9 +111,6 @@ class HostSessions:
                 result.copy_(total)
 
         return reduced, self._start(finish)
-
-    def _peers(self) -> list[int]:
-        return [peer for peer in range(self._transport.size) if peer != self._transport.rank]
 
     def _check_active(self, needed: bool, call: str) -> None:
         if self.active != needed:

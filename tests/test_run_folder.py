@@ -1,0 +1,96 @@
+"""`epv2 train` and its folder: used before, in use, and with a checkpoint that is not there or damaged."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from epv2_plugin.config import ConfigError
+from epv2_plugin.training.run_folder import taken
+
+ROOT = Path(__file__).parents[1]
+
+
+def _recipe(folder: Path, **train: Any) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes" / "deepseek_v3_tiny.yaml").read_text())
+    recipe["train"] |= {
+        "processes": 1,
+        "steps": 4,
+        "warmup_steps": 0,
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+    } | train
+    recipe["plugin"]["parallel"]["expert"] = 1
+    recipe["model"] |= {"seq_length": 32, "num_layers": 2}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def _train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "epv2_plugin.cli", "train", "recipe.yaml", "--folder", "run", *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_a_folder_from_its_first_training_to_a_damaged_checkpoint(tmp_path: Path) -> None:
+    _recipe(tmp_path)
+    done = _train(tmp_path, "--resume", "--steps", "1")  # as scripts do that may be started again
+    assert done.returncode == 0, done.stderr
+    assert "no checkpoint in run/checkpoints: beginning with step 0" in done.stderr
+    metrics, latest = tmp_path / "run/metrics.jsonl", tmp_path / "run/checkpoints/latest"
+    before = metrics.read_text(), latest.read_text()
+
+    again = _train(tmp_path)
+    assert again.returncode == 2
+    assert again.stderr == (
+        "epv2: --folder = 'run': has metrics.jsonl of an earlier training: "
+        "continue that with --resume, or name another --folder\n"
+    )
+    assert (metrics.read_text(), latest.read_text()) == before
+
+    (data,) = (tmp_path / "run/checkpoints/step_00000001").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:1000])
+    _one_line(_train(tmp_path, "--resume"), "epv2: run/checkpoints/step_00000001 can't be loaded: ")
+    (data.parent / ".metadata").write_bytes(b"\x80\x04nonsense")
+    _one_line(_train(tmp_path, "--resume"), "epv2: run/checkpoints/step_00000001 can't be loaded: UnpicklingError")
+    (data.parent / "state.json").write_text("[1]")
+    _one_line(_train(tmp_path, "--resume"), "epv2: run/checkpoints/step_00000001/state.json is damaged")
+    latest.write_text("step_00000009")
+    _one_line(_train(tmp_path, "--resume"), "names 'step_00000009', which is not a complete checkpoint")
+
+
+def _one_line(done: subprocess.CompletedProcess[str], text: str) -> None:
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert text in done.stderr.splitlines()[-2], done.stderr  # the last one says that the rank failed
+
+
+def test_a_folder_in_use_is_refused_with_who_uses_it(tmp_path: Path) -> None:
+    _recipe(tmp_path)
+    with taken(tmp_path / "run", resume=False):
+        done = _train(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"epv2: --folder = 'run': process {os.getpid()} on {os.uname().nodename} is training there" in done.stderr
+    with taken(tmp_path / "run", resume=False):  # free again, and nothing was left there
+        pass
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/latest"])
+def test_what_a_training_leaves(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with taken(tmp_path, resume=False):  # it made no step
+        pass
+    path.write_text("something")
+    with pytest.raises(ConfigError, match=name), taken(tmp_path, resume=False):
+        pass
+    with taken(tmp_path, resume=True):
+        pass
