@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from epv2_plugin.config import ConfigError
+from epv2_plugin.training import report
 from epv2_plugin.training.report import Run, loss_difference, paired_ratio, write_report
 
 META = {
@@ -312,3 +313,36 @@ def test_a_shared_gpu_is_described(tmp_path, mps):
     assert ("Without MPS the ranks took turns" in text) is not mps
     assert "communication buffers, NCCL and CUDA itself come on top" in text
     assert "gloo" not in text
+
+
+def test_the_table_divides_as_the_verdict_does(tmp_path: Path) -> None:
+    """The machine's mood makes the ratio of two medians something else than the median of the steps' ratios."""
+    slow = {3 + 2 * n for n in range(14)}  # of 27 steps the baseline takes 14 alone, the rival the other 13
+
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        alone = (record["step"] in slow) == (record["arm"] == "alltoall")
+        times = {key: value * (4 if alone else 1) for key, value in record.items() if key.endswith("_ms")}
+        return record | times
+
+    folder = make_run(tmp_path / "run", change=change)
+    text = write_report(folder).read_text()
+    ratio = f"{paired_ratio(Run(folder), 'epv2').ratio:.3f}"
+    (step,) = (line for line in text.splitlines() if line.startswith("| **step**"))
+    assert step.endswith(f" | {ratio} |")
+    assert f"median step-time ratio {ratio}" in text
+    assert "of the steps' own ratios" in text
+
+
+def test_the_dispatch_dtype_is_what_travels(tmp_path: Path) -> None:
+    for given, precision, said in (("bf16", "fp32", "as computed, fp32"), ("fp8", "bf16", "fp8")):
+        folder = make_run(tmp_path / given, dispatch_dtype=given, precision=precision)
+        assert f"| dispatch of epv2 | {said} |" in write_report(folder).read_text()
+
+
+@pytest.mark.parametrize(("apart", "floor"), [([0.0, 0.0], 1e-9), ([0.0, 7e-11], 1e-12), ([3e-8, 2e-7], 1e-9)])
+def test_only_equal_losses_are_drawn_as_equal(tmp_path: Path, apart: list[float], floor: float) -> None:
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        return record | {"loss": 1 + apart[record["step"]] * (record["arm"] == "epv2")}
+
+    run = Run(make_run(tmp_path / "run", steps=2, change=change))
+    assert report.place_of_zero(run) == pytest.approx(floor)

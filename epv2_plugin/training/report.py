@@ -98,7 +98,7 @@ class Run:
 
     def values(self, arm: str, key: str | Callable[[dict[str, Any]], float], *, warm: bool = True) -> np.ndarray:
         """One finite number for each (timed) step of the arm, float64 `[steps]`."""
-        get = key if callable(key) else lambda record: _number(record.get(key))
+        get = _getter(key)
         steps = self.timed(arm) if warm else self.steps(arm)
         values = np.array([get(self.records[arm][step]) for step in steps], dtype=np.float64)
         return values[np.isfinite(values)]
@@ -211,12 +211,12 @@ def _noise_band(run: Run) -> dict[int, float]:
     return band
 
 
-def paired_ratio(run: Run, arm: str, key: str = "step_ms") -> Paired:
+def paired_ratio(run: Run, arm: str, key: str | Callable[[dict[str, Any]], float] = "step_ms") -> Paired:
     """Compare the arm's time with the baseline's, step by step, after the warm-up."""
     ratios = []
+    get = _getter(key)
     for step in run.timed(arm):
-        ours = _number(run.records[arm][step].get(key))
-        theirs = _number(run.records[run.baseline].get(step, {}).get(key))
+        ours, theirs = get(run.records[arm][step]), get(run.records[run.baseline].get(step, {}))
         if math.isfinite(ours) and math.isfinite(theirs) and theirs > 0:
             ratios.append(ours / theirs)
     if not ratios:
@@ -264,6 +264,10 @@ def _relative(ours: float, theirs: float) -> float:
     return abs(ours - theirs) / max(abs(theirs), 1e-30)
 
 
+def _getter(key: str | Callable[[dict[str, Any]], float]) -> Callable[[dict[str, Any]], float]:
+    return key if callable(key) else lambda record: _number(record.get(key))
+
+
 def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
@@ -302,17 +306,17 @@ def _times(run: Run) -> str:
         names.append((f"**{phase}**", _both(phase)))
     for label, key in names:
         cells = [_spread(run.values(arm, key)) for arm in run.arms]
-        base = run.values(run.baseline, key)
         for arm in run.arms[1:]:
-            ours = run.values(arm, key)
-            usable = len(ours) and len(base) and np.median(base) > 0
-            cells.append(f"{np.median(ours) / np.median(base):.3f}" if usable else NO_VALUE)
+            paired = paired_ratio(run, arm, key)
+            cells.append(f"{paired.ratio:.3f}" if paired.steps else NO_VALUE)
         rows.append([label, *cells])
     header = ["ms per step", *run.arms, *(f"{arm} / {run.baseline}" for arm in run.arms[1:])]
     text = [
         "## Time",
         "",
-        f"Median (quartiles) over the steps after {run.warmup} warm-up steps; the last columns divide medians.",
+        f"Median (quartiles) over the steps after {run.warmup} warm-up steps. The last columns are the median of the "
+        "steps' own ratios, because what else the machine does hits both arms of a step; two medians may come from "
+        "different steps, so dividing them gives something else.",
         "",
         _table(header, rows),
     ]
@@ -433,7 +437,8 @@ def _circumstances(run: Run) -> str:
     rows.append(
         ["routing", "the model's own" if skew is None else f"skewed: {skew:g} of the tokens go to one popular expert"]
     )
-    rows.append(["dispatch of epv2", _value(run.meta.get("dispatch_dtype"))])
+    computed = f"as computed, {_value(meta.get('precision'))}"  # "bf16" means: not cast
+    rows.append(["dispatch of epv2", "fp8" if meta.get("dispatch_dtype") == "fp8" else computed])
     rows.append(["SM budget", _budget(run)])
     tokens = data.get("tokens")
     size = f"{tokens:,} tokens" if isinstance(tokens, int) else "unknown size"
@@ -542,8 +547,17 @@ def _draw_losses(run: Run, axes: Any) -> None:
         axes.legend(frameon=False, fontsize=9)
 
 
+def place_of_zero(run: Run) -> float:
+    """Where equal losses are drawn, as a logarithmic axis has no zero: below all that differ."""
+    pairs = [(arm, run.baseline) for arm in run.arms[1:]]
+    pairs += [(run.noise, run.noise_base)] if run.noise is not None and run.noise_base in run.records else []
+    every = [_relative(run.loss(a, step), run.loss(b, step)) for a, b in pairs for step in run.steps(a)]
+    smallest = min((value for value in every if 0 < value < math.inf), default=1.0)
+    return min(1e-9, 10.0 ** (math.floor(math.log10(smallest)) - 1))
+
+
 def _draw_differences(run: Run, axes: Any, losses: Any) -> None:
-    floor = 1e-9  # where equal losses are drawn, as a logarithmic axis has no zero
+    floor = place_of_zero(run)
     for place, arm in enumerate(run.arms[1:], start=1):
         points = [(s, _relative(run.loss(arm, s), run.loss(run.baseline, s))) for s in run.steps(arm)]
         points = [(step, max(value, floor)) for step, value in points if math.isfinite(value)]
@@ -561,7 +575,7 @@ def _draw_differences(run: Run, axes: Any, losses: Any) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, floor / 2), max(high, tolerance * 10))
-    axes.set_title(f"Relative difference from {run.baseline} (equal = 1e-9)", loc="left", fontsize=9)
+    axes.set_title(f"Relative difference from {run.baseline} (equal drawn at {floor:.0e})", loc="left", fontsize=9)
     axes.set_xlabel("step", fontsize=9)
     axes.set_xlim(losses.get_xlim())
     axes.grid(alpha=0.25)
