@@ -57,7 +57,7 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
             )
         return
     _show_log()
-    backend = _check(loaded)
+    backend = check(loaded)
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         raise ImportError("Megatron-Core is not installed: pip install 'epv2_plugin[megatron]'")
     # Megatron reads the device at import: the bridge comes first.
@@ -72,7 +72,8 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
         undo.pop_all()
     _enabled = _Enabled(loaded, backend, bridged)
     logger.info(
-        "epv2: enabled with %s; flex backend 'epv2' is there for expert parallelism, pipeline: %s, context: %s",
+        "epv2: enabled (configuration: %s); flex backend 'epv2' is there for expert parallelism, pipeline: %s, "
+        "context: %s",
         loaded.source,
         *_who_runs(loaded, backend).values(),
     )
@@ -152,8 +153,12 @@ def status() -> dict[str, Any]:
     }
 
 
-def _check(config: PluginConfig) -> str:
-    """Refuse what this version or machine can't do; returns the backend that runs."""
+def check(config: PluginConfig) -> str:
+    """Refuse what this version or machine can't do under Megatron; returns the backend that runs.
+
+    Raises:
+        ConfigError: which key it is.
+    """
     cuda = torch.cuda.is_available()
     config.check(device_sms=torch.cuda.get_device_properties(0).multi_processor_count if cuda else None)
     try:

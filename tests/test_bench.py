@@ -499,7 +499,8 @@ def test_wrong_arguments_are_one_line(capsys, words, message):
     [
         (["--tokens", "0"], "argument --tokens: 0: must be 1 or more"),
         (["--sms", "4,0"], "argument --sms: 0: must be 1 or more"),
-        (["--sms", "4,x"], "argument --sms: invalid positives value: '4,x'"),
+        (["--sms", "4,x"], "argument --sms: 'x' is not a whole number"),
+        (["--tokens", "many"], "argument --tokens: 'many' is not a whole number"),
         (["--dtype", "fp4"], "argument --dtype: invalid choice: 'fp4'"),
     ],
 )

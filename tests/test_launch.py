@@ -127,7 +127,7 @@ def test_script_runs_with_plugin_enabled(checkout: Path, tmp_path: Path, start: 
     assert seen["status"]["enabled"]
     assert seen["status"]["config"] == config
     assert "megatron.core.transformer.moe.moe_layer.MoEFlexTokenDispatcher" in seen["status"]["replaced"]
-    assert f"enabled with {config}" in stderr
+    assert f"enabled (configuration: {config})" in stderr
     assert "EP group of 1 ranks" in stderr
     assert "dispatcher is stock" not in stderr
 

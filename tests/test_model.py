@@ -213,7 +213,6 @@ def test_num_qps() -> None:
         ("NVIDIA H100 80GB HBM3", 360),
         ("NVIDIA H200", 360),
         ("NVIDIA H800", 160),
-        ("NVIDIA A100-SXM4-80GB", 240),
         ("NVIDIA B200", 720),
         ("NVIDIA GB200", 720),
     ],
@@ -223,7 +222,7 @@ def test_scale_up_rate_of_known_gpus(gpu: str, rate: float) -> None:
     assert model.scale_up_rate(gpu, 123) == 123
 
 
-@pytest.mark.parametrize("gpu", ["NVIDIA L4", "NVIDIA H100 PCIe", "NVIDIA A100-PCIE-40GB", "NVIDIA H100 NVL", ""])
+@pytest.mark.parametrize("gpu", ["NVIDIA L4", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 NVL", ""])
 def test_unknown_scale_up_rate_names_the_key(gpu: str) -> None:
     with pytest.raises(ValueError, match=r"^network.scale_up_gbytes_per_s = 'auto': .*set network.scale_up_gbytes"):
         model.scale_up_rate(gpu)
@@ -254,13 +253,29 @@ def test_override() -> None:
     assert changed.source == "built-in table of an H200, overridden"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "nominal"), [("NVIDIA H100 80GB HBM3", 3.35), ("NVIDIA H800", 3.35), ("NVIDIA B200", 8.0), ("H20", 4.0)]
+)
+def test_memory_is_that_of_the_gpu(tmp_path: Path, gpu: str, nominal: float) -> None:
+    rates = model.load_rates(gpu, tmp_path)
+    assert rates.memory == pytest.approx(H200_RATES.memory * nominal / 4.8)
+    assert rates.read(8) == H200_RATES.read(8)
+    assert rates.source == f"built-in table of an H200, memory scaled from 4.8 to {nominal:g} TB/s"
+    assert H200_RATES.override(memory=1000).memory == pytest.approx(1000)
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 PCIe", "unheard of"])
+def test_memory_of_an_unknown_gpu_is_an_h200s_and_says_so(tmp_path: Path, gpu: str) -> None:
+    assert model.load_rates(gpu, tmp_path) is H200_RATES
+
+
 def test_measured_rates_are_kept_by_gpu(tmp_path: Path) -> None:
     assert model.load_rates("NVIDIA H200", tmp_path) is H200_RATES
     points = (Rate(8, 140, 60, 50, 55), Rate(132, 34, 32, 15, 19))
     path = model.save_rates("NVIDIA H200", points, "2026-11-25", tmp_path)
     assert path.parent.parent == tmp_path
     assert model.load_rates("NVIDIA H200", tmp_path) == CopyRates("epv2 bench sm of 2026-11-25", points)
-    assert model.load_rates("NVIDIA H100", tmp_path) is H200_RATES
+    assert model.load_rates("NVIDIA H100", tmp_path).source.startswith("built-in table of an H200")
     assert [file.name for file in path.parent.iterdir()] == ["NVIDIA_H200.json"]
 
 

@@ -61,12 +61,18 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not measured" in lines[0]
 
 
+def test_the_most_tokens_fit_in_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, MULTINODE, "--tokens", str((1 << 20) - 1))
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 120
+
+
 def test_the_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     document = planned(capsys, tmp_path, MULTINODE)
     assert document["schema"] == plan.SCHEMA
     assert (document["asked_ep"], document["mode"], document["qps"]) == (64, "hybrid", 8)
     assert document["machine"]["nic_gbytes_per_s"] == 45
-    assert {fact["name"] for fact in document["assumptions"]} == {*plan.ASSUMABLE, "memory"}
+    assert {fact["name"] for fact in document["assumptions"]} == set(plan.ASSUMABLE)
     for point in document["points"]:
         assert [mode["mode"] for mode in point["modes"]] == (["hybrid", "direct"] if point["nodes"] > 1 else ["direct"])
         for mode in point["modes"]:
@@ -147,9 +153,9 @@ def test_options_come_before_the_recipe(capsys: pytest.CaptureFixture[str], tmp_
 
 def test_every_assumption_can_be_another(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     values = dict.fromkeys(plan.ASSUMABLE, 77.0)
-    words = [word for name, value in values.items() for word in ("--assume", f"{name}={value}")]
+    words = [word for name, value in values.items() for word in ("--assume", f"{name}={value:g}")]
     changed = planned(capsys, tmp_path, MULTINODE, *words)
-    assert {f["name"]: (f["value"], f["source"]) for f in changed["assumptions"] if f["name"] != "memory"} == {
+    assert {f["name"]: (f["value"], f["source"]) for f in changed["assumptions"]} == {
         name: (value, "--assume") for name, value in values.items()
     }
     before = planned(capsys, tmp_path, MULTINODE, "--ep", "64")["points"][0]["modes"][0]
@@ -167,7 +173,18 @@ def test_an_nvlink_domain_of_72(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert [point["nodes"] for point in document["points"]] == [1, 1]
     assert document["machine"]["nic_gbytes_per_s"] is None  # nothing leaves the node, so nothing had to be known
     names = {fact["name"] for fact in document["assumptions"]}
-    assert {*plan.ASSUMABLE, "memory"} - names == {"rdma_gbytes_per_s", "nic_messages_per_us", "network_us"}
+    assert set(plan.ASSUMABLE) - names == {"rdma_gbytes_per_s", "nic_messages_per_us", "network_us"}
+
+
+@pytest.mark.parametrize("config", ["configs/cpu.yaml", "recipes/deepseek_v3_tiny.yaml"])
+def test_sizes_that_need_an_unknown_network_are_left_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str
+) -> None:
+    document = planned(capsys, tmp_path, str(ROOT / config))
+    assert [point["ep"] for point in document["points"]] == ([4, 8] if "recipes" in config else [8])
+    assert document["left_out"] == [16, 32, 64, 128, 256, 512, 1024, 2048]
+    text = " ".join(run(capsys, str(ROOT / config))[1].split())
+    assert "EP16 to EP2048 are left out: they span nodes, and network.rdma_gbytes_per_s is not known here" in text
 
 
 def test_the_rate_of_the_nics_here(
@@ -212,15 +229,23 @@ def test_no_picture_without_matplotlib(
 
 
 BARE = "backend: cuda\n"
+GROUPED = (ROOT / "recipes/deepseek_v3_tiny.yaml").read_text()
 
 
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [
-        (BARE, "", "{file}: network.rdma_gbytes_per_s = 'auto': no active RDMA port with a rate in /sys/class/"),
-        (BARE, "", "; set network.rdma_gbytes_per_s to the GB/s that one GPU reaches in one direction (or --assume"),
-        (BARE, "--gpu L4", "epv2 plan: --gpu = 'L4': SMs unknown; one of A100"),
-        (BARE, "--gpu L4 --assume sms=58 --ep 8", "{file}: network.scale_up_gbytes_per_s = 'auto': the bandwidth"),
+        (BARE, "--ep 16", "{file}: network.rdma_gbytes_per_s = 'auto': no active RDMA port with a rate in /sys/"),
+        ("parallel: {expert: 16}", "", "{file}: network.rdma_gbytes_per_s = 'auto': no active RDMA port with a rate "),
+        (
+            BARE,
+            "--nodes 2",
+            "; set network.rdma_gbytes_per_s to the GB/s that one GPU reaches in one direction (or --",
+        ),
+        (BARE, "--gpu R9", "epv2 plan: --gpu = 'R9': SMs unknown; one of H20, H100"),
+        (BARE, "--gpu A100", "epv2 plan: --gpu = 'A100': the kernels need Hopper or newer: one of H20, H100"),
+        (BARE, "--gpu NVIDIA-L4", "epv2 plan: --gpu = 'NVIDIA-L4': the kernels need Hopper or newer"),
+        (BARE, "--gpu R9 --assume sms=58 --ep 8", "{file}: network.scale_up_gbytes_per_s = 'auto': the bandwidth"),
         (BARE, "--ep 12", "epv2 plan: --ep = 12: at most one node of 8 GPUs, or a multiple (--gpus-per-node)"),
         ("parallel: {expert: 12}", "", "{file}: parallel.expert = 12: at most one node of 8 GPUs, or a multiple"),
         (BARE, "--ep 8 --nodes 2", "epv2 plan: --nodes = 2: not together with --ep"),
@@ -230,8 +255,21 @@ BARE = "backend: cuda\n"
         (BARE, "--experts 16 --groups 4 --topk-groups 1", "epv2 plan: --topk = 8: at most the 4 experts that a token"),
         (BARE, "--topk 33", "epv2 plan: --topk = 33: at most 32"),
         (BARE, "--assume speed=1", "epv2 plan: --assume = 'speed': must be one of sms, sm_read_gbytes_per_s"),
-        (BARE, "--assume rdma_gbytes_per_s=0", "epv2 plan: --assume rdma_gbytes_per_s = 0.0: must be 0.001 or more"),
-        (BARE, "--assume capacity_factor=nan", "epv2 plan: --assume capacity_factor = nan: must be 1 or more"),
+        (
+            BARE,
+            "--assume rdma_gbytes_per_s=0",
+            "epv2 plan: --assume rdma_gbytes_per_s = 0.0: must be a number from 0.001",
+        ),
+        (BARE, "--assume capacity_factor=nan", "epv2 plan: --assume capacity_factor = nan: must be a number from 1 on"),
+        (BARE, "--assume network_us=inf", "epv2 plan: --assume network_us = inf: must be a number from 0 on, not inf"),
+        (BARE, "--assume sms=5.5", "epv2 plan: --assume sms = 5.5: must be a whole number from 4 on"),
+        (BARE, "--experts 1", "epv2 plan: --experts = 1: must be 8 or more, the top-k (DeepSeek-V3's)"),
+        (GROUPED, "--experts 1", "epv2 plan: --experts = 1: must be a multiple of the 4 groups (recipe's model)"),
+        (
+            BARE,
+            "--tokens 100000000000 --ep 8",
+            "epv2 plan: --tokens = 100000000000: at most 268435455 at EP8: rows",
+        ),
         ("sm_budget: {expert: 133}", "--ep 8", "{file}: sm_budget.expert = 133: at most the 132 SMs of NVIDIA H100"),
         ("expert: {mode: fast}", "", "{file}: expert.mode = 'fast': must be 'auto', 'direct' or 'hybrid'"),
         ("model: {}", "", "{file}: "),

@@ -158,6 +158,12 @@ def test_ab_that_is_interrupted_reports_what_it_has(tmp_path: Path) -> None:
         (("train", RECIPE, "--steps", "0"), "must be 1 or more"),
         (("train", "missing.yaml"), "can't be read"),
         (("train", "seed.yaml"), "seed.yaml: train.seed = 1000000000000000000001234: must be"),
+        (("train", RECIPE, "--folder", "x", "--steps", "many"), "argument --steps: 'many' is not a whole number"),
+        (("ab", RECIPE, "--skew", "much"), "argument --skew: 'much' is not a number"),
+        (("train", "no_data.yaml"), "epv2: no_data.yaml: data.path = '/nowhere': "),
+        (("ab", "no_data.yaml"), "epv2: no_data.yaml: data.path = '/nowhere': "),
+        (("train", "hybrid.yaml"), "epv2: hybrid.yaml: plugin: expert.mode = 'hybrid': the host backend makes one hop"),
+        (("ab", "hybrid.yaml"), "epv2: hybrid.yaml: plugin: expert.mode = 'hybrid': the host backend makes one hop"),
         (("recipe-args", "missing.yaml"), "can't be read"),
         (("train", "on_gpu.yaml"), "plugin: backend = 'cuda': there is no CUDA device here"),
         (("ab", "on_gpu.yaml"), "plugin: backend = 'cuda': there is no CUDA device here"),
@@ -165,15 +171,20 @@ def test_ab_that_is_interrupted_reports_what_it_has(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_usage_is_one_line(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    wrong = yaml.safe_load(Path(RECIPE).read_text())
+    (tmp_path / "no_data.yaml").write_text(yaml.safe_dump(wrong | {"data": {"path": "/nowhere"}}))
+    wrong["plugin"]["expert"] = {"mode": "hybrid"}
+    (tmp_path / "hybrid.yaml").write_text(yaml.safe_dump(wrong))
     (tmp_path / "seed.yaml").write_text(Path(RECIPE).read_text().replace("seed: ", "seed: 1" + "0" * 20))
     if "on_gpu.yaml" in words:
         if torch.cuda.is_available():
             pytest.skip("there is a CUDA device")
         (tmp_path / "on_gpu.yaml").write_text(Path(RECIPE).read_text().replace("backend: host", "backend: cuda"))
     done = epv2(*words, cwd=tmp_path, timeout=60)
-    for name in ("on_gpu.yaml", "seed.yaml"):
+    for name in ("on_gpu.yaml", "seed.yaml", "no_data.yaml", "hybrid.yaml"):
         (tmp_path / name).unlink(missing_ok=True)
     assert done.returncode == 2
     assert message in done.stderr
+    assert "failed first" not in done.stderr  # no rank was started
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

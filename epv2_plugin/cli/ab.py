@@ -7,10 +7,13 @@ import os
 import shlex
 from pathlib import Path
 
+from epv2_plugin import plugin
 from epv2_plugin.cli.values import make_folder, positive, share
+from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import check_arms, load_recipe
+from epv2_plugin.training.report import OURS
 
 DEFAULT_ARMS = "alltoall,epv2"
 
@@ -50,6 +53,9 @@ def main(args: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
         check_arms(recipe, arms)
         usable_gpus(recipe)
+        if OURS in arms:
+            plugin.check(recipe.plugin)
+        TokenStream(recipe)  # what is wrong with the data is said once, and before anything was started
         make_folder(folder)
         return run_ranks("epv2_plugin.cli", words, recipe.train.processes)
     from epv2_plugin.training.ab import run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +61,18 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("epv2 plan", "--nodes", args.nodes, "not together with --ep: it is one EP size itself")
     assume = dict(args.assume)
     for name, value in assume.items():
-        least = plan.ASSUMABLE.get(name)
-        if least is None:
-            raise ConfigError("epv2 plan", "--assume", name, f"must be one of {', '.join(plan.ASSUMABLE)}")
-        if not least <= value < math.inf:
-            raise ConfigError("epv2 plan", f"--assume {name}", value, f"must be {least:g} or more")
+        plan.check_assumed(name, value)
     options = {name: getattr(args, name) for name in ("tokens", "hidden", "topk", "experts", "groups", "topk_groups")}
     config, workload = plan.load(args.config, options | {"dtype": args.dtype})
-    places = plan.topologies(config, _sizes(args, config.parallel.expert), args.gpus_per_node)
+    sizes = _sizes(args, config.parallel.expert)
+    left_out: list[int] = []
+    if not args.ep and not args.nodes and not plan.knows_network(config, args.gpus_per_node, assume):
+        # What nobody asked for by name needs no rate that is not known.
+        left_out = [size for size in sizes if size > args.gpus_per_node and size != config.parallel.expert]
+        sizes = [size for size in sizes if size not in left_out]
+    places = plan.topologies(config, sizes, args.gpus_per_node)
     machine, factor, facts = plan.machine(config, args.gpu, places, args.gpus_per_node, assume)
-    document = plan.document(args.config, config, workload, places, machine, factor, facts)
+    document = plan.document(args.config, config, workload, places, machine, factor, facts, left_out)
     print(report.text(document))
     if args.json is not None:
         args.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")

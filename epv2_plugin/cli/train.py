@@ -8,7 +8,9 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from epv2_plugin import plugin
 from epv2_plugin.cli.values import make_folder, positive
+from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import Recipe, load_recipe
@@ -47,6 +49,8 @@ def main(args: argparse.Namespace) -> int:
         with taken(folder, resume=args.resume) if os.environ["RANK"] == "0" else nullcontext():
             return _run_rank(args, recipe, folder)
     usable_gpus(recipe)
+    plugin.check(recipe.plugin)
+    TokenStream(recipe)  # what is wrong with the data is said once, and before anything was started
     make_folder(folder)
     with taken(folder, resume=args.resume):
         pass  # so that nothing is started in vain; rank 0 holds the folder while it trains

@@ -11,7 +11,10 @@ from epv2_plugin.config import ConfigError
 
 def share(text: str) -> float:
     """A share: above 0, at most 1."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
     return value
@@ -19,7 +22,10 @@ def share(text: str) -> float:
 
 def positive(text: str) -> int:
     """A whole number of 1 or more."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
     return value

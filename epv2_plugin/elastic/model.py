@@ -43,8 +43,6 @@ LINK_EFFICIENCY = 0.8
 NIC_EFFICIENCY = 0.9
 # NVLink, GB/s in each direction, of the models that have it on the board. PCIe cards and bridged pairs are no entry.
 NVLINK_GBYTES_PER_S = {
-    "A100": 300.0,
-    "A800": 200.0,
     "H20": 450.0,
     "H100": 450.0,
     "H200": 450.0,
@@ -54,6 +52,18 @@ NVLINK_GBYTES_PER_S = {
     "B300": 900.0,
     "GB200": 900.0,
     "GB300": 900.0,
+}
+# What their memory is sold with, GB/s; of GH200, the smaller one.
+MEMORY_GBYTES_PER_S = {
+    "H20": 4000.0,
+    "H100": 3350.0,
+    "H200": 4800.0,
+    "H800": 3350.0,
+    "GH200": 4000.0,
+    "B200": 8000.0,
+    "B300": 8000.0,
+    "GB200": 8000.0,
+    "GB300": 8000.0,
 }
 Mode = Literal["direct", "hybrid"]
 _TABLE_VERSION = 1
@@ -127,14 +137,15 @@ class CopyRates:
             x0, y0 = point.sms, best
         return best
 
-    def override(self, read: float = 0, write: float = 0) -> CopyRates:
-        """These rates, scaled so that one of few SMs reads `read` and writes `write` GB/s; 0 = as it is."""
-        first = self.points[0]
+    def override(self, read: float = 0, write: float = 0, memory: float = 0) -> CopyRates:
+        """These rates, scaled: one of few SMs reads `read` and writes `write` GB/s, the memory gives `memory` GB/s;
+        0 = as it is."""
+        first, factor = self.points[0], memory / self.memory if memory else 1.0
         reads, writes = (read / first.read if read else 1.0), (write / first.write if write else 1.0)
-        if reads == writes == 1.0:
+        if reads == writes == factor == 1.0:
             return self
-        points = tuple(replace(p, read=p.read * reads, write=p.write * writes) for p in self.points)
-        return CopyRates(f"{self.source}, overridden", points)
+        *few, every = (replace(p, read=p.read * reads, write=p.write * writes) for p in self.points)
+        return CopyRates(f"{self.source}, overridden", (*few, replace(every, copy=every.copy * factor)))
 
 
 # One H200 (132 SMs), rows of 7 to 14 KB; the fallback for every GPU that `epv2 bench sm` has not seen.
@@ -162,7 +173,8 @@ def save_rates(gpu: str, points: Sequence[Rate], date: str, folder: Path | None 
 
 
 def load_rates(gpu: str, folder: Path | None = None) -> CopyRates:
-    """The rates that `epv2 bench sm` measured on a GPU of this name, else the built-in ones of an H200.
+    """The rates that `epv2 bench sm` measured on a GPU of this name, else the built-in ones of an H200, with the memory
+    of that GPU where its name tells it.
 
     Raises:
         ValueError: the file is there, but is not what `save_rates` writes.
@@ -171,7 +183,7 @@ def load_rates(gpu: str, folder: Path | None = None) -> CopyRates:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return H200_RATES
+        return _unmeasured(gpu)
     try:
         table = json.loads(text)
         if table["version"] != _TABLE_VERSION:
@@ -180,6 +192,15 @@ def load_rates(gpu: str, folder: Path | None = None) -> CopyRates:
         return CopyRates(f"epv2 bench sm of {table['date']}", points)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a table of copy rates ({error}): delete it, or run epv2 bench sm") from None
+
+
+def _unmeasured(gpu: str) -> CopyRates:
+    nominal, ours = _of_gpu(MEMORY_GBYTES_PER_S, gpu), MEMORY_GBYTES_PER_S["H200"]
+    if nominal in (None, ours):
+        return H200_RATES
+    rates = H200_RATES.override(memory=H200_RATES.memory * nominal / ours)
+    text = f"{H200_RATES.source}, memory scaled from {ours / 1e3:g} to {nominal / 1e3:g} TB/s"
+    return replace(rates, source=text)
 
 
 # ---- machine --------------------------------------------------------------------------------------------------------
@@ -196,14 +217,20 @@ def scale_up_rate(gpu: str, configured: float | Literal["auto"] = "auto") -> flo
         if not configured > 0:
             raise ValueError(f"{key} = {configured}: must be above 0")
         return float(configured)
-    words = set(re.findall(r"[A-Za-z0-9]+", gpu.upper()))
-    known = [rate for name, rate in NVLINK_GBYTES_PER_S.items() if name in words]
-    if not known or words & {"PCIE", "NVL"}:
+    known = _of_gpu(NVLINK_GBYTES_PER_S, gpu)
+    if known is None:
         raise ValueError(
             f"{key} = 'auto': the bandwidth between GPUs of type {gpu!r} is not known here; "
             f"set {key} to the GB/s that one GPU reaches in one direction"
         )
-    return LINK_EFFICIENCY * known[0]
+    return LINK_EFFICIENCY * known
+
+
+def _of_gpu(table: dict[str, float], gpu: str) -> float | None:
+    """The entry for a GPU by its name, None if there is none; PCIe cards are others than the boards of their name."""
+    words = set(re.findall(r"[A-Za-z0-9]+", gpu.upper()))
+    known = [rate for name, rate in table.items() if name in words]
+    return None if not known or words & {"PCIE", "NVL"} else known[0]
 
 
 @dataclass(frozen=True)

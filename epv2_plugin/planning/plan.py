@@ -18,8 +18,6 @@ GPUS_PER_NODE = 8
 DEFAULT_GPU = "NVIDIA H100"
 # SMs of the GPUs in `model.NVLINK_GBYTES_PER_S`, as sold for data centres.
 NUM_SMS = {
-    "A100": 108,
-    "A800": 108,
     "H20": 78,
     "H100": 132,
     "H200": 132,
@@ -30,11 +28,15 @@ NUM_SMS = {
     "GB200": 152,
     "GB300": 152,
 }
+# Names of what is often asked about, and can't run the kernels.
+_BEFORE_HOPPER = ("V100", "T4", "A10", "A30", "A40", "A100", "A800", "L4", "L20", "L40", "L40S")
+_ROW_NUMBERS = 1 << 31  # kernels number the tokens of all ranks by an int32
 # What `assume` may name, and its smallest value.
 ASSUMABLE = {
     "sms": 4.0,
     "sm_read_gbytes_per_s": 1e-3,
     "sm_write_gbytes_per_s": 1e-3,
+    "memory_gbytes_per_s": 1e-3,
     "scale_up_gbytes_per_s": 1e-3,
     "rdma_gbytes_per_s": 1e-3,
     "nic_messages_per_us": 1e-3,
@@ -118,6 +120,13 @@ def load(path: str | os.PathLike[str], options: Mapping[str, Any]) -> tuple[Plug
 
 def _check(workload: Workload) -> None:
     experts, groups, chosen = workload.experts, workload.groups, workload.topk_groups
+    given = {name for name, origin in workload.origin.items() if origin.startswith("--")}
+    if experts % groups and "groups" not in given:
+        allowed = f"must be a multiple of the {groups} groups ({workload.origin['groups']})"
+        raise ConfigError(COMMAND, "--experts", experts, f"{allowed}; --groups and --topk-groups set others")
+    if experts < workload.topk and "topk" not in given:
+        allowed = f"must be {workload.topk} or more, the top-k ({workload.origin['topk']}); --topk sets another"
+        raise ConfigError(COMMAND, "--experts", experts, allowed)
     if experts % groups:
         raise ConfigError(COMMAND, "--groups", groups, f"must divide the {experts} experts")
     if chosen > groups:
@@ -126,6 +135,27 @@ def _check(workload: Workload) -> None:
     if workload.topk > min(reachable, sizing.MAX_TOPK):
         limit = f"the {reachable} experts that a token may use" if reachable <= sizing.MAX_TOPK else sizing.MAX_TOPK
         raise ConfigError(COMMAND, "--topk", workload.topk, f"at most {limit}")
+
+
+def check_assumed(name: str, value: float) -> None:
+    """Raise `ConfigError` unless `name` can be assumed to be `value`."""
+    least = ASSUMABLE.get(name)
+    if least is None:
+        raise ConfigError(COMMAND, "--assume", name, f"must be one of {', '.join(ASSUMABLE)}")
+    whole = name == "sms"
+    if not least <= value < math.inf or (whole and value % 1):
+        kind = "a whole number" if whole else "a number"
+        raise ConfigError(COMMAND, f"--assume {name}", value, f"must be {kind} from {least:g} on, not inf or nan")
+
+
+def knows_network(config: PluginConfig, gpus_per_node: int, assume: Mapping[str, float]) -> bool:
+    """Whether the rate across nodes is given or found here."""
+    wanted = assume.get("rdma_gbytes_per_s", config.network.rdma_gbytes_per_s)
+    try:
+        network.rdma_rate(wanted, gpus_per_node=gpus_per_node)
+    except ValueError:
+        return False
+    return True
 
 
 def topologies(config: PluginConfig, ep_sizes: Sequence[int], gpus_per_node: int) -> list[model.Topology]:
@@ -182,8 +212,8 @@ def machine(
         "sm_read_gbytes_per_s", "GB/s", first.read, f"{source}, {first.sms} SMs busy", "epv2 bench sm, --assume"
     )
     write = fact("sm_write_gbytes_per_s", "GB/s", first.write, f"{source}, {first.sms} SMs busy", facts[-1].override)
-    rates = rates.override(read, write)
-    facts.append(Assumption("memory", rates.memory, "GB/s", f"{source}, all SMs copying", "epv2 bench sm"))
+    memory = fact("memory_gbytes_per_s", "GB/s", rates.memory, f"{source}, all SMs copying", facts[-1].override)
+    rates = rates.override(read, write, memory)
 
     link = nic = math.inf
     per_us, hops = model.NIC_MESSAGES_PER_US, model.NETWORK_US
@@ -237,14 +267,22 @@ def _gpu(name: str | None, sms_given: bool) -> tuple[str, int, str]:
 
         if torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(0)
+            if properties.major < 9:
+                raise _too_old(properties.name)
             return properties.name, properties.multi_processor_count, f"{properties.name}, the GPU here"
         return DEFAULT_GPU, NUM_SMS["H100"], f"{DEFAULT_GPU}, as there is no GPU here"
     words = name.upper().replace("-", " ").replace("_", " ").split()
+    if not set(words).isdisjoint(_BEFORE_HOPPER):
+        raise _too_old(name)
     known = [sms for gpu, sms in NUM_SMS.items() if gpu in words]
     if not known and not sms_given:
         allowed = f"SMs unknown; one of {', '.join(NUM_SMS)}, or --assume sms=X"
         raise ConfigError(COMMAND, "--gpu", name, allowed)
     return name, known[0] if known else 0, f"{name} (--gpu)"
+
+
+def _too_old(gpu: str) -> ConfigError:
+    return ConfigError(COMMAND, "--gpu", gpu, f"the kernels need Hopper or newer: one of {', '.join(NUM_SMS)}")
 
 
 def expert_slots(experts: int, ranks: int, groups: int) -> int:
@@ -260,12 +298,21 @@ def document(
     rank: model.Machine,
     capacity_factor: float,
     assumptions: Sequence[Assumption],
+    left_out: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Everything that the report says, ready for JSON.
 
+    Args:
+        left_out: EP sizes that are not planned because the rate across nodes is not known.
+
     Raises:
-        ConfigError: the SM budget exceeds the GPU.
+        ConfigError: the SM budget exceeds the GPU, or there are more tokens than row numbers.
     """
+    largest = max(place.ranks for place in places)
+    if workload.tokens * largest >= _ROW_NUMBERS:
+        most = (_ROW_NUMBERS - 1) // largest
+        allowed = f"at most {most} at EP{largest}: rows of all ranks are numbered in 31 bits"
+        raise ConfigError(COMMAND, "--tokens", workload.tokens, allowed)
     budget = None if config.sm_budget.expert == "auto" else config.sm_budget.expert
     if budget is not None and budget > rank.num_sms:
         raise config.fail("sm_budget.expert", f"at most the {rank.num_sms} SMs of {rank.gpu}")
@@ -283,6 +330,7 @@ def document(
         "machine": model.as_dict(rank),
         "assumptions": [asdict(fact) for fact in assumptions],
         "asked_ep": asked,
+        "left_out": list(left_out),
         "points": [planner.point(place) for place in places],
     }
 

@@ -27,6 +27,13 @@ def text(document: dict[str, Any]) -> str:
         "window has."
     )
     lines += [*_sizes(document), ""]
+    if left_out := document["left_out"]:
+        names = f"EP{left_out[0]} to EP{left_out[-1]}" if len(left_out) > 1 else f"EP{left_out[0]}"
+        lines += _wrap(
+            f"{names} are left out: they span nodes, and network.rdma_gbytes_per_s is not known here; set it to the "
+            "GB/s that one GPU reaches in one direction (or --assume rdma_gbytes_per_s=X)."
+        )
+        lines.append("")
     if redundant := [point for point in points if point["expert_slots"] > document["workload"]["experts"]]:
         names = ", ".join(f"EP{point['ep']}" for point in redundant)
         lines += _wrap(
@@ -125,8 +132,8 @@ def _sizes(document: dict[str, Any]) -> list[str]:
                 f"{dispatch['us']:.0f} {dispatch['bound']}",
                 f"{combine['us']:.0f} {combine['bound']}",
                 other,
-                f"{best['buffer_bytes'] / GIB:.2f}",
-                f"{point['linear_window_bytes'] / GIB:.2f}",
+                _gib(best["buffer_bytes"]),
+                _gib(point["linear_window_bytes"]),
             ]
         )
     header = ["EP", "nodes", "mode", "SMs", "QPs", "NIC MB\ndispatch", "\ncombine", "link MB\ndispatch", "\ncombine"]
@@ -189,6 +196,10 @@ def _assumptions(document: dict[str, Any]) -> list[str]:
         lines.append(f"{name:<{widths[0]}}  {number:>{widths[1]}}  {first:<{room}}  {override}".rstrip())
         lines += [" " * (widths[0] + widths[1] + 4) + line for line in more]
     return lines
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.{2 if size < 1000 * GIB else 0}f}"
 
 
 def _mb(size: float) -> str:

@@ -202,8 +202,7 @@ class Transport:
 
     def _refusal_of_any(self, first: int) -> tuple[int, str] | None:
         """(peer, what it said) of a peer that refused something; `first` is asked before the others."""
-        for peer in sorted(self._peer_refusals, key=lambda peer: peer != first):
-            room, work = self._peer_refusals[peer]
+        for peer, (room, work) in sorted(self._peer_refusals.items(), key=lambda item: item[0] != first):
             try:
                 work.wait(timedelta(milliseconds=50))
             except RuntimeError:
