@@ -384,7 +384,7 @@ class CudaBackend:
         caller = runtime.current_stream()
         # Beside what the caller names: copies of arguments that were made on its stream just now.
         before = [CudaEvent(self)]
-        with runtime.on_comm_stream():
+        with runtime.on_stream(runtime.comm_stream()):
             for tensor in inputs:
                 if tensor is not None and tensor.device.type == "cuda":
                     tensor.record_stream(runtime.comm_stream())
