@@ -22,8 +22,11 @@ from typing import Any
 import torch
 
 from epv2_plugin.elastic import model, sizing
-from epv2_plugin.elastic.backends.base import Engram, PointToPoint, Received, Sessions, Traffic
+from epv2_plugin.elastic.backends.base import Engram, Received, Traffic
+from epv2_plugin.elastic.backends.cuda_p2p import CudaPointToPoint
+from epv2_plugin.elastic.backends.cuda_sessions import CudaSessions
 from epv2_plugin.elastic.backends.device import Runtime
+from epv2_plugin.elastic.backends.watch import Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import Event
 from epv2_plugin.elastic.sizing import CombineLayout, DispatchLayout, LaunchShape, align
@@ -192,6 +195,7 @@ class CudaBackend:
         self.traffic = Traffic()
         self._allow_multiple_reduction = allow_multiple_reduction
         self._host_timeout, self._gpu_timeout = host_timeout_seconds, gpu_timeout_seconds
+        self._given_bytes = num_bytes
         control = sizing.control_bytes(runtime.size)
         if num_bytes is not None:
             # Rows that go back need a place per source rank, rows to dispatch only one.
@@ -217,7 +221,7 @@ class CudaBackend:
         self._dispatches = 0
         # Stream, whether it is being captured, and event of the last operation (first: of the zeros above).
         self._last = (runtime.current_stream(), False, runtime.record())
-        self._failure: CommunicationError | ValueError | None = None
+        self._failure: BaseException | None = None
 
     # ---- what it is ---------------------------------------------------------------------------------------------
 
@@ -231,6 +235,9 @@ class CudaBackend:
         return self.runtime.comm_stream()
 
     def close(self) -> None:
+        if "_watch" in self.__dict__:
+            self._watch.close()
+            self._failure = self._failure or self._watch.failure
         self._error_words = self._error_words.copy()  # events may outlive the mapped memory
         # After a failure some peer does not take part in anything that all must take part in.
         self.runtime.close(abandon=self._failure is not None or bool(self._error_words[0]))
@@ -244,6 +251,8 @@ class CudaBackend:
         """
         if self._failure is None and int(self._error_words[0]):
             self._failure = self._read_error()
+        if self._failure is None and "_watch" in self.__dict__:
+            self._failure = self._watch.failure
         if self._failure is not None:
             raise self._failure
 
@@ -735,13 +744,20 @@ class CudaBackend:
         num_bytes = route.num_expanded_rows * hidden * dtype.itemsize
         return self._window.tensor[layout.rows : layout.rows + num_bytes].view(dtype).view(-1, hidden)
 
-    @property
-    def point_to_point(self) -> PointToPoint:
-        raise RuntimeError("pp_send and pp_recv: the cuda backend does not have them in this version")
+    # ---- point-to-point and sessions --------------------------------------------------------------------------------
 
-    @property
-    def sessions(self) -> Sessions:
-        raise RuntimeError("all_gather sessions: the cuda backend does not have them in this version")
+    @cached_property
+    def _watch(self) -> Watch:
+        self.check()
+        return Watch(self.runtime, self._host_timeout)
+
+    @cached_property
+    def point_to_point(self) -> CudaPointToPoint:
+        return CudaPointToPoint(self.runtime, self._watch, self.traffic, self._given_bytes)
+
+    @cached_property
+    def sessions(self) -> CudaSessions:
+        return CudaSessions(self.runtime, self._watch, self.traffic)
 
     @property
     def engram(self) -> Engram:
