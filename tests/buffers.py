@@ -16,23 +16,26 @@ SMS = 3  # of the emulated device
 _ROOM = 48 << 20
 
 
-def emulated_buffer(seed: int = 0, seconds: float = 60, **options: Any) -> ElasticBuffer:
-    """An `ElasticBuffer` whose device is the emulator: `made.runtime`."""
-    runtimes: list[EmulatedRuntime] = []
+class EmulatedBuffer(ElasticBuffer):
+    """An `ElasticBuffer` of the cuda backend whose device is the emulator: `runtime`."""
 
-    def make(group: dist.ProcessGroup, timeout_seconds: float) -> EmulatedRuntime:
-        runtimes.append(EmulatedRuntime(group, seed=seed, num_sms=SMS))
-        return runtimes[0]
+    def __init__(self, group: dist.ProcessGroup, *, seed: int = 0, **options: Any):
+        def make(group: dist.ProcessGroup, timeout_seconds: float) -> EmulatedRuntime:
+            self.runtime = EmulatedRuntime(group, seed=seed, num_sms=SMS)
+            return self.runtime
 
-    real = buffer.CudaRuntime, buffer.resolve_backend
-    buffer.CudaRuntime, buffer.resolve_backend = make, lambda name: "cuda"
-    try:
-        options = {"num_cpu_timeout_secs": 60, "num_gpu_timeout_secs": seconds, **options}
-        made = ElasticBuffer(dist.group.WORLD, **options)
-    finally:
-        buffer.CudaRuntime, buffer.resolve_backend = real
-    made.runtime = runtimes[0]
-    return made
+        real = buffer.CudaRuntime, buffer.resolve_backend
+        buffer.CudaRuntime, buffer.resolve_backend = make, lambda name: "cuda"
+        try:
+            super().__init__(group, **options)
+        finally:
+            buffer.CudaRuntime, buffer.resolve_backend = real
+
+
+def emulated_buffer(seed: int = 0, seconds: float = 60, **options: Any) -> EmulatedBuffer:
+    """An `EmulatedBuffer` over all ranks."""
+    options = {"num_cpu_timeout_secs": 60, "num_gpu_timeout_secs": seconds, **options}
+    return EmulatedBuffer(dist.group.WORLD, seed=seed, **options)
 
 
 def make_buffer(kind: str, **options: Any) -> ElasticBuffer:

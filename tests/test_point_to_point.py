@@ -6,9 +6,12 @@ a GPU.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import struct
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer, EventOverlap
+from epv2_plugin.elastic.backends import cuda_p2p
+from epv2_plugin.elastic.errors import UnavailableError
 from tests import harness
 from tests.buffers import KINDS, make_buffer, settle
 from tests.harness import Pool
@@ -394,3 +399,156 @@ def beside_collectives(rank: int, size: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_beside_dispatch_and_combine(pool: Callable[[int], Pool], kind: str) -> None:
     pool(2).run(beside_collectives, kind)
+
+
+# ---- the cuda backend's own ------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 1 << 40), st.lists(st.integers(0, 1 << 20), max_size=6), st.integers(0, len(DTYPES) - 1))
+def test_a_header_says_which_tensor_it_is(number: int, shape: list[int], dtype: int) -> None:
+    shape = shape if math.prod(shape) < 1 << 50 else [*shape[:2], 0]
+    tensor = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+    words = struct.pack("<4Q", *cuda_p2p.header(number, tensor))
+    name = str(tensor.dtype).removeprefix("torch.")
+    packed = sum(max(1, -(-size.bit_length() // 7)) for size in shape)
+    assert cuda_p2p.header_text(words) == (
+        f"#{number} {shape} {name}" if packed <= 16 else f"#{number} [{len(shape)} dimensions] {name}"
+    )
+    word = cuda_p2p.hash_word("text", number)
+    assert 0 < word < 1 << 32
+    assert cuda_p2p.same_turn(word, cuda_p2p.hash_word("other", number))
+    assert not cuda_p2p.same_turn(word, cuda_p2p.hash_word("text", number + 1))
+
+
+def receives_first(rank: int, size: int, kind: str) -> None:
+    """Everybody receives before anybody sends, and nobody has said yet where his ring is."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2)
+    into = [torch.zeros(7, device=buffer.device) for _ in range(5)]
+    events = [buffer.pp_recv(t, (rank - 1) % size, async_with_compute_stream=True) for t in into]
+    for number in range(5):
+        buffer.pp_send(torch.full((7,), 10.0 * rank + number, device=buffer.device), (rank + 1) % size)
+    for number, event in reversed(list(enumerate(events))):
+        event.current_stream_wait()
+        assert into[number].tolist() == [10.0 * ((rank - 1) % size) + number] * 7
+    buffer.pp_flush()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_receives_may_come_first_on_every_rank(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(3).run(receives_first, kind)
+
+
+def told(rank: int, size: int, kind: str) -> tuple[str, bool]:
+    """Ranks 0 and 1 disagree; rank 2 waits for rank 0 meanwhile. What each says, and whether it has data."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2)
+    into, link = torch.zeros(8, device=buffer.device), torch.zeros(1, device=buffer.device)
+    if rank == 0:
+        buffer.pp_send(link, 2)
+    if rank == 2:
+        buffer.pp_recv(link, 0)
+    begin = time.monotonic()
+    try:
+        if rank == 0:
+            settle(buffer, buffer.pp_send(torch.ones(9, device=buffer.device), 1).current_stream_wait)
+        else:
+            settle(buffer, lambda: buffer.pp_recv(into, 0))
+    except CommunicationError as error:
+        assert time.monotonic() - begin < 8
+        return str(error), bool(into.isnan().all())
+    return "", False
+
+
+@pytest.mark.parametrize("kind", ["emulated"])
+def test_every_rank_is_told_and_has_no_data(pool: Callable[[int], Pool], kind: str) -> None:
+    (sender, _), (receiver, receiver_nan), (third, third_nan) = pool(3).run(told, kind)
+    assert "expected #0 [8] float32, seen #0 [9] float32" in receiver
+    assert "a refusal: rank 1 expected #0 [8] float32 and saw #0 [9] float32" in sender
+    assert "rank 2, waiting for rank 0 in pp_recv from rank 0, tensor #1, slot 1 of 2" in third
+    assert "that rank 1 gave up: rank 1, waiting for rank 0" in third
+    assert receiver_nan
+    assert third_nan
+
+
+def refusals(rank: int, size: int, kind: str) -> None:
+    buffer = make_buffer(kind, num_bytes=4 << 20, num_cpu_timeout_secs=10)
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    with pytest.raises(UnavailableError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1: .* set it to 32 \(8 at least\)"):
+        buffer.pp_set_config(1 << 18, 4)
+    with pytest.raises(UnavailableError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1"):
+        buffer.agrs_set_config(1 << 18, 4)
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
+    buffer.pp_set_config(1 << 18, 4)  # 1 MiB for a ring: room for four
+    del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+    t = torch.zeros(3, device=buffer.device)
+    links = [(peer, channel) for channel in range(2) for peer in range(size) if peer != rank]
+    for peer, channel in links[:4]:
+        buffer.pp_send(t, peer, channel=channel)
+    where = rf"rank {rank}, dst_rank {links[0][0]}, channel 2: "
+    with pytest.raises(BufferSizeError, match=where + r".* to 4 \(rank, channel\) pairs.* 5 need num_bytes = 6291456"):
+        buffer.pp_send(t, links[0][0], channel=2)
+    for peer, channel in links[:4]:
+        buffer.pp_recv(t, peer, channel=channel)
+    buffer.pp_flush()
+    buffer.runtime.is_capturing = lambda: True
+    with pytest.raises(RuntimeError, match="pp_send can't be captured"):
+        buffer.pp_send(t, links[0][0])
+    with pytest.raises(RuntimeError, match="pp_recv can't be captured"):
+        buffer.pp_recv(t, links[0][0])
+
+
+def test_what_the_cuda_backend_refuses(pool: Callable[[int], Pool]) -> None:
+    pool(3).run(refusals, "emulated")
+
+
+def memory(rank: int, size: int, kind: str) -> None:
+    """What a send or receive under way needs lives, and no longer."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 1)
+    if rank == 0:
+        first, second = (torch.full((5,), float(n), device=buffer.device) for n in range(2))
+        gone = [weakref.ref(t.untyped_storage()) for t in (first, second)]
+        buffer.pp_send(first, 1, async_with_compute_stream=True)
+        buffer.pp_send(second, 1, async_with_compute_stream=True)
+        del first, second
+        time.sleep(0.5)
+        held = [ref() is not None for ref in gone]
+        assert held[1]  # its slot is not free
+        buffer.barrier()
+        buffer.pp_flush()
+    else:
+        time.sleep(0.5)
+        buffer.barrier()
+        into = torch.zeros(5, device=buffer.device)
+        for number in range(2):
+            buffer.pp_recv(into, 0)
+            assert into.tolist() == [float(number)] * 5
+    waits = buffer._backend._watch
+    deadline = time.monotonic() + 5
+    while waits._waits and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not waits._waits
+
+
+def test_tensors_live_as_long_as_they_are_needed(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(memory, "emulated")
+
+
+def destroyed(rank: int, size: int, kind: str) -> float:
+    """A buffer with waits that nothing will end is destroyed all the same."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=60)
+    buffer.pp_set_config(1 << 10, 1)
+    t = torch.zeros(5, device=buffer.device)
+    for _ in range(3):
+        event = buffer.pp_send(t, 1 - rank, async_with_compute_stream=True)
+    begin = time.monotonic()
+    buffer.destroy()
+    seconds = time.monotonic() - begin
+    with pytest.raises(CommunicationError, match=r"pp_send to rank .*, tensor #1, .* seen the end of the buffer"):
+        event.current_stream_wait()
+    return seconds
+
+
+def test_a_buffer_can_be_destroyed_at_any_time(pool: Callable[[int], Pool]) -> None:
+    assert max(pool(2).run(destroyed, "emulated")) < 10

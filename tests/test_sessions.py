@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +15,8 @@ from hypothesis import strategies as st
 
 from epv2_plugin import BufferSizeError, CommunicationError, ElasticBuffer
 from epv2_plugin.elastic import autograd
-from tests.buffers import KINDS, make_buffer, settle
+from tests import harness
+from tests.buffers import KINDS, SMS, make_buffer, settle
 from tests.harness import Pool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8)
@@ -217,3 +221,114 @@ def test_ranks_that_disagree(pool: Callable[[int], Pool], what: str, kind: str) 
     assert all(f"rank {rank}, waiting for rank {1 - rank} in" in m for rank, m in enumerate(messages)), messages
     if what != "operation":
         assert any("expected [4] float32 as on this rank, seen" in m for m in messages), messages
+
+
+# ---- the cuda backend's own ------------------------------------------------------------------------------------------
+
+PARTS = ((1,), (2, 4), (3, 5), (8,), (4096,), (3, 2731), (40000,))
+
+
+def sums(rank: int, size: int, kind: str, num_sms: int) -> None:
+    """Sums of every dtype and many sizes, parts of multiples of 16 bytes and others, within the SMs allowed."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=60)
+    buffer.agrs_set_config(8 << 20, 1, num_sms=num_sms)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for number, shape in enumerate(PARTS):
+            every = torch.stack([_values(r, number, (size, *shape), dtype) for r in range(size)])
+            every[:, :, 0] = -0.0  # stays what it is
+            with buffer.agrs_new_session():
+                reduced, wait = buffer.reduce_scatter(every[rank].to(buffer.device))
+                wait()
+            total = every[0, rank].to(torch.float64 if dtype == torch.float64 else torch.float32)
+            for source in range(1, size):
+                total = total + every[source, rank]
+            got, want = (t.to(dtype).cpu().view(-1).view(torch.uint8) for t in (reduced, total))
+            assert torch.equal(got, want), (dtype, shape)
+    if kind == "emulated":
+        kernels = [launch for launch in buffer.runtime.launches if launch.kernel == "epv2_reduce_scatter"]
+        assert len(kernels) == 4 * len(PARTS)
+        assert max(launch.ctas for launch in kernels) == min(num_sms or 4, SMS)
+
+
+@pytest.mark.parametrize(("size", "num_sms"), [(2, 1), (3, 2), (4, 0)])
+def test_sums_have_the_bits_of_sums_in_rank_order(pool: Callable[[int], Pool], size: int, num_sms: int) -> None:
+    pool(size).run(sums, "emulated", num_sms, timeout=120)
+
+
+def begins_late(rank: int, size: int, kind: str) -> None:
+    """A rank still reads the last session's tensors while the others are in the next one already."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.agrs_set_config(1 << 12, 2)
+    for turn in range(6):
+        with buffer.agrs_new_session():
+            mine = torch.full((16,), 10.0 * turn + rank, device=buffer.device)
+            gathered, wait = buffer.all_gather(mine)
+            reduced, wait_reduced = buffer.reduce_scatter(torch.stack([mine] * size))
+            wait()
+            wait_reduced()
+        if turn % size == rank:
+            time.sleep(0.3)
+        assert gathered[:, 5].tolist() == [10.0 * turn + r for r in range(size)]
+        assert reduced[3].item() == sum(10.0 * turn + r for r in range(size))
+
+
+def test_a_session_waits_for_everybody_to_be_done_with_the_last(pool: Callable[[int], Pool]) -> None:
+    pool(3).run(begins_late, "emulated")
+
+
+def keeps(rank: int, size: int, kind: str) -> None:
+    """Gathered tensors that are to outlive their session do."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.agrs_set_config(1 << 12, 2)
+    kept = []
+    for turn in range(3):
+        with buffer.agrs_new_session():
+            gathered, wait = buffer.all_gather(torch.full((4,), 1.0 + turn, device=buffer.device), keep=True)
+            wait()
+        kept.append(gathered)
+    assert [t[size - 1, 2].item() for t in kept] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_tensors_outlive_the_session(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(keeps, kind)
+
+
+def absent(rank: int, size: int, kind: str, what: str) -> tuple[str, bool]:
+    """Rank 1 is killed, or never begins the session that the others are in. What they say, and if it is no data."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=3)
+    buffer.agrs_set_config(1 << 12, 2)
+    with buffer.agrs_new_session():
+        _, wait = buffer.all_gather(torch.zeros(4, device=buffer.device))
+        wait()
+    buffer.barrier()
+    if rank == 1 and what == "killed":
+        settle(buffer, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if rank == 1:
+        time.sleep(8)
+        return "", True
+    begin, results = time.monotonic(), []
+
+    def session() -> None:
+        with buffer.agrs_new_session():
+            gathered, _ = buffer.all_gather(torch.zeros(4, device=buffer.device))
+            reduced, _ = buffer.reduce_scatter(torch.zeros(size, 4, device=buffer.device))
+            results.extend([gathered, reduced])
+
+    with pytest.raises(CommunicationError) as error:
+        settle(buffer, session)
+    assert time.monotonic() - begin < 15
+    gathered_is_none = bool(results[0][1].isnan().all())
+    buffer.destroy()  # after that nothing is under way
+    return str(error.value), gathered_is_none and bool(results[1].isnan().all())
+
+
+@pytest.mark.parametrize("what", ["killed", "late"])
+def test_a_rank_that_does_not_come_is_named(what: str) -> None:
+    results = harness.outcomes(3, absent, "emulated", what, timeout=60)
+    for rank in (0, 2):
+        assert results[rank].error == "", results[rank].error
+        message, no_data = results[rank].value
+        assert f"rank {rank}, waiting for rank 1 in all_gather #0 of session #2" in message
+        assert "nothing within 3 s" in message
+        assert no_data

@@ -166,12 +166,13 @@ class CudaBackend:
     """`Backend` on one window of symmetric memory per rank. Collective.
 
     Args:
-        runtime: the device. num_bytes: of the window; None = what the sizes below need.
+        runtime: the device. num_bytes: of the window; None = what the sizes below need, or nothing to dispatch
+            with where none of them is given.
         max_tokens, hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction: see `ElasticBuffer`.
         host_timeout_seconds, gpu_timeout_seconds: after which a wait on the host, in a kernel gives up.
 
     Raises:
-        ValueError: neither bytes nor sizes are given. BufferSizeError: `num_bytes` is too small for any operation.
+        ValueError: only one of the sizes is given.
     """
 
     name = "cuda"
@@ -206,10 +207,13 @@ class CudaBackend:
             self.num_bytes, self._combine_start = sizing.window_bytes(
                 runtime.size, max_tokens, hidden, num_topk, use_fp8_dispatch
             )
+        elif not max_tokens and not hidden:
+            self.num_bytes, self._combine_start = align(control, sizing.BUFFER_ALIGNMENT), control
         else:
             raise ValueError(
                 f"num_bytes is None, num_max_tokens_per_rank = {max_tokens} and hidden = {hidden}: the cuda backend "
-                "allocates its window when the buffer is made and needs num_bytes, or both of the others"
+                "allocates its window when the buffer is made and needs num_bytes, or both of the others, or none of "
+                "them where nothing is dispatched"
             )
         self._window = runtime.window(self.num_bytes)
         self._state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=runtime.device)

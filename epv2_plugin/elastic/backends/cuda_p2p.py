@@ -26,7 +26,7 @@ from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic
 from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window
 from epv2_plugin.elastic.backends.host_p2p import describe
 from epv2_plugin.elastic.backends.watch import Wait, Watch
-from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError
+from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
 from epv2_plugin.elastic.sizing import RingLayout, align
 
 _HEADER_WORDS = 4  # 64 bits each: number, what, and two of dimensions
@@ -392,7 +392,7 @@ def check_connections() -> None:
     """Raise where too few queues lead to the device: a wait of one stream would hold others that share its queue."""
     given = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
     if given.isdigit() and int(given) < _LEAST_CONNECTIONS:
-        raise RuntimeError(
+        raise UnavailableError(
             f"CUDA_DEVICE_MAX_CONNECTIONS={given}: transfers wait for each other on streams of their own, which would "
             f"share queues and never end; set it to {_ENOUGH_CONNECTIONS} ({_LEAST_CONNECTIONS} at least) before the "
             "process uses the device"

@@ -34,7 +34,6 @@ from epv2_plugin.elastic.sizing import SessionLayout, align, session_bytes
 from epv2_plugin.jit import kernels
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-_USUAL_SMS = 4  # an SM reads 150 GB/s while few are busy; that is 450 GB/s of NVLink and something to spare
 _THREADS, _VECTORS_OF_A_THREAD, _VECTOR_BYTES = 512, 4, 16
 _EXPLANATION_SECONDS = 2.0
 
@@ -109,7 +108,7 @@ class CudaSessions(SessionLimits):
             self._runtime.meeting.agree(f"{name}/zeroed", lambda: "", f"{name}, end")
         self._bases = [self._window.peer_pointer(peer, 0) for peer in range(self._runtime.size)]
         self._max_bytes, self._max_operations, self._session = max_session_bytes, max_operations, 0
-        self._num_sms = min(num_sms or _USUAL_SMS, self._runtime.num_sms)
+        self._num_sms = min(num_sms or sizing.REDUCE_SCATTER_SMS, self._runtime.num_sms)
 
     def begin(self) -> None:
         self._watch.check()
@@ -177,10 +176,11 @@ class CudaSessions(SessionLimits):
             gathered.append(whole)
             offsets.append(offset)
         text, word = self._identity("all_gather", tensors, number, offsets)
+        spoil = [(self._bases[runtime.rank] + offset, t.nbytes) for offset, t in zip(offsets, gathered, strict=True)]
         before = runtime.record()
         with runtime.on_stream(self._streams["gather"]):
             runtime.wait(before)
-            self._await_begin("gather", "all_gather", number)
+            self._await_begin("gather", "all_gather", number, spoil)
             for tensor, offset in zip(tensors, offsets, strict=True):
                 self._push(tensor, offset)
             done = Wait(runtime.rank, "", "", "gather", keep=(*tensors,))
@@ -189,7 +189,6 @@ class CudaSessions(SessionLimits):
         num_bytes = len(self._peers) * sum(tensor.nbytes for tensor in tensors)
         self._count(num_bytes)
         kept = [torch.empty_like(whole) for whole in gathered] if keep else gathered
-        spoil = [(self._bases[runtime.rank] + offset, t.nbytes) for offset, t in zip(offsets, gathered, strict=True)]
 
         def wait() -> None:
             self._watch.check()
@@ -213,17 +212,17 @@ class CudaSessions(SessionLimits):
         number, free = self._admit("reduce_scatter", sum(sizes))
         offsets = [*accumulate(sizes[:-1], initial=self._layout.tensors + free)]
         text, word = self._identity("reduce_scatter", tensors, number, offsets)
+        # A part of ours that is no number makes a sum that is none.
+        spoil = [(self._bases[rank] + offset, t.nbytes) for offset, t in zip(offsets, tensors, strict=True)]
         reduced = [tensor.new_empty(tensor.shape[1:]) for tensor in tensors]
         before = runtime.record()
         with runtime.on_stream(self._streams["scatter"]):
             runtime.wait(before)
-            self._await_begin("scatter", "reduce_scatter", number)
+            self._await_begin("scatter", "reduce_scatter", number, spoil)
             for tensor, offset in zip(tensors, offsets, strict=True):
                 if tensor.nbytes:
                     runtime.copy(self._bases[rank] + offset, tensor.data_ptr(), tensor.nbytes)
             self._tell("scatter", number, word, None)
-            # A part of ours that is no number makes a sum that is none.
-            spoil = [(self._bases[rank] + offset, t.nbytes) for offset, t in zip(offsets, tensors, strict=True)]
             self._await_parts("reduce_scatter", number, text, word, spoil, "scatter")
             for tensor, offset, out in zip(tensors, offsets, reduced, strict=True):
                 self._sum(offset, tensor, out)
@@ -266,7 +265,7 @@ class CudaSessions(SessionLimits):
         text = ", ".join(map(describe, tensors))
         return text, hash_word(f"{self._session} {number} {call} {text} {list(offsets)}", self._session)
 
-    def _await_begin(self, lane: str, call: str, number: int) -> None:
+    def _await_begin(self, lane: str, call: str, number: int, spoil: Sequence[tuple[int, int]]) -> None:
         """Make the current stream wait until every rank has begun this session, once for each stream."""
         if lane in self._begun_on:
             return
@@ -286,6 +285,7 @@ class CudaSessions(SessionLimits):
             look=(own, 4 * self._runtime.size),
             judge=judge,
             release=[("write32", address, value) for _, address, value in operations],
+            spoil=[(address, num_bytes) for address, num_bytes in spoil if num_bytes],
         )
         self._runtime.stream_ops([*operations, self._watch.note(wait)])
 

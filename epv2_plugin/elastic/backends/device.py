@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.elastic.errors import CommunicationTimeout
+from epv2_plugin.elastic.errors import CommunicationTimeout, UnavailableError
 from epv2_plugin.jit import Kernel, compiler
 
 if TYPE_CHECKING:
@@ -180,8 +180,8 @@ class CudaRuntime:
         timeout_seconds: after which a wait of the host for other ranks gives up.
 
     Raises:
-        RuntimeError: no device, no compiled part, NCCL too old or unable to share memory, a CUDA graph being captured;
-            on every rank if on one, with what mends it.
+        RuntimeError: no device, no compiled part, NCCL too old, a CUDA graph being captured; on every rank if on one,
+            with what mends it. UnavailableError: NCCL can't share memory between these ranks.
         CommunicationTimeout: not every rank came in time.
     """
 
@@ -250,13 +250,13 @@ class CudaRuntime:
 
     def _check_reach(self, properties: dict[str, Any]) -> None:
         if not properties["device_api_support"]:
-            raise RuntimeError(
+            raise UnavailableError(
                 "NCCL can't make symmetric windows here (ncclCommQueryProperties: deviceApiSupport = 0). It needs a "
                 "driver for CUDA 12.5 or newer, memory by cuMem (unset NCCL_CUMEM_ENABLE=0) and GPUs of a node that "
                 "reach each other; NCCL_DEBUG=INFO says which is missing"
             )
         if (reach := properties["lsa_size"]) != self.size:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"the cuda backend needs all {self.size} ranks of a group to reach each other's memory, but NCCL finds "
                 f"only {reach} that do (LSA size {reach}, {properties['n_lsa_teams']} teams). Ranks across nodes come "
                 "with the hybrid mode, which this version does not have: put expert-parallel groups inside a node, or "

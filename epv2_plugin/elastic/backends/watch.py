@@ -43,7 +43,7 @@ class Wait:
         judge: of these words: None if they end the wait, else (peer that is missing, what came of it or "").
         release: writes that end it. spoil: memory (address, bytes) to fill with 0xFF before.
         keep: what must live until it has passed.
-        done: it has passed.
+        done: it has passed. spoiled: see `spoil`.
     """
 
     peer: int
@@ -56,6 +56,7 @@ class Wait:
     spoil: Sequence[tuple[int, int]] = ()
     keep: tuple[Any, ...] = ()
     done: bool = False
+    spoiled: bool = False
     word: int = -1
     since: float = field(default_factory=time.monotonic)
 
@@ -207,14 +208,16 @@ class Watch:
                 self._give_up(error, tell=True)
 
     def _look_into(self, heads: list[Wait]) -> None:
-        old = [wait for wait in heads if time.monotonic() - wait.since > _PATIENCE]
-        waiting = [wait for wait in old if wait.look is not None]
+        now = time.monotonic()
+        waiting = [wait for wait in heads if wait.look is not None and now - wait.since > _PATIENCE]
+        waiting.sort(key=lambda wait: wait.since)
         if waiting and (notice := self._notice()) is not None:
             first = next((wait for wait in waiting if wait.peer == notice["rank"]), waiting[0])
-            self._give_up(self._told(notice, first.peer, first.phase, first.expected), tell=False)
+            peer = (self._judge(first) or (first.peer,))[0]
+            self._give_up(self._told(notice, peer, first.phase, first.expected), tell=False)
             return
-        for wait in sorted(waiting, key=lambda wait: wait.since):
-            found = wait.judge(self._read(*wait.look)) if wait.look is not None else None
+        for wait in waiting:
+            found = self._judge(wait)
             if found is None:
                 continue
             where = (self._runtime.rank, found[0], wait.phase, wait.expected)
@@ -224,6 +227,9 @@ class Watch:
             if time.monotonic() - wait.since > self.timeout_seconds:
                 self.give_up(CommunicationTimeout(*where, self._nothing))
                 return
+
+    def _judge(self, wait: Wait) -> tuple[int, str] | None:
+        return None if wait.look is None else wait.judge(self._read(*wait.look))
 
     def _read(self, address: int, num_bytes: int) -> bytes:
         """Own memory as it is now, past whatever other streams wait for; zeros if the device does not answer."""
@@ -244,8 +250,10 @@ class Watch:
             for wait in heads:
                 for address, num_bytes in wait.spoil:
                     self._runtime.fill(address, 0xFF, num_bytes)
-                if wait.release:
+                # Not at once: what its stream still copied before the wait would come after the fill.
+                if wait.release and wait.spoiled:
                     self._runtime.stream_ops(wait.release)
+                wait.spoiled = True
 
     # ---- giving up --------------------------------------------------------------------------------------------------
 
