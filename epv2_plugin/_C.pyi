@@ -162,6 +162,46 @@ class Mapped:
         """Free it. Nothing if closed."""
 
 @final
+class Stream:
+    """A stream that no other waits for by itself; not one of torch's, of which two users may get the same."""
+
+    def __init__(self, high_priority: bool = True) -> None: ...
+    @property
+    def pointer(self) -> int:
+        """`CUstream`; 0 once closed."""
+
+    def close(self) -> None:
+        """Give it back when its work is done. Nothing if closed."""
+
+def copy(target: int, source: int, num_bytes: int, stream: int) -> None:
+    """Copy memory in stream order, on a copy engine where the driver lets it."""
+
+def fill(target: int, byte: int, num_bytes: int, stream: int) -> None:
+    """Set every byte, in stream order."""
+
+def memory_operations(stream: int, operations: Sequence[tuple[str, int, int]]) -> None:
+    """Write words and wait for words, in this order and in stream order, without a kernel.
+
+    Args:
+        operations: (name, address, value): "write32", "write64", "wait32_eq" or "wait32_geq", which is cyclic: the wait
+            ends when word - value is not negative as a signed number. Addresses are of this device's own memory or of
+            `Mapped`: not every driver takes a peer's.
+
+    Raises:
+        ValueError: an unknown name, an address that is not aligned, a value too large. Error: the driver refused.
+    """
+
+def current_context() -> int:
+    """The context of this thread.
+
+    Raises:
+        Error: it has none.
+    """
+
+def set_context(context: int) -> None:
+    """Make it the context of this thread."""
+
+@final
 class Module:
     """Device code loaded into the current context; unloaded when it and its functions are gone."""
 

@@ -70,7 +70,10 @@ class Parallel(Section):
 
 
 class SmBudget(Section):
-    """CTAs (thread blocks, one per SM) that each primitive may hold; `auto` asks the analytic model."""
+    """CTAs (thread blocks, one per SM) that each primitive may hold; `auto` asks the analytic model.
+
+    `context` is for the sum of key and value gradients, 0 = as few as do; gathers and the pipeline take none.
+    """
 
     expert: Count = "auto"
     pipeline: int = Field(default=0, ge=0)
@@ -88,7 +91,8 @@ class Expert(Section):
 
 
 class Pipeline(Section):
-    """Activations between pipeline stages. `max_tensor_bytes: auto` sets no limit (host backend)."""
+    """Activations between pipeline stages. `max_tensor_bytes: auto`: no limit on the host, on a GPU what the first
+    tensors have."""
 
     transport: Literal["auto", "stock"] = "auto"
     max_inflight: int = Field(default=4, ge=1)

@@ -19,7 +19,7 @@ logger = logging.getLogger("epv2_plugin")
 # Keys, and whole sections, that have nothing to act on with a backend.
 WITHOUT_EFFECT = {
     "host": ("sm_budget", "network", "timeouts.gpu_seconds"),
-    "cuda": ("sm_budget.pipeline", "sm_budget.context", "network.rdma_gbytes_per_s", "pipeline", "context"),
+    "cuda": ("sm_budget.pipeline", "network.rdma_gbytes_per_s"),
 }
 
 
@@ -66,7 +66,7 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
     with ExitStack() as undo:
         bridged = cpu_bridge.install()
         undo.callback(cpu_bridge.uninstall)
-        for adapter in _adapters(backend):
+        for adapter in _adapters():
             undo.callback(adapter.uninstall)
             adapter.install(loaded)
         undo.pop_all()
@@ -75,30 +75,22 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
         "epv2: enabled (configuration: %s); flex backend 'epv2' is there for expert parallelism, pipeline: %s, "
         "context: %s",
         loaded.source,
-        *_who_runs(loaded, backend).values(),
+        *_who_runs(loaded).values(),
     )
-    if left := _left_to_megatron(loaded, backend):
-        logger.info("epv2: the %s backend does not have this yet, Megatron's own runs: %s", backend, ", ".join(left))
     if unused := _unused(loaded, backend):
         logger.info("epv2: without effect on the %s backend: %s", backend, ", ".join(unused))
 
 
-def _adapters(backend: str) -> tuple[Any, ...]:
-    """The modules that put `backend` under Megatron."""
+def _adapters() -> tuple[Any, ...]:
+    """The modules that put the plugin under Megatron."""
     from epv2_plugin.megatron import context_parallel, dispatcher, pipeline
 
-    return (dispatcher, pipeline, context_parallel) if backend == "host" else (dispatcher,)
+    return dispatcher, pipeline, context_parallel
 
 
-def _who_runs(config: PluginConfig, backend: str) -> dict[str, str]:
+def _who_runs(config: PluginConfig) -> dict[str, str]:
     wanted = {"pipeline": config.pipeline.transport, "context": config.context.kv_exchange}
-    return {name: "epv2" if backend == "host" and how != "stock" else "stock" for name, how in wanted.items()}
-
-
-def _left_to_megatron(config: PluginConfig, backend: str) -> list[str]:
-    """What the configuration would have the plugin run, but `backend` does not have."""
-    wanted = {"pipeline.transport": config.pipeline.transport, "context.kv_exchange": config.context.kv_exchange}
-    return [] if backend == "host" else [f"{key} = {how}" for key, how in wanted.items() if how != "stock"]
+    return {name: "stock" if how == "stock" else "epv2" for name, how in wanted.items()}
 
 
 def _show_log() -> None:
@@ -124,7 +116,7 @@ def disable() -> None:
         return
     from epv2_plugin.megatron import arguments, cpu_bridge
 
-    adapters: tuple[Any, ...] = (arguments, *reversed(_adapters(_enabled.backend)), cpu_bridge)
+    adapters: tuple[Any, ...] = (arguments, *reversed(_adapters()), cpu_bridge)
     for adapter in adapters:
         adapter.uninstall()
     _enabled = None
@@ -139,14 +131,14 @@ def status() -> dict[str, Any]:
         return {"enabled": False, "replaced": [], "bridge": [], "groups": []}
     from epv2_plugin.megatron import arguments, cpu_bridge
 
-    adapters = _adapters(_enabled.backend)
+    adapters = _adapters()
     return {
         "enabled": True,
         "config": _enabled.config.source,
         "backend": _enabled.backend,
         "unused": _unused(_enabled.config, _enabled.backend),
         "expert": "epv2",
-        **_who_runs(_enabled.config, _enabled.backend),
+        **_who_runs(_enabled.config),
         "replaced": [name for adapter in (*adapters, arguments) for name in adapter.replaced()],
         "bridge": list(cpu_bridge.active()) if _enabled.bridged else [],
         "groups": [{"primitive": "expert", **group} for adapter in adapters for group in adapter.groups()],

@@ -20,8 +20,8 @@ from epv2_plugin.bench.paths import Received, Setup, WrongResult, make_batch
 from epv2_plugin.bench.timing import Launch, Stopwatch, launches_of
 from epv2_plugin.elastic import ElasticBuffer, model
 from epv2_plugin.jit.kernels import SM_COPY, args_type
+from tests.buffers import emulated_buffer
 from tests.emulator.runtime import EmulatedRuntime
-from tests.test_cuda_emulated import emulated_buffer
 
 CPU = torch.device("cpu")
 SMALL = Setup(

@@ -10,40 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout
-from epv2_plugin.elastic import ElasticBuffer, buffer
+from epv2_plugin.elastic import ElasticBuffer
 from epv2_plugin.elastic.quant import per_token_cast_to_fp8
 from tests import harness, test_elastic
-from tests.emulator.runtime import EmulatedRuntime
+from tests.buffers import SMS, emulated_buffer
 from tests.harness import Pool
 from tests.oracle import Case, expected, inputs
 
 WINDOW = 48 << 20
-SMS = 3
 TOKENS, HIDDEN, EXPERTS, TOPK = 5, 32, 12, 2
 _buffers: dict[tuple[int, bool], ElasticBuffer] = {}
-
-
-def emulated_buffer(seed: int = 0, seconds: float = 60, **options: Any) -> ElasticBuffer:
-    """An `ElasticBuffer` whose device is the emulator: `made.runtime`."""
-    runtimes: list[EmulatedRuntime] = []
-
-    def make(group: dist.ProcessGroup, timeout_seconds: float) -> EmulatedRuntime:
-        runtimes.append(EmulatedRuntime(group, seed=seed, num_sms=SMS))
-        return runtimes[0]
-
-    real = buffer.CudaRuntime, buffer.resolve_backend
-    buffer.CudaRuntime, buffer.resolve_backend = make, lambda name: "cuda"
-    try:
-        made = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=60, num_gpu_timeout_secs=seconds, **options)
-    finally:
-        buffer.CudaRuntime, buffer.resolve_backend = real
-    made.runtime = runtimes[0]
-    return made
 
 
 def round_trip(rank: int, size: int, case: Case) -> dict[str, Any]:

@@ -239,25 +239,20 @@ def on_cuda(rank: int, size: int, config: dict[str, Any]) -> tuple[dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("config", "left"),
+    ("config", "pipeline", "context"),
     [
-        ({}, "pipeline.transport = auto, context.kv_exchange = all_gather"),
-        ({"pipeline": {"transport": "stock"}}, "context.kv_exchange = all_gather"),
-        ({"pipeline": {"transport": "stock"}, "context": {"kv_exchange": "stock"}}, ""),
+        ({}, "epv2", "epv2"),
+        ({"pipeline": {"transport": "stock"}}, "stock", "epv2"),
+        ({"context": {"kv_exchange": "stock"}}, "epv2", "stock"),
     ],
 )
-def test_pipeline_and_context_are_megatrons_own_on_the_cuda_backend(config: dict[str, Any], left: str) -> None:
+def test_pipeline_and_context_on_the_cuda_backend(config: dict[str, Any], pipeline: str, context: str) -> None:
     ((status, own, lines),) = harness.run(1, on_cuda, config)
-    assert (status["backend"], status["pipeline"], status["context"], status["unused"]) == (
-        "cuda",
-        "stock",
-        "stock",
-        [],
-    )
-    assert own
-    assert not any("context_parallel" in name or "P2PCommunicator" in name for name in status["replaced"])
-    said = [line for line in lines if "Megatron's own runs" in line]
-    assert said == ([f"epv2: the cuda backend does not have this yet, Megatron's own runs: {left}"] if left else [])
+    assert (status["backend"], status["pipeline"], status["context"]) == ("cuda", pipeline, context)
+    assert status["unused"] == []
+    assert own == (pipeline == "stock")
+    assert any("core_attention" in name for name in status["replaced"]) == (context == "epv2")
+    assert any(f"pipeline: {pipeline}, context: {context}" in line for line in lines)
 
 
 def alignment(rank: int, size: int, layout: str) -> list[tuple[list[int], list[int], bool]]:

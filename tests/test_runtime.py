@@ -462,6 +462,77 @@ refused(_C.Mapped, 0)
     assert not calls
 
 
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_streams(fakes: Fakes) -> None:
+    script = """
+stream = _C.Stream()
+print(stream.pointer != 0)
+stream.close(); stream.close()
+print(stream.pointer)
+forgotten = _C.Stream(high_priority=False); del forgotten
+_C.set_context(_C.current_context())
+"""
+    lines, calls = fakes.run(script, nccl=False)
+    assert lines == ["True", "0"]
+    made = [f"cuStreamCreateWithPriority 1 {priority}" for priority in (-5, 0)]
+    assert calls == [made[0], "cuStreamDestroy", made[1], "cuStreamDestroy", "cuCtxSetCurrent"]
+    oom = "CUDA_ERROR_OUT_OF_MEMORY (in words)"
+    lines, _ = fakes.run("refused(_C.Stream)", FAKE_FAIL="cuStreamCreateWithPriority")
+    assert lines == [f"Error: cuStreamCreateWithPriority: {oom}"]
+    lines, calls = fakes.run("refused(_C.Stream); refused(_C.current_context)", FAKE_NO_CONTEXT="1")
+    assert all(line.startswith("Error: no CUDA context on this thread") for line in lines)
+    assert not calls
+
+
+def test_copies_and_words_on_a_stream(fakes: Fakes) -> None:
+    script = """
+source, target = ctypes.create_string_buffer(b"0123456789"), ctypes.create_string_buffer(16)
+to, of = ctypes.addressof(target), ctypes.addressof(source)
+_C.copy(to, of, 4, 77); _C.copy(to + 4, of, 2, 0); _C.fill(to + 6, 0x41, 2, 77)
+print(target.value)
+_C.memory_operations(77, [("write32", 8, 1), ("write64", 16, 1 << 40), ("wait32_eq", 4, 3), ("wait32_geq", 12, 5)])
+_C.memory_operations(77, [("write32", 8, 1)] * 300); _C.memory_operations(77, [])
+"""
+    lines, calls = fakes.run(script, nccl=False)
+    assert lines == ["b'012301AA'"]
+    batched = "cuMemcpyBatchAsync 1 of 4 order=1 flags=1 first=0 kinds=1 stream=77"  # it prefers a copy engine
+    assert calls[0] in (batched, "cuMemcpyAsync 4 stream=77")  # compiled with headers of CUDA 13, or of 12
+    assert calls[1:8] == [
+        "cuMemcpyAsync 2 stream=0",
+        "cuMemsetD8Async 2",
+        "cuStreamBatchMemOp 4 flags=0 stream=77",
+        "operation 2 at 8 value 1 flags=0",
+        f"operation 5 at 16 value {1 << 40} flags=0",
+        "operation 1 at 4 value 3 flags=1",
+        "operation 1 at 12 value 5 flags=0",
+    ]
+    assert [call.split()[1] for call in calls[8:] if "Batch" in call] == ["255", "45"]
+
+
+def test_copies_and_words_that_are_refused(fakes: Fakes) -> None:
+    script = """
+refused(_C.copy, 4096, 8192, 16, 0); refused(_C.fill, 4096, 0, 16, 7)
+refused(_C.memory_operations, 7, [("write32", 4096, 1), ("wait32_eq", 4100, 1)])
+for name, address, value in (("read32", 8, 0), ("write32", 2, 0), ("write64", 12, 0), ("wait32_eq", 0, 0)):
+    refused(_C.memory_operations, 7, [(name, address, value)])
+refused(_C.memory_operations, 7, [("write32", 8, 1 << 32)])
+"""
+    lines, _ = fakes.run(script, FAKE_FAIL="cuMemcpyAsync,cuMemsetD8Async,cuStreamBatchMemOp")
+    oom = "CUDA_ERROR_OUT_OF_MEMORY (in words)"
+    assert lines == [
+        f"Error: cuMemcpyAsync (16 bytes from 0x2000 to 0x1000): {oom}",
+        f"Error: cuMemsetD8Async (16 bytes at 0x1000): {oom}",
+        f"Error: cuStreamBatchMemOp (2 operations, the first write32 at 0x1000): {oom}",
+        'ValueError: operation "read32": must be write32, write64, wait32_eq or wait32_geq',
+        "ValueError: write32 at 0x2: must be a multiple of 4, not 0",
+        "ValueError: write64 at 0xc: must be a multiple of 8, not 0",
+        "ValueError: wait32_eq at 0x0: must be a multiple of 4, not 0",
+        "ValueError: write32 of 4294967296: must have at most 32 bits",
+    ]
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 KERNEL = "import struct; args = struct.pack('III', 1, 2, 3); f = _C.Module.load(b'code').function('kernel_a')\n"
@@ -688,12 +759,12 @@ def test_runtime_launches(fakes: Fakes, tmp_path: Path) -> None:
         ),
         (
             "lsa",
-            (r"RuntimeError: the cuda backend needs all 2 ranks .* only 1 that do \(LSA size 1, 2 teams\).*hybrid",)
+            (r"UnavailableError: the cuda backend needs all 2 ranks .* only 1 that do \(LSA size 1, 2 teams\).*hybrid",)
             * 2,
         ),
         (
             "no windows",
-            (r"RuntimeError: NCCL can't make symmetric windows here \(.*deviceApiSupport = 0\).*12\.5",) * 2,
+            (r"UnavailableError: NCCL can't make symmetric windows here \(.*deviceApiSupport = 0\).*12\.5",) * 2,
         ),
         ("sizes", (r"ValueError: a window must have the same size on all ranks, got 1024, 1025 bytes by rank",) * 2),
         (
@@ -794,7 +865,7 @@ def on_device(rank: int, size: int, cubin: str, torch_communicator: bool) -> str
     assert not window.tensor[4608:].any()
     kernel = Kernel(name="kernel_fill", source="ep/fill.cu", args="Args")
     with mock.patch("epv2_plugin.jit.compiler.build", return_value=types.SimpleNamespace(path=Path(cubin))):
-        with runtime.on_comm_stream():
+        with runtime.on_stream(runtime.comm_stream()):
             assert torch.cuda.current_stream() == runtime.comm_stream()
             runtime.launch(kernel, bytes(FillArgs(mapped.pointer, 7, 16)), ctas=1, threads=32, shared_bytes=0)
             done = runtime.record()

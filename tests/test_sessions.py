@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 
 from epv2_plugin import BufferSizeError, CommunicationError, ElasticBuffer
 from epv2_plugin.elastic import autograd
+from tests import harness
+from tests.buffers import KINDS, SMS, make_buffer, settle
 from tests.harness import Pool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8)
@@ -23,9 +28,9 @@ def _values(rank: int, call: int, shape: tuple[int, ...], dtype: torch.dtype) ->
     return values.to(torch.int64).to(dtype) if not dtype.is_floating_point else values.to(dtype)
 
 
-def gathers(rank: int, size: int, calls: list[tuple], order: list[int]) -> None:
+def gathers(rank: int, size: int, kind: str, calls: list[tuple], order: list[int]) -> None:
     """Every call gathers its shapes; the waits come in another order."""
-    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
     need = sum(
         ElasticBuffer.get_agrs_num_max_session_bytes(dist.group.WORLD, shapes, DTYPES[dtype])
         for shapes, dtype, _ in calls
@@ -35,7 +40,7 @@ def gathers(rank: int, size: int, calls: list[tuple], order: list[int]) -> None:
         results = []
         with buffer.agrs_new_session():
             for number, (shapes, dtype, in_place) in enumerate(calls):
-                own = [_values(rank, number, shape, DTYPES[dtype]) for shape in shapes]
+                own = [_values(rank, number, shape, DTYPES[dtype]).to(buffer.device) for shape in shapes]
                 if in_place:
                     slots = buffer.agrs_get_inplace_tensor(shapes, DTYPES[dtype])
                     for slot, value in zip(slots, own, strict=True):
@@ -50,7 +55,7 @@ def gathers(rank: int, size: int, calls: list[tuple], order: list[int]) -> None:
         for number, (shapes, dtype, _) in enumerate(calls):
             for shape, out in zip(shapes, results[number][0], strict=True):
                 want = torch.stack([_values(p, number, shape, DTYPES[dtype]) for p in range(size)])
-                assert torch.equal(out, want)
+                assert torch.equal(out.cpu(), want)
     buffer.destroy()
 
 
@@ -63,22 +68,23 @@ def plans(draw: st.DrawFn) -> tuple[int, list[tuple], list[int]]:
     return draw(st.integers(1, 3)), calls, order[: draw(st.integers(0, len(calls)))]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @given(plan=plans())
 @settings(max_examples=15)
-def test_gathered_tensors(pool: Callable[[int], Pool], plan: tuple[int, list[tuple], list[int]]) -> None:
+def test_gathered_tensors(pool: Callable[[int], Pool], kind: str, plan: tuple[int, list[tuple], list[int]]) -> None:
     size, calls, order = plan
-    pool(size).run(gathers, calls, order)
+    pool(size).run(gathers, kind, calls, order)
 
 
-def scatters(rank: int, size: int) -> list[torch.Tensor]:
+def scatters(rank: int, size: int, kind: str) -> list[torch.Tensor]:
     """Sums of bf16 that depend on order and on precision; two in flight and an all-gather beside them."""
-    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
     buffer.agrs_set_config(1 << 20, 8)
     found = []
     with buffer.agrs_new_session():
         waits = []
         for number, dtype in enumerate((torch.bfloat16, torch.float32, torch.float64)):
-            mine = torch.stack([_values(rank, 10 * number + p, (7, 3), dtype) for p in range(size)])
+            mine = torch.stack([_values(rank, 10 * number + p, (7, 3), dtype) for p in range(size)]).to(buffer.device)
             reduced, wait = buffer.reduce_scatter(mine)
             gathered, wait_gathered = buffer.all_gather(mine)
             waits += [wait_gathered, wait]
@@ -89,21 +95,22 @@ def scatters(rank: int, size: int) -> list[torch.Tensor]:
         total = torch.zeros(7, 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         for source in range(size):
             total += _values(source, 10 * number + rank, (7, 3), dtype)
-            assert torch.equal(gathered[source, rank], _values(source, 10 * number + rank, (7, 3), dtype))
-        assert torch.equal(reduced, total.to(dtype))
-    return [reduced for _, _, reduced, _ in found]
+            assert torch.equal(gathered[source, rank].cpu(), _values(source, 10 * number + rank, (7, 3), dtype))
+        assert torch.equal(reduced.cpu(), total.to(dtype))
+    return [reduced.cpu() for _, _, reduced, _ in found]
 
 
-def test_sums_run_in_fp32_in_rank_order(pool: Callable[[int], Pool]) -> None:
-    for first, second in zip(pool(3).run(scatters), pool(3).run(scatters), strict=True):
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_run_in_fp32_in_rank_order(pool: Callable[[int], Pool], kind: str) -> None:
+    for first, second in zip(pool(3).run(scatters, kind), pool(3).run(scatters, kind), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def gradients(rank: int, size: int) -> tuple[torch.Tensor, ...]:
+def gradients(rank: int, size: int, kind: str) -> tuple[torch.Tensor, ...]:
     """A little network that gathers two tensors and scatters a third; its output and gradients."""
-    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
     buffer.agrs_set_config(1 << 16, 4)
-    x, y = (_values(rank, n, (2, 3), torch.float64).requires_grad_() for n in (0, 1))
+    x, y = (_values(rank, n, (2, 3), torch.float64).to(buffer.device).requires_grad_() for n in (0, 1))
     with buffer.agrs_new_session():
         (all_x, all_y), wait = autograd.all_gather(buffer, [x, y.t()])
         wait()
@@ -113,10 +120,11 @@ def gradients(rank: int, size: int) -> tuple[torch.Tensor, ...]:
     part.cos().sum().backward()
     assert x.grad is not None
     assert y.grad is not None
-    return part.detach(), x.grad, y.grad
+    return part.detach().cpu(), x.grad.cpu(), y.grad.cpu()
 
 
-def test_gradients_are_those_of_one_process(pool: Callable[[int], Pool]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_one_process(pool: Callable[[int], Pool], kind: str) -> None:
     size = 3
     x, y = (torch.stack([_values(r, n, (2, 3), torch.float64) for r in range(size)]).requires_grad_() for n in (0, 1))
     all_y = y.transpose(1, 2)
@@ -126,19 +134,21 @@ def test_gradients_are_those_of_one_process(pool: Callable[[int], Pool]) -> None
     total.cos().sum().backward()
     assert x.grad is not None
     assert y.grad is not None
-    for rank, (part, dx, dy) in enumerate(pool(size).run(gradients)):
+    for rank, (part, dx, dy) in enumerate(pool(size).run(gradients, kind)):
         torch.testing.assert_close(part, total[rank].detach())
         torch.testing.assert_close(dx, x.grad[rank])
         torch.testing.assert_close(dy, y.grad[rank])
 
 
-def bad_input(rank: int, size: int) -> None:
-    buffer = ElasticBuffer(dist.group.WORLD, num_bytes=2 << 20, num_cpu_timeout_secs=10)
+def bad_input(rank: int, size: int, kind: str) -> None:
+    buffer = make_buffer(kind, num_bytes=2 << 20, num_cpu_timeout_secs=10)
+    torch.set_default_device(buffer.device)
     t = torch.zeros(4)
     cases: list[tuple[type[Exception], str, Callable[[], object]]] = [
         (RuntimeError, "create_agrs_session before agrs_set_config", buffer.create_agrs_session),
         (ValueError, "max_session_bytes = 0: must be positive", lambda: buffer.agrs_set_config(0, 1)),
         (ValueError, "max_all_gathers_per_session = 0", lambda: buffer.agrs_set_config(64, 0)),
+        (ValueError, "num_sms = -1: must be 0", lambda: buffer.agrs_set_config(64, 1, num_sms=-1)),
         (BufferSizeError, "the session needs 4194304", lambda: buffer.agrs_set_config(4 << 20, 1)),
         (RuntimeError, "all_gather outside an all-gather session", lambda: buffer.all_gather(t)),
         (RuntimeError, "destroy_agrs_session outside", buffer.destroy_agrs_session),
@@ -171,18 +181,20 @@ def bad_input(rank: int, size: int) -> None:
         wait()
         wait()
         assert torch.equal(gathered, torch.tensor([[0.0] * 4, [1.0] * 4]))
+    torch.set_default_device("cpu")
     single = ElasticBuffer.get_agrs_num_max_session_bytes(dist.group.WORLD, (3, 5), torch.bfloat16)
     assert single == 64
     assert ElasticBuffer.get_agrs_num_max_session_bytes(dist.group.WORLD, [(3, 5), (1,)], torch.bfloat16) == 96
     assert ElasticBuffer.get_agrs_buffer_size_hint(dist.group.WORLD, single) == 2 << 20
 
 
-def test_bad_input_is_refused_before_anything_is_sent(pool: Callable[[int], Pool]) -> None:
-    pool(2).run(bad_input)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input_is_refused_before_anything_is_sent(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(bad_input, kind)
 
 
-def disagree(rank: int, size: int, what: str) -> str:
-    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=3)
+def disagree(rank: int, size: int, kind: str, what: str) -> str:
+    buffer = make_buffer(kind, num_cpu_timeout_secs=3)
     buffer.agrs_set_config(1 << 16, 4)
     tensors = {
         "shape": [torch.zeros(4 + rank)],
@@ -191,15 +203,132 @@ def disagree(rank: int, size: int, what: str) -> str:
         "operation": [torch.zeros(size, 4)],
     }[what]
     operation = buffer.reduce_scatter if what == "operation" and rank else buffer.all_gather
-    with pytest.raises(CommunicationError) as error, buffer.agrs_new_session():
-        operation(tensors)
+
+    def session() -> None:
+        with buffer.agrs_new_session():
+            operation([tensor.to(buffer.device) for tensor in tensors])
+
+    with pytest.raises(CommunicationError) as error:
+        settle(buffer, session)
     assert not buffer.agrs_in_session
     return str(error.value)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", ["shape", "dtype", "number", "operation"])
-def test_ranks_that_disagree(pool: Callable[[int], Pool], what: str) -> None:
-    messages = pool(2).run(disagree, what, timeout=30)
+def test_ranks_that_disagree(pool: Callable[[int], Pool], what: str, kind: str) -> None:
+    messages = pool(2).run(disagree, kind, what, timeout=30)
     assert all(f"rank {rank}, waiting for rank {1 - rank} in" in m for rank, m in enumerate(messages)), messages
     if what != "operation":
         assert any("expected [4] float32 as on this rank, seen" in m for m in messages), messages
+
+
+# ---- the cuda backend's own ------------------------------------------------------------------------------------------
+
+PARTS = ((1,), (2, 4), (3, 5), (8,), (4096,), (3, 2731), (40000,))
+
+
+def sums(rank: int, size: int, kind: str, num_sms: int) -> None:
+    """Sums of every dtype and many sizes, parts of multiples of 16 bytes and others, within the SMs allowed."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=60)
+    buffer.agrs_set_config(8 << 20, 1, num_sms=num_sms)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for number, shape in enumerate(PARTS):
+            every = torch.stack([_values(r, number, (size, *shape), dtype) for r in range(size)])
+            every[:, :, 0] = -0.0  # stays what it is
+            with buffer.agrs_new_session():
+                reduced, wait = buffer.reduce_scatter(every[rank].to(buffer.device))
+                wait()
+            total = every[0, rank].to(torch.float64 if dtype == torch.float64 else torch.float32)
+            for source in range(1, size):
+                total = total + every[source, rank]
+            got, want = (t.to(dtype).cpu().view(-1).view(torch.uint8) for t in (reduced, total))
+            assert torch.equal(got, want), (dtype, shape)
+    if kind == "emulated":
+        kernels = [launch for launch in buffer.runtime.launches if launch.kernel == "epv2_reduce_scatter"]
+        assert len(kernels) == 4 * len(PARTS)
+        assert max(launch.ctas for launch in kernels) == min(num_sms or 4, SMS)
+
+
+@pytest.mark.parametrize(("size", "num_sms"), [(2, 1), (3, 2), (4, 0)])
+def test_sums_have_the_bits_of_sums_in_rank_order(pool: Callable[[int], Pool], size: int, num_sms: int) -> None:
+    pool(size).run(sums, "emulated", num_sms, timeout=120)
+
+
+def begins_late(rank: int, size: int, kind: str) -> None:
+    """A rank still reads the last session's tensors while the others are in the next one already."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.agrs_set_config(1 << 12, 2)
+    for turn in range(6):
+        with buffer.agrs_new_session():
+            mine = torch.full((16,), 10.0 * turn + rank, device=buffer.device)
+            gathered, wait = buffer.all_gather(mine)
+            reduced, wait_reduced = buffer.reduce_scatter(torch.stack([mine] * size))
+            wait()
+            wait_reduced()
+        if turn % size == rank:
+            time.sleep(0.3)
+        assert gathered[:, 5].tolist() == [10.0 * turn + r for r in range(size)]
+        assert reduced[3].item() == sum(10.0 * turn + r for r in range(size))
+
+
+def test_a_session_waits_for_everybody_to_be_done_with_the_last(pool: Callable[[int], Pool]) -> None:
+    pool(3).run(begins_late, "emulated")
+
+
+def keeps(rank: int, size: int, kind: str) -> None:
+    """Gathered tensors that are to outlive their session do."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.agrs_set_config(1 << 12, 2)
+    kept = []
+    for turn in range(3):
+        with buffer.agrs_new_session():
+            gathered, wait = buffer.all_gather(torch.full((4,), 1.0 + turn, device=buffer.device), keep=True)
+            wait()
+        kept.append(gathered)
+    assert [t[size - 1, 2].item() for t in kept] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_tensors_outlive_the_session(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(keeps, kind)
+
+
+def absent(rank: int, size: int, kind: str, what: str) -> tuple[str, bool]:
+    """Rank 1 is killed, or never begins the session that the others are in. What they say, and if it is no data."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=3)
+    buffer.agrs_set_config(1 << 12, 2)
+    with buffer.agrs_new_session():
+        _, wait = buffer.all_gather(torch.zeros(4, device=buffer.device))
+        wait()
+    buffer.barrier()
+    if rank == 1 and what == "killed":
+        settle(buffer, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if rank == 1:
+        time.sleep(8)
+        return "", True
+    begin, results = time.monotonic(), []
+
+    def session() -> None:
+        with buffer.agrs_new_session():
+            gathered, _ = buffer.all_gather(torch.zeros(4, device=buffer.device))
+            reduced, _ = buffer.reduce_scatter(torch.zeros(size, 4, device=buffer.device))
+            results.extend([gathered, reduced])
+
+    with pytest.raises(CommunicationError) as error:
+        settle(buffer, session)
+    assert time.monotonic() - begin < 15
+    gathered_is_none = bool(results[0][1].isnan().all())
+    buffer.destroy()  # after that nothing is under way
+    return str(error.value), gathered_is_none and bool(results[1].isnan().all())
+
+
+@pytest.mark.parametrize("what", ["killed", "late"])
+def test_a_rank_that_does_not_come_is_named(what: str) -> None:
+    results = harness.outcomes(3, absent, "emulated", what, timeout=60)
+    for rank in (0, 2):
+        assert results[rank].error == "", results[rank].error
+        message, no_data = results[rank].value
+        assert f"rank {rank}, waiting for rank 1 in all_gather #0 of session #2" in message
+        assert "nothing within 3 s" in message
+        assert no_data

@@ -314,27 +314,6 @@ def _refusals(rank: int, size: int) -> list[str]:
     return messages
 
 
-def _on_gpus(rank: int, size: int, overrides: dict[str, Any]) -> str:
-    """What a rank says of a recipe where it believes that there are GPUs."""
-    from epv2_plugin.config import ConfigError
-    from epv2_plugin.training import devices, trainer
-    from epv2_plugin.training.recipe import load_recipe
-
-    known, devices.usable_gpus = devices.usable_gpus, lambda recipe: 2
-    try:
-        trainer.setup(load_recipe(RECIPE, {"train.processes": size, **overrides}))
-    except ConfigError as error:
-        return str(error)
-    finally:
-        devices.usable_gpus = known
-    return ""
-
-
-def test_context_parallelism_on_gpus_needs_transformer_engine(pool: Callable[[int], Pool]) -> None:
-    for message in pool(2).run(_on_gpus, {"plugin.parallel.context": 2, "plugin.parallel.expert": 1}, timeout=WAIT):
-        assert "plugin.parallel.context = 2: must be 1 on GPUs, unless Transformer Engine" in message
-
-
 def test_megatron_fields_are_checked(pool: Callable[[int], Pool]) -> None:
     unknown, decided, refused = pool(1).run(_refusals, timeout=WAIT)[0]
     assert "megatron.moe_router_fuson = True" in unknown

@@ -10,6 +10,7 @@
 #include "error.h"
 #include "launch.h"
 #include "nccl_api.h"
+#include "stream.h"
 
 namespace py = pybind11;
 using namespace epv2;
@@ -148,6 +149,18 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("pointer", &Mapped::pointer)
       .def_property_readonly("num_bytes", &Mapped::num_bytes)
       .def("close", &Mapped::close);
+
+  py::class_<Stream>(m, "Stream")
+      .def(py::init<bool>(), py::arg("high_priority") = true)
+      .def_property_readonly("pointer", &Stream::pointer)
+      .def("close", &Stream::close, Unlocked());
+
+  // They may wait for room on the stream.
+  m.def("copy", &copy, py::arg("target"), py::arg("source"), py::arg("num_bytes"), py::arg("stream"), Unlocked());
+  m.def("fill", &fill, py::arg("target"), py::arg("byte"), py::arg("num_bytes"), py::arg("stream"), Unlocked());
+  m.def("memory_operations", &memory_operations, py::arg("stream"), py::arg("operations"), Unlocked());
+  m.def("current_context", &current_context);
+  m.def("set_context", &set_context, py::arg("context"));
 
   py::class_<Module, std::shared_ptr<Module>>(m, "Module")
       .def_static(

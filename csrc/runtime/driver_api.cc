@@ -32,6 +32,9 @@ std::unique_ptr<Driver> load() {
   if (!take(found->name, EPV2_TEXT(name))) missing = EPV2_TEXT(name);
   EPV2_DRIVER_FUNCTIONS(EPV2_TAKE)
 #undef EPV2_TAKE
+#if CUDA_VERSION >= 13000
+  take(found->cuMemcpyBatchAsync, EPV2_TEXT(cuMemcpyBatchAsync));
+#endif
 #undef EPV2_TEXT
   if (found->version < kOldest || !missing.empty())
     throw Error("the CUDA driver (" + library->path() + ") is too old: it supports CUDA " +

@@ -7,10 +7,12 @@
 
 namespace epv2 {
 
-// Names as in cuda.h, whose macros pick the version of each (cuMemsetD8Async has only one).
+// Names as in cuda.h, whose macros pick the version of each.
 #define EPV2_DRIVER_FUNCTIONS(X)                                                                                     \
   X(cuInit) X(cuDriverGetVersion) X(cuGetErrorName) X(cuGetErrorString) X(cuCtxGetCurrent) X(cuCtxGetDevice)         \
   X(cuDeviceGetAttribute) X(cuStreamCreate) X(cuStreamSynchronize) X(cuStreamDestroy) X(cuMemsetD8Async)             \
+  X(cuCtxSetCurrent) X(cuCtxGetStreamPriorityRange) X(cuStreamCreateWithPriority) X(cuMemcpyAsync)                   \
+  X(cuStreamBatchMemOp)                                                                                              \
   X(cuMemHostAlloc) X(cuMemHostGetDevicePointer) X(cuMemFreeHost) X(cuModuleLoadData) X(cuModuleUnload)              \
   X(cuModuleGetFunction) X(cuFuncGetAttribute) X(cuFuncSetAttribute) X(cuFuncGetParamInfo) X(cuLaunchKernelEx)
 
@@ -19,6 +21,9 @@ struct Driver {
 #define EPV2_MEMBER(name) decltype(&::name) name = nullptr;
   EPV2_DRIVER_FUNCTIONS(EPV2_MEMBER)
 #undef EPV2_MEMBER
+#if CUDA_VERSION >= 13000
+  decltype(&::cuMemcpyBatchAsync) cuMemcpyBatchAsync = nullptr;  // nullptr before CUDA 13
+#endif
 
   // Throw Error "call (what): CUDA_ERROR_X (in words)" unless `result` is success.
   void check(CUresult result, const char* call, const std::string& what = "") const;

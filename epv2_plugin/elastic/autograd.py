@@ -5,6 +5,7 @@ backward of an all-gather is a reduce-scatter, and the reverse.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, buffer: ElasticBuffer, *tensors: torch.Tensor) -> Any:
         ctx.buffer = buffer
-        return buffer.all_gather([tensor.contiguous() for tensor in tensors])
+        return buffer.all_gather([tensor.contiguous() for tensor in tensors], keep=True)  # for the backward
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -151,7 +152,7 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *_complete(ctx.buffer, ctx.buffer.all_gather, grads[:-1])
+        return None, *_complete(ctx.buffer, partial(ctx.buffer.all_gather, keep=True), grads[:-1])
 
 
 def _complete(buffer: ElasticBuffer, operation: Callable, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:

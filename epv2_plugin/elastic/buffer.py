@@ -57,7 +57,8 @@ class ElasticBuffer:
     Args:
         group: ranks among which experts are spread; expert e lives on rank e // (num_experts / ranks).
         num_bytes: size of the buffer. On the host backend a limit only: nothing is allocated ahead. On the cuda backend
-            the bytes of the window; without it the MoE sizes below say how many, for rows of 2 bytes per value.
+            the bytes of the window; without it the MoE sizes below say how many, for rows of 2 bytes per value. Rings
+            of `pp_send` and sessions have windows of their own, made when they are configured; `num_bytes` limits them.
         num_cpu_bytes: part of `num_bytes` in CPU memory, for an Engram table; the rest is then for the rows fetched.
             0 = no limit set (host backend).
         num_max_tokens_per_rank: most tokens that any rank dispatches at once; 0 = the ranks agree at each dispatch
@@ -873,7 +874,8 @@ class ElasticBuffer:
 
         Args:
             max_tensor_bytes: largest tensor.
-            max_inflight: tensors on their way from one rank to another, per channel, before `pp_send` blocks.
+            max_inflight: tensors on their way from one rank to another, per channel, before `pp_send` blocks (on a GPU:
+                before the stream of such sends does).
 
         Raises:
             ValueError: a value is not positive. BufferSizeError: more than the buffer's `num_bytes`.
@@ -916,7 +918,8 @@ class ElasticBuffer:
 
         Raises:
             TypeError, ValueError, BufferSizeError: a wrong argument; nothing was sent. RuntimeError: no pp_set_config.
-            CommunicationError: the peer died, or took none of the last `max_inflight` tensors within the timeout.
+            CommunicationError: the peer died, or took none of the last `max_inflight` tensors within the timeout. On a
+                GPU streams wait instead of the host: the error comes at the first call after it is known.
         """
         self._check_transfer("dst_rank", t, dst_rank, channel)
         event = self._open().point_to_point.send(t, dst_rank, channel, copy=not async_with_compute_stream)
@@ -983,27 +986,34 @@ class ElasticBuffer:
         return sizing.align(max_session_bytes, sizing.BUFFER_ALIGNMENT)
 
     @_collective
-    def agrs_set_config(self, max_session_bytes: int, max_all_gathers_per_session: int) -> None:
+    def agrs_set_config(self, max_session_bytes: int, max_all_gathers_per_session: int, *, num_sms: int = 0) -> None:
         """Make all-gather sessions ready. Every rank calls it, with the same values.
 
         Args:
             max_session_bytes: of all gathered (or scattered) tensors of a session, each rounded up to 32.
             max_all_gathers_per_session: calls of `all_gather` and `reduce_scatter` in a session.
+            num_sms: that a `reduce_scatter` may hold on a GPU; 0 = 4, which read as fast as a link between GPUs brings
+                (unused on the host). An `all_gather` holds none.
 
         Raises:
-            As `pp_set_config`. RuntimeError: inside a session.
+            As `pp_set_config`. RuntimeError: inside a session. ValueError: more SMs than the device has.
         """
         _check_positive(max_session_bytes=max_session_bytes, max_all_gathers_per_session=max_all_gathers_per_session)
         if self._limit_bytes is not None and max_session_bytes > self._limit_bytes:
             raise BufferSizeError(f"the buffer has {self._limit_bytes} bytes, the session needs {max_session_bytes}")
-        self._open().sessions.configure(max_session_bytes, max_all_gathers_per_session)
+        backend = self._open()
+        if num_sms < 0 or (backend.num_sms and num_sms > backend.num_sms):
+            allowed = f"to the device's {backend.num_sms}" if backend.num_sms else "or more"
+            raise ValueError(f"num_sms = {num_sms}: must be 0 (as few as do) {allowed}")
+        backend.sessions.configure(max_session_bytes, max_all_gathers_per_session, num_sms)
 
     def create_agrs_session(self) -> None:
         """Begin a session; every rank does. RuntimeError: there is one, or no `agrs_set_config` yet."""
         self._open().sessions.begin()
 
     def destroy_agrs_session(self) -> None:
-        """End the session, after everything in it. On the host, gathered tensors outlive it."""
+        """End the session, after everything in it. Gathered tensors hold data until the next session begins, on the
+        current stream of that time; on the host, as long as they live."""
         self._open().sessions.end()
 
     @contextmanager
@@ -1036,11 +1046,12 @@ class ElasticBuffer:
 
     @_collective
     @torch.no_grad()
-    def all_gather(self, t: torch.Tensor | Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    def all_gather(self, t: torch.Tensor | Sequence[torch.Tensor], *, keep: bool = False) -> tuple[Any, ...]:
         """Start gathering a tensor, or several at once, from every rank; several calls may be under way.
 
         Args:
             t: contiguous, any dtype, the same shape on every rank; not to be changed before the wait.
+            keep: the gathered tensors outlive the session on a GPU, too, where they are copied out of the window.
 
         Returns:
             `(gathered, wait)`, or one gathered tensor for each of `t` and the wait: gathered is `[ranks, *shape]` and
@@ -1052,7 +1063,7 @@ class ElasticBuffer:
             CommunicationError: (at the wait) another rank came with other tensors, died, or did not come in time.
         """
         tensors = self._check_group_of("t", t)
-        gathered, wait = self._open().sessions.all_gather(tensors)
+        gathered, wait = self._open().sessions.all_gather(tensors, keep)
         return (*gathered, wait)
 
     @_collective

@@ -23,5 +23,9 @@ class CommunicationTimeout(CommunicationError, TimeoutError):
     """A peer did not answer within the timeout."""
 
 
+class UnavailableError(RuntimeError):
+    """These ranks, or this process, can't do it this way; another transport may. Raised on every rank or on none."""
+
+
 class BufferSizeError(ValueError):
     """The data does not fit in the buffer as it was made; the message has the needed size."""

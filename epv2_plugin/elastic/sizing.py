@@ -221,6 +221,73 @@ def window_bytes(
     return align(combine.end, BUFFER_ALIGNMENT), dispatch.end
 
 
+RING_ALIGNMENT = 256  # bytes; slots of a ring, and the tensors behind a session's words, begin at multiples of it
+RECORD_BYTES = 64  # what a receiver is told about a tensor: four words of 64 bits, then one of 32
+
+
+def ring_slot_bytes(max_tensor_bytes: int) -> int:
+    """Bytes of a slot of a ring on the cuda backend."""
+    return align(max_tensor_bytes, RING_ALIGNMENT)
+
+
+class RingLayout:
+    """Where a rank keeps the tensors that it sends to others, and the words about them: offsets in its window.
+
+    Attributes:
+        slots: where rings begin, one of `ring_bytes` bytes after the other. end: behind the last of `num_rings`.
+    """
+
+    def __init__(self, *, num_ranks: int, num_channels: int, max_inflight: int, max_tensor_bytes: int, num_rings: int):
+        self._channels, self._inflight = num_channels, max_inflight
+        records, links = RECORD_BYTES * num_ranks * num_channels * max_inflight, 4 * num_ranks * num_channels
+        sections = _Sections(0)
+        self._inbox, self._outbox = sections.take(records), sections.take(records)
+        self._taken, self._taken_outbox = sections.take(links), sections.take(links)
+        self.slots = align(sections.end, RING_ALIGNMENT)
+        self.slot_bytes = ring_slot_bytes(max_tensor_bytes)
+        self.ring_bytes = max_inflight * self.slot_bytes
+        self.end = self.slots + num_rings * self.ring_bytes
+
+    def record(self, rank: int, channel: int, number: int, *, outgoing: bool) -> int:
+        """What is known of tensor `number` from `rank`, or (outgoing) what `rank` is going to be told."""
+        place = (rank * self._channels + channel) * self._inflight + number % self._inflight
+        return (self._outbox if outgoing else self._inbox) + RECORD_BYTES * place
+
+    def taken(self, rank: int, channel: int, *, outgoing: bool) -> int:
+        """How many tensors `rank` has taken, or (outgoing) is going to be told that this rank has."""
+        return (self._taken_outbox if outgoing else self._taken) + 4 * (rank * self._channels + channel)
+
+
+# SMs of a reduce-scatter unless its caller says: one reads 150 GB/s while few are busy, so that these keep up with the
+# 450 GB/s that NVLink brings a GPU.
+REDUCE_SCATTER_SMS = 4
+
+
+class SessionLayout:
+    """Where all-gather sessions keep their words and tensors: offsets in the window.
+
+    Attributes:
+        begun: word of each rank: the session it has begun. begun_outbox: this rank's, for the others to get.
+        tensors: where gathered tensors begin. end: behind the last.
+    """
+
+    def __init__(self, *, num_ranks: int, max_operations: int, max_session_bytes: int):
+        self._num_ranks = num_ranks
+        sections = _Sections(0)
+        self.begun, self.begun_outbox = sections.take(4 * num_ranks), sections.take(4)
+        self._arrived, self._outbox = sections.take(4 * num_ranks * max_operations), sections.take(4 * max_operations)
+        self.tensors = align(sections.end, RING_ALIGNMENT)
+        self.end = self.tensors + max_session_bytes
+
+    def arrived(self, operation: int, rank: int) -> int:
+        """What says that `rank`'s part of an operation is here."""
+        return self._arrived + 4 * (operation * self._num_ranks + rank)
+
+    def outbox(self, operation: int) -> int:
+        """The same word for the others to get."""
+        return self._outbox + 4 * operation
+
+
 # ---- a window for many ranks: sizes for the plan; no kernel uses this layout yet ------------------------------------
 
 CAPACITY_FACTOR = 1.5  # rows that a rank has room for, over those it gets when routing is balanced

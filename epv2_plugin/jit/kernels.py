@@ -98,6 +98,11 @@ COMBINE_STAGE = {dtype: _ep("combine_stage", "CombineArgs", EPV2_DTYPE=code) for
 COMBINE_PULL = {dtype: _ep("combine_pull", "CombineArgs", EPV2_DTYPE=code) for dtype, code in _DTYPES.items()}
 COMBINE_IDLE = _ep("combine_idle", "BareArgs")
 BARRIER = _ep("barrier", "BareArgs")
+# By the dtype that is summed.
+REDUCE_SCATTER = {
+    dtype: Kernel("epv2_reduce_scatter", "sessions/reduce_scatter.cu", "ReduceScatterArgs", (("EPV2_DTYPE", code),))
+    for dtype, code in (_DTYPES | {"fp64": "4"}).items()
+}
 SM_COPY = Kernel("epv2_sm_copy", "bench/sm_copy.cu", "SmCopyArgs")
 
 KERNELS: tuple[Kernel, ...] = (
@@ -108,5 +113,6 @@ KERNELS: tuple[Kernel, ...] = (
     *COMBINE_PULL.values(),
     COMBINE_IDLE,
     BARRIER,
+    *REDUCE_SCATTER.values(),
     SM_COPY,
 )

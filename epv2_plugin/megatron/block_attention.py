@@ -2,7 +2,8 @@
 
 A block's softmax runs over its own keys. With every query's log-sum-exp of scores, the outputs of several blocks
 combine to what one softmax over all keys gives; and a block's gradients follow from the merged output and log-sum-exp
-alone. torch's flash attention computes a block where it can, plain products do elsewhere (masks, dropout).
+alone. torch's flash attention computes a block where it can (on a GPU: 16-bit dtypes, up to 256 features), plain
+products do elsewhere (masks, dropout).
 
 Legend: B batch, A query heads, G key/value heads (G divides A), S queries, R keys, D query/key features, V value
 features.
@@ -15,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_GPU_DTYPES, _GPU_FEATURES, _GPU_ALIGNMENT = (torch.bfloat16, torch.float16), 256, 8
 _WORD = (1 << 32) - 1
 
 
@@ -41,11 +41,11 @@ def attend(
     query_BASD: torch.Tensor, key_BGRD: torch.Tensor, value_BGRV: torch.Tensor, block: Block
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[B, A, S, V]` and log-sum-exp of the scores `[B, A, S]` (-inf where no key is seen, output 0 there)."""
-    if _takes_flash(query_BASD, block):
+    if _takes_flash(query_BASD, value_BGRV, block):
         query, key, value = _flash_heads(query_BASD, key_BGRD, value_BGRV, block)
         width = value.shape[-1]
         query, key, value = _same_width(query, key, value)
-        out, lse = _FLASH(query, key, value, 0.0, block.causal, scale=block.scale)
+        out, lse = _flash(query, key, value, block)
         return out[..., :width].reshape(*query_BASD.shape[:3], width), lse.reshape(query_BASD.shape[:3])
     scores = _scores(query_BASD, key_BGRD, block)
     lse = scores.logsumexp(-1)
@@ -69,14 +69,14 @@ def attend_backward(
 
     `out_BASV` and `lse_BAS` are the merged ones, over all blocks of these queries.
     """
-    if _takes_flash(query_BASD, block):
+    if _takes_flash(query_BASD, value_BGRV, block):
         query, key, value = _flash_heads(query_BASD, key_BGRD, value_BGRV, block)
         grad, out = (t.reshape(*query.shape[:3], -1) for t in (grad_BASV, out_BASV))
-        lse = lse_BAS.reshape(query.shape[:3])
+        lse = lse_BAS.reshape(query.shape[:3]).contiguous()
         width_qk, width_v = query.shape[-1], value.shape[-1]
         query, key, value = _same_width(query, key, value)
         grad, out = (pad(t, (0, query.shape[-1] - width_v)) for t in (grad, out))
-        grads = _FLASH_BACKWARD(grad, query, key, value, out, lse, 0.0, block.causal, scale=block.scale)
+        grads = _flash_backward(grad, query, key, value, out, lse, block)
         dq, dk, dv = grads[0][..., :width_qk], grads[1][..., :width_qk], grads[2][..., :width_v]
         if dk.shape[1] != key_BGRD.shape[1]:  # heads that a causal block repeated
             dk, dv = (t.unflatten(1, (key_BGRD.shape[1], -1)).sum(2) for t in (dk, dv))
@@ -135,8 +135,43 @@ def _mixed(word: torch.Tensor) -> torch.Tensor:
     return word ^ (word >> 16)
 
 
-def _takes_flash(query: torch.Tensor, block: Block) -> bool:
-    return query.device.type == "cpu" and block.hidden is None and block.keep is None
+def _takes_flash(query: torch.Tensor, value: torch.Tensor, block: Block) -> bool:
+    if block.hidden is not None or block.keep is not None:
+        return False
+    width = max(query.shape[-1], value.shape[-1])
+    return query.device.type == "cpu" or (query.dtype in _GPU_DTYPES and width <= _GPU_FEATURES)
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: Block
+) -> tuple[torch.Tensor, torch.Tensor]:
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        flash = aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, key, value, 0.0, block.causal, scale=block.scale)
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, block.causal, scale=block.scale)
+    return out, lse
+
+
+def _flash_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block: Block,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    aten = torch.ops.aten
+    tensors = (grad, query, key, value, out, lse)
+    if query.device.type == "cpu":
+        flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return flash(*tensors, 0.0, block.causal, scale=block.scale)
+    # All sequences of a batch are as long as each other, and nothing is dropped: neither starts nor a seed.
+    starts, seed = (None, None), lse.new_empty(2, dtype=torch.int64)
+    lengths = (query.shape[2], key.shape[2])
+    flash = aten._scaled_dot_product_flash_attention_backward
+    return flash(*tensors, *starts, *lengths, 0.0, block.causal, seed[0], seed[1], scale=block.scale)
 
 
 def _flash_heads(
@@ -155,6 +190,8 @@ def _flash_heads(
 def _same_width(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Zeros appended to the features, which change no score and no output."""
     width = max(t.shape[-1] for t in tensors)
+    if tensors[0].device.type != "cpu":
+        width += -width % _GPU_ALIGNMENT
     return [t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1])) for t in tensors]
 
 

@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic import ElasticBuffer
+from epv2_plugin.elastic.sizing import REDUCE_SCATTER_SMS
 from epv2_plugin.megatron.block_attention import Block, attend, attend_backward, dropout_factors, merge
 from epv2_plugin.megatron.local_attention import LocalAttention
 from epv2_plugin.megatron.patches import Patches
@@ -101,13 +102,14 @@ class Exchange:
     """Everything about one attention that is not a differentiable tensor.
 
     Attributes:
-        buffer: None for one rank.
+        buffer: None for one rank. device: of the tensors.
         parts: rows of every rank that are gathered at a time.
         mask: bool `[B or 1, A or 1, S or 1, P * S]`, True = hidden.
         dropout: rate. seed: int64 `[1]`. heads: numbers of this rank's heads over all tensor-parallel ranks.
     """
 
     buffer: ElasticBuffer | None
+    device: torch.device
     rank: int
     size: int
     segments: list[Segment]
@@ -150,7 +152,7 @@ class Exchange:
     def _block(self, segment: Segment, queries: slice, key_positions: torch.Tensor, batch: int, causal: bool) -> Block:
         hidden, keep = None, None
         if not self.causal and int(key_positions.max()) >= segment.length:
-            hidden = (key_positions >= segment.length).view(1, 1, 1, -1)
+            hidden = (key_positions >= segment.length).view(1, 1, 1, -1).to(self.device)
         if self.mask is not None:
             rows = queries if self.mask.shape[2] > 1 else slice(None)
             masked = self.mask[:, :, rows].index_select(3, key_positions.to(self.mask.device))
@@ -158,9 +160,8 @@ class Exchange:
         if self.dropout:
             query_positions = segment.positions(queries.start, queries.stop, self.rank, self.size)
             offset = segment.offset
-            keep = dropout_factors(
-                self.dropout, self.seed, batch, self.heads, query_positions + offset, key_positions + offset
-            )
+            positions = ((t + offset).to(self.device) for t in (query_positions, key_positions))
+            keep = dropout_factors(self.dropout, self.seed, batch, self.heads, *positions)
         return Block(self.scale, causal, hidden, keep)
 
 
@@ -239,6 +240,7 @@ class ContextParallelAttention(LocalAttention):
         dropout = self.dropout if self.training else 0.0
         exchange = Exchange(
             buffer=self.buffer,
+            device=query.device,
             rank=self.rank,
             size=self.size,
             segments=self._packed_segments(packed_seq_params, rows)
@@ -460,7 +462,7 @@ def _allow_session(buffer: ElasticBuffer, num_bytes: int, operations: int) -> No
     limits = _session_limits.get(buffer, (0, 0))
     if num_bytes > limits[0] or operations > limits[1]:
         limits = (max(limits[0], 1 << math.ceil(math.log2(num_bytes))), max(limits[1], operations))
-        buffer.agrs_set_config(*limits)
+        buffer.agrs_set_config(*limits, num_sms=_config.sm_budget.context)
         _session_limits[buffer] = limits
 
 
@@ -475,13 +477,22 @@ def _buffer_for(group: dist.ProcessGroup, config: TransformerConfig) -> ElasticB
             backend=_config.backend,
         )
         if dist.get_rank(group) == 0:
+            what = _buffers[group].describe()
             logger.info(
-                "epv2: context group of %d ranks (first: global rank %d): host backend over gloo, keys and values "
-                "gathered in parts, 0 SMs",
+                "epv2: context group of %d ranks (first: global rank %d): %s backend over %s, keys and values gathered "
+                "in parts by 0 SMs, their gradients summed by %d",
                 dist.get_world_size(group),
                 dist.get_rank(),
+                what["backend"],
+                what["transport"],
+                _sms(what["backend"]),
             )
     return _buffers[group]
+
+
+def _sms(backend: str) -> int:
+    """SMs that a reduce-scatter holds; nothing else takes one."""
+    return 0 if backend == "host" else _config.sm_budget.context or REDUCE_SCATTER_SMS
 
 
 class CoreAttention(MegatronModule):
@@ -528,14 +539,9 @@ def replaced() -> tuple[str, ...]:
 
 def groups() -> list[dict[str, Any]]:
     """What runs on each context-parallel group of this rank."""
-    return [
-        {
-            "primitive": "context",
-            "ranks": dist.get_process_group_ranks(group),
-            "backend": "host",
-            "transport": "gloo",
-            "sms": 0,
-            "sent_bytes": buffer.traffic.sent_bytes,
-        }
-        for group, buffer in _buffers.items()
-    ]
+    found = []
+    for group, buffer in _buffers.items():
+        what = {name: buffer.describe()[name] for name in ("backend", "transport")}
+        entry = {"primitive": "context", "ranks": dist.get_process_group_ranks(group), **what}
+        found.append({**entry, "sms": _sms(what["backend"]), "sent_bytes": buffer.traffic.sent_bytes})
+    return found

@@ -2,6 +2,8 @@
 
 Activations travel on one channel and gradients on another, so that the two keep their order even where the next stage
 is the previous one, too (two stages with virtual stages). Receives are posted before sends.
+
+Between GPUs that do not reach each other's memory Megatron's own communicator stays in use, and the log says so.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic import CommunicationError, ElasticBuffer, EventOverlap
+from epv2_plugin.elastic.errors import UnavailableError
 from epv2_plugin.megatron.patches import Patches
 
 FORWARD, BACKWARD = 0, 1  # channels
@@ -28,7 +32,8 @@ logger = logging.getLogger("epv2_plugin")
 
 _patches = Patches()
 _config = PluginConfig()
-_buffers: dict[dist.ProcessGroup, ElasticBuffer] = {}
+_buffers: dict[dist.ProcessGroup, ElasticBuffer | None] = {}  # None: Megatron's own communicator
+_configured: set[dist.ProcessGroup] = set()
 
 
 class Handle:
@@ -56,7 +61,7 @@ class PipelineCommunicator(P2PCommunicator):
 
     def __init__(self, pp_group: dist.ProcessGroup, config: Any):
         super().__init__(pp_group, config)
-        self.buffer = _buffer_for(pp_group, config)
+        self.group, self.buffer = pp_group, _buffer_for(pp_group, config)
         rank, size = pp_group.rank(), pp_group.size()
         self._next, self._prev = (rank + 1) % size, (rank - 1) % size
 
@@ -69,7 +74,16 @@ class PipelineCommunicator(P2PCommunicator):
         recv_next: bool,
         tensor_shape: Any,
         wait_on_reqs: bool = True,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, Handle] | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
+        if not self._ready([tensor_send_next, tensor_send_prev], tensor_shape):
+            return super()._communicate(
+                tensor_send_next=tensor_send_next,
+                tensor_send_prev=tensor_send_prev,
+                recv_prev=recv_prev,
+                recv_next=recv_next,
+                tensor_shape=tensor_shape,
+                wait_on_reqs=wait_on_reqs,
+            )
         prev_shape = next_shape = tensor_shape
         if (recv_prev or recv_next) and tensor_shape is None:
             raise ValueError("tensor_shape = None: must be the shape of the tensor to receive")
@@ -92,6 +106,21 @@ class PipelineCommunicator(P2PCommunicator):
             handle.wait()
         return from_prev, from_next, None
 
+    def _ready(self, sent: list[torch.Tensor | None], received_shape: Any) -> bool:
+        """Whether the plugin's buffer is there and configured. On a GPU, where rings are set aside, the first tensors
+        say how large they are; every stage comes here with the same ones before it needs any."""
+        if self.buffer is None or self.group in _configured:
+            return self.buffer is not None
+        if self.config.variable_seq_lengths:
+            raise _config.fail(
+                "pipeline.max_tensor_bytes", "must be a number on the cuda backend, because sequence lengths vary"
+            )
+        sizes = [tensor.nbytes for tensor in sent if tensor is not None]
+        if received_shape is not None and self.config.pipeline_dtype is not None:
+            sizes.append(math.prod(received_shape) * self.config.pipeline_dtype.itemsize)
+        self.buffer = _configure(self.group, self.buffer, max(sizes, default=1))
+        return self.buffer is not None
+
     def _communicate_shapes(
         self,
         tensor_send_next: torch.Tensor | None,
@@ -100,26 +129,28 @@ class PipelineCommunicator(P2PCommunicator):
         recv_next: bool,
     ) -> tuple[list[int], list[int]]:
         """The shapes of what comes from the previous and the next stage, `[0, 0, 0]` where nothing comes."""
-        sizes = [torch.zeros(3, dtype=torch.int64) for _ in range(2)]
+        assert self.buffer is not None
+        sizes = [torch.zeros(3, dtype=torch.int64, device=self.buffer.device) for _ in range(2)]
         events = []
         if recv_prev:
             events.append(self.buffer.pp_recv(sizes[0], self._prev, channel=FORWARD, async_with_compute_stream=True))
         if recv_next:
             events.append(self.buffer.pp_recv(sizes[1], self._next, channel=BACKWARD, async_with_compute_stream=True))
         if tensor_send_next is not None:
-            self._send(torch.tensor(tensor_send_next.shape), self._next, FORWARD)
+            self._send(torch.tensor(tensor_send_next.shape, device=self.buffer.device), self._next, FORWARD)
         if tensor_send_prev is not None:
-            self._send(torch.tensor(tensor_send_prev.shape), self._prev, BACKWARD)
+            self._send(torch.tensor(tensor_send_prev.shape, device=self.buffer.device), self._prev, BACKWARD)
         for event in events:
             event.current_stream_wait()
         return sizes[0].tolist(), sizes[1].tolist()
 
     def _send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool = True) -> None:
+        assert self.buffer is not None
         self.buffer.pp_send(tensor.detach(), peer, channel=channel, async_with_compute_stream=not copy)
 
     def _receive(self, shape: Any, peer: int, channel: int, name: str, handles: dict[str, Handle]) -> torch.Tensor:
-        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        tensor = torch.empty(tuple(shape), dtype=self.config.pipeline_dtype, device=device)
+        assert self.buffer is not None
+        tensor = torch.empty(tuple(shape), dtype=self.config.pipeline_dtype, device=self.buffer.device)
         event = self.buffer.pp_recv(tensor, peer, channel=channel, async_with_compute_stream=True)
         handles[name] = Handle(event)
         return tensor.requires_grad_()
@@ -139,32 +170,64 @@ def schedule_groups() -> ProcessGroupCollection:
     return groups
 
 
-def _buffer_for(group: dist.ProcessGroup, config: Any) -> ElasticBuffer:
+def _buffer_for(group: dist.ProcessGroup, config: Any) -> ElasticBuffer | None:
     _config.check_degrees(
         "Megatron",
         pipeline=config.pipeline_model_parallel_size,
         virtual_pipeline=config.virtual_pipeline_model_parallel_size or 1,
     )
     if group not in _buffers:
-        settings = _config.pipeline
-        buffer = ElasticBuffer(
-            group,
-            num_cpu_timeout_secs=_config.timeouts.host_seconds,
-            num_gpu_timeout_secs=_config.timeouts.gpu_seconds,
-            backend=_config.backend,
-        )
-        limit = UNLIMITED if settings.max_tensor_bytes == "auto" else settings.max_tensor_bytes
-        buffer.pp_set_config(limit, settings.max_inflight)
-        _buffers[group] = buffer
-        if dist.get_rank(group) == 0:
-            logger.info(
-                "epv2: pipeline group of %d ranks (first: global rank %d): host backend over gloo, up to %d tensors in "
-                "flight each way, 0 SMs",
-                dist.get_world_size(group),
-                dist.get_rank(),
-                settings.max_inflight,
+        try:
+            buffer = ElasticBuffer(
+                group,
+                num_cpu_timeout_secs=_config.timeouts.host_seconds,
+                num_gpu_timeout_secs=_config.timeouts.gpu_seconds,
+                backend=_config.backend,
             )
+        except UnavailableError as error:
+            _leave_to_megatron(group, error)
+            return None
+        _buffers[group] = buffer
+        limit = _config.pipeline.max_tensor_bytes
+        if limit != "auto":
+            _configure(group, buffer, limit)
+        elif buffer.describe()["backend"] == "host":
+            _configure(group, buffer, UNLIMITED)
     return _buffers[group]
+
+
+def _configure(group: dist.ProcessGroup, buffer: ElasticBuffer, max_tensor_bytes: int) -> ElasticBuffer | None:
+    """Set the buffer's rings up; None where that can't be, and Megatron's own communicator is left."""
+    inflight = _config.pipeline.max_inflight
+    try:
+        buffer.pp_set_config(max_tensor_bytes, inflight)
+    except UnavailableError as error:
+        buffer.destroy()
+        _leave_to_megatron(group, error)
+        return None
+    _configured.add(group)
+    if dist.get_rank(group) == 0:
+        what = buffer.describe()
+        logger.info(
+            "epv2: pipeline group of %d ranks (first: global rank %d): %s backend over %s, up to %d tensors%s in "
+            "flight each way, 0 SMs",
+            dist.get_world_size(group),
+            dist.get_rank(),
+            what["backend"],
+            what["transport"],
+            inflight,
+            "" if max_tensor_bytes == UNLIMITED else f" of {max_tensor_bytes / 2**20:.3g} MiB",
+        )
+    return buffer
+
+
+def _leave_to_megatron(group: dist.ProcessGroup, error: UnavailableError) -> None:
+    _buffers[group] = None
+    if dist.get_rank(group) == 0:
+        size, first = dist.get_world_size(group), dist.get_rank()
+        logger.warning(
+            "epv2: pipeline group of %d ranks (first: global rank %d): Megatron's own transport: %s", size, first, error
+        )
 
 
 def install(config: PluginConfig) -> None:
@@ -182,17 +245,22 @@ def uninstall() -> None:
     _patches.undo()
     atexit.unregister(_flush)
     _flush()
-    for buffer in _buffers.values():
+    for buffer in _open_buffers():
         buffer.destroy()
     _buffers.clear()
+    _configured.clear()
     _config = PluginConfig()
 
 
 def _flush() -> None:
     """Let the last tensors of a run be taken before the process ends; where a peer is gone, its users know already."""
-    for buffer in _buffers.values():
+    for buffer in _open_buffers():
         with contextlib.suppress(CommunicationError):
             buffer.pp_flush()
+
+
+def _open_buffers() -> list[ElasticBuffer]:
+    return [buffer for buffer in _buffers.values() if buffer is not None]
 
 
 def replaced() -> tuple[str, ...]:
@@ -202,15 +270,13 @@ def replaced() -> tuple[str, ...]:
 
 def groups() -> list[dict[str, Any]]:
     """What runs on each pipeline group of this rank."""
-    return [
-        {
-            "primitive": "pipeline",
-            "ranks": dist.get_process_group_ranks(group),
-            "backend": "host",
-            "transport": "gloo",
-            "max_inflight": _config.pipeline.max_inflight,
-            "sms": 0,
-            "sent_bytes": buffer.traffic.sent_bytes,
-        }
-        for group, buffer in _buffers.items()
-    ]
+    found = []
+    for group, buffer in _buffers.items():
+        entry: dict[str, Any] = {"primitive": "pipeline", "ranks": dist.get_process_group_ranks(group)}
+        if buffer is None:
+            found.append({**entry, "backend": "stock", "transport": "stock"})
+        else:
+            what = {name: buffer.describe()[name] for name in ("backend", "transport")}
+            inflight, sent = _config.pipeline.max_inflight, buffer.traffic.sent_bytes
+            found.append({**entry, **what, "max_inflight": inflight, "sms": 0, "sent_bytes": sent})
+    return found

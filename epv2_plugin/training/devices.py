@@ -85,6 +85,7 @@ def take(where: Place) -> str:
         return ""
     for name, value in where.environment.items():
         os.environ.setdefault(name, value)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a queue for each stream of a transfer
     torch.cuda.set_device(where.device)
     if where.ranks_per_gpu <= 1:
         return ""

@@ -45,15 +45,10 @@ def setup(recipe: Recipe) -> None:
     Megatron's groups, seeds and micro-batch count for the recipe. A second call replaces what the first one made.
 
     Raises:
-        ConfigError: the recipe is for another number of ranks or another kind of machine, or asks for context
-            parallelism on a GPU without Transformer Engine.
+        ConfigError: the recipe is for another number of ranks or another kind of machine.
         RuntimeError: the process was not started as a rank.
     """
     where = devices.place(devices.usable_gpus(recipe))
-    if where.gpus and recipe.degree("context") > 1 and not uses_transformer_engine():
-        raise recipe.fail(
-            "plugin.parallel.context", "must be 1 on GPUs, unless Transformer Engine, whose attention splits, is there"
-        )
     if not cpu_bridge.install():
         local_attention.install()
     notice = devices.take(where)

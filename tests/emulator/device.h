@@ -275,6 +275,14 @@ inline float half_low(uint32_t pair) { return emulator::from_half(pair & 0xffff)
 inline float half_high(uint32_t pair) { return emulator::from_half(pair >> 16); }
 inline uint32_t pack_bf16(float low, float high) { return emulator::to_bf16(low) | emulator::to_bf16(high) << 16; }
 inline uint32_t pack_half(float low, float high) { return emulator::to_half(low) | emulator::to_half(high) << 16; }
+inline double make_double(uint32_t low, uint32_t high) {
+  const uint64_t bits = static_cast<uint64_t>(high) << 32 | low;
+  double value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline uint32_t double_low(double value) { return static_cast<uint32_t>(emulator::to_bits(value)); }
+inline uint32_t double_high(double value) { return static_cast<uint32_t>(emulator::to_bits(value) >> 32); }
 inline uint32_t max_halves(uint32_t a, uint32_t b) {
   return std::max(a & 0xffffu, b & 0xffffu) | std::max(a >> 16, b >> 16) << 16;
 }

@@ -1,6 +1,7 @@
 """`EmulatedRuntime`: the `Runtime` protocol on CPU tensors, kernels compiled by g++ and run by scheduler.cc.
 
-Every rank is a process. A window is memory that all ranks of the group map, each at another address.
+Every rank is a process. A window is memory that all ranks of the group map, each at another address. A stream is a
+thread that does what it is given in order; the stream that is current at the start is the calling thread itself.
 """
 
 from __future__ import annotations
@@ -12,15 +13,21 @@ import functools
 import hashlib
 import mmap
 import os
+import queue
 import random
 import re
 import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+
+from epv2_plugin.elastic.backends.device import Meeting, StreamOp
 
 TESTS = Path(__file__).resolve().parents[1]
 SOURCES = TESTS.parent / "csrc" / "kernels"
@@ -70,6 +77,10 @@ class Window:
     num_bytes: int
     mappings: list[torch.Tensor]  # every rank's part, in this process
 
+    def peer_pointer(self, rank: int, offset: int) -> int:
+        """Where byte `offset` of a rank's part lies in this process."""
+        return self.mappings[rank].data_ptr() + offset
+
 
 @dataclass
 class Mapped:
@@ -79,15 +90,45 @@ class Mapped:
     pointer: int
 
 
+class Stream:
+    """A thread that does one thing after the other. After an error it does nothing more, and `error` says why."""
+
+    def __init__(self, pauses: random.Random):
+        self.error: BaseException | None = None
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._pauses = pauses
+        self._thread = threading.Thread(target=self._run, name="emulated stream", daemon=True)
+        self._thread.start()
+
+    def put(self, work: Callable[[], None]) -> None:
+        """Do it after what was put before."""
+        self._work.put(work)
+
+    def close(self) -> None:
+        """End the thread after what was put."""
+        self._work.put(None)
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            if self._pauses.random() < 0.2:  # no stream is in step with another
+                time.sleep(self._pauses.random() * 2e-3)
+            try:
+                if self.error is None:
+                    work()
+            except BaseException as error:
+                self.error = error
+
+
 class EmulatedRuntime:
-    """Runs kernels on fibers, to completion, in the calling thread.
+    """Runs kernels on fibers, to completion, in the calling thread or that of a stream, one at a time.
 
     Args:
         group: the ranks; a gloo group.
         seed: of the scheduling; each rank and launch draws its own from it.
         num_sms: SMs of the pretended device; a launch with more CTAs is refused.
         sources: folder that kernels' `source` is relative to.
-        limit_seconds: wall time after which a launch is an error.
+        limit_seconds: wall time after which a launch, or a wait of a stream, is an error.
         launches: every launch so far, in order.
     """
 
@@ -108,6 +149,11 @@ class EmulatedRuntime:
         self._group, self._sources, self._limit_seconds = group, sources, limit_seconds
         self._random = random.Random(f"{seed}/{self.rank}")
         self._windows: list[Window] = []
+        self._mapped: list[Mapped] = []
+        self._streams: list[Stream] = []
+        self._of_thread = threading.local()
+        self._closing = False
+        self.meeting = Meeting(group, limit_seconds)
 
     def window(self, num_bytes: int) -> Window:
         """Collective. Zeroed memory of `num_bytes` on every rank.
@@ -142,7 +188,12 @@ class EmulatedRuntime:
     def mapped(self, num_bytes: int) -> Mapped:
         """Zeroed host memory of `num_bytes` that kernels can write."""
         tensor = torch.zeros(num_bytes, dtype=torch.uint8)
-        return Mapped(tensor, tensor.data_ptr())
+        self._mapped.append(Mapped(tensor, tensor.data_ptr()))
+        return self._mapped[-1]
+
+    def prepare(self, kernel: KernelSpec) -> None:
+        """Compile and load `kernel`."""
+        _kernel_library(kernel.name, self._sources / kernel.source, tuple(kernel.defines), self._sources)
 
     def launch(self, kernel: KernelSpec, args: bytes, *, ctas: int, threads: int, shared_bytes: int) -> None:
         """Run `kernel` to its end.
@@ -156,47 +207,132 @@ class EmulatedRuntime:
         expected = library[f"{kernel.name}_args_bytes"]()
         if len(args) != expected:
             raise RuntimeError(f"{kernel.name}: args of {len(args)} bytes, the kernel's have {expected}")
-        memory = (ctypes.c_uint64 * (-(-len(args) // 8))).from_buffer_copy(args.ljust(len(args) + -len(args) % 8))
         self.launches.append(Launch(kernel.name, ctas, threads, shared_bytes))
-        _scheduler().epv2_emulator_limit_seconds(ctypes.c_double(self._limit_seconds))
-        message = ctypes.create_string_buffer(MESSAGE_BYTES)
         seed = ctypes.c_uint64(self._random.getrandbits(64))
-        failed = library[f"{kernel.name}_launch"](memory, ctas, threads, shared_bytes, seed, message, MESSAGE_BYTES)
-        if failed:
-            raise RuntimeError(f"rank {self.rank}: {_with_lines(message.value.decode(errors='replace'))}")
+
+        def run() -> None:
+            memory = (ctypes.c_uint64 * (-(-len(args) // 8))).from_buffer_copy(args.ljust(len(args) + -len(args) % 8))
+            message = ctypes.create_string_buffer(MESSAGE_BYTES)
+            with _one_kernel:
+                _scheduler().epv2_emulator_limit_seconds(ctypes.c_double(self._limit_seconds))
+                shape = (ctas, threads, shared_bytes, seed)
+                failed = library[f"{kernel.name}_launch"](memory, *shape, message, MESSAGE_BYTES)
+            if failed:
+                raise RuntimeError(f"rank {self.rank}: {_with_lines(message.value.decode(errors='replace'))}")
+
+        self._do(run)
 
     def reseed(self, seed: int) -> None:
         """Schedule what follows as `seed` says."""
         self._random.seed(f"{seed}/{self.rank}")
 
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        """Copy memory on the current stream."""
+        self._do(lambda: ctypes.memmove(target, source, num_bytes))
+
+    def fill(self, target: int, byte: int, num_bytes: int) -> None:
+        """Set bytes on the current stream."""
+        self._do(lambda: ctypes.memset(target, byte, num_bytes))
+
+    def stream_ops(self, operations: Sequence[StreamOp]) -> None:
+        """Write words and wait for words on the current stream.
+
+        Raises:
+            RuntimeError: the address is not this rank's own, or (on its stream) no value came within `limit_seconds`.
+        """
+        own = [window.tensor for window in self._windows] + [mapped.tensor for mapped in self._mapped]
+        for name, address, _ in operations:
+            if not any(0 <= address - memory.data_ptr() < memory.numel() for memory in own):
+                raise RuntimeError(f"{name} at {address:#x}: neither in a window of this rank nor in mapped memory")
+
+        def run() -> None:
+            for name, address, value in operations:
+                if name.startswith("write"):
+                    word = ctypes.c_uint64 if name == "write64" else ctypes.c_uint32
+                    word.from_address(address).value = value
+                else:
+                    self._wait_word(name, address, value)
+
+        self._do(run)
+
+    def _wait_word(self, name: str, address: int, value: int) -> None:
+        word, deadline = ctypes.c_uint32.from_address(address), time.monotonic() + self._limit_seconds
+        while not (word.value == value if name == "wait32_eq" else (word.value - value) & 0xFFFFFFFF < 1 << 31):
+            if self._closing or time.monotonic() > deadline:
+                raise RuntimeError(f"rank {self.rank}: {name} {value:#x} at {address:#x}, but it is {word.value:#x}")
+            time.sleep(2e-4)
+
     def comm_stream(self) -> Any:
-        """None: there are no streams, launches run at once."""
+        """None: operations that ask for it run in the calling thread."""
 
-    def on_comm_stream(self) -> contextlib.AbstractContextManager[None]:
-        """Changes nothing."""
-        return contextlib.nullcontext()
+    def new_stream(self) -> Stream:
+        """A stream that runs beside the calling thread."""
+        self._streams.append(Stream(random.Random(self._random.getrandbits(64))))
+        return self._streams[-1]
 
-    def current_stream(self) -> Any:
-        """None: there are no streams."""
+    @contextlib.contextmanager
+    def on_stream(self, stream: Stream | None) -> Iterator[None]:
+        """Make it the current stream of this thread; None changes nothing."""
+        before = self.current_stream()
+        self._of_thread.stream = stream or before
+        try:
+            yield
+        finally:
+            self._of_thread.stream = before
+
+    def adopt_thread(self) -> None:
+        """Every thread can do this."""
+
+    def current_stream(self) -> Stream | None:
+        """None: the calling thread itself."""
+        return getattr(self._of_thread, "stream", None)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        stream = self.current_stream()
+        if stream is None:
+            self._raise()
+            work()
+        else:
+            stream.put(work)
+
+    def _raise(self) -> None:
+        for stream in self._streams:
+            if stream.error is not None:
+                raise stream.error
 
     def is_capturing(self) -> bool:
         """Never: there are no graphs."""
         return False
 
-    def record(self) -> Any:
-        """An event that has happened."""
-        return object()
+    def record(self) -> threading.Event:
+        """An event that is set when the current stream comes to it."""
+        event = threading.Event()
+        self._do(event.set)
+        return event
 
-    def wait(self, event: Any) -> None:
-        """Nothing to wait for."""
+    def wait(self, event: threading.Event) -> None:
+        """Let the current stream wait for an event."""
+
+        def run() -> None:
+            deadline = time.monotonic() + self._limit_seconds
+            while not event.wait(0.1):
+                if self._closing or time.monotonic() > deadline:
+                    self._raise()
+                    raise RuntimeError(f"rank {self.rank}: an event did not come within {self._limit_seconds} s")
+
+        self._do(run)
 
     def close(self, abandon: bool = False) -> None:
-        """Forget the windows; kernels that use their handles fail from now on."""
+        """End the streams and forget the windows; kernels that use their handles fail from now on."""
+        self._closing = abandon
+        for stream in self._streams:
+            stream.close()
         for window in self._windows:
             _scheduler().epv2_emulator_window(window.handle, 0, None, 0)
-        self._windows = []
+        self._windows, self._streams = [], []
 
 
+_one_kernel = threading.Lock()  # the scheduler has one set of fibers
 _handles = iter(range(0x7001, 1 << 30))
 
 

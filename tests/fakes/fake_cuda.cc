@@ -39,6 +39,23 @@ CUresult cuCtxGetCurrent(CUcontext* current) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuCtxSetCurrent(CUcontext current) {
+  note("cuCtxSetCurrent%s", current == reinterpret_cast<CUcontext>(&context) ? "" : " OF ANOTHER");
+  return answer("cuCtxSetCurrent");
+}
+
+CUresult cuCtxGetStreamPriorityRange(int* lowest, int* highest) {
+  *lowest = 0;
+  *highest = -5;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamCreateWithPriority(CUstream* made, unsigned flags, int priority) {
+  note("cuStreamCreateWithPriority %u %d", flags, priority);
+  *made = reinterpret_cast<CUstream>(&stream);
+  return answer("cuStreamCreateWithPriority");
+}
+
 CUresult cuCtxGetDevice(CUdevice* device) {
   *device = 0;
   return CUDA_SUCCESS;
@@ -70,6 +87,32 @@ CUresult cuMemsetD8Async(CUdeviceptr memory, unsigned char value, size_t size, C
   const CUresult result = answer("cuMemsetD8Async");
   if (result == CUDA_SUCCESS) std::memset(reinterpret_cast<void*>(memory), value, size);
   return result;
+}
+
+CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t size, CUstream on) {
+  note("cuMemcpyAsync %zu stream=%zu", size, reinterpret_cast<size_t>(on));
+  const CUresult result = answer("cuMemcpyAsync");
+  if (result == CUDA_SUCCESS) std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), size);
+  return result;
+}
+
+#if CUDA_VERSION >= 13000
+CUresult cuMemcpyBatchAsync(CUdeviceptr* to, CUdeviceptr* from, size_t* sizes, size_t count, CUmemcpyAttributes* how,
+                            size_t* first, size_t kinds, CUstream on) {
+  note("cuMemcpyBatchAsync %zu of %zu order=%d flags=%u first=%zu kinds=%zu stream=%zu", count, *sizes,
+       how->srcAccessOrder, how->flags, *first, kinds, reinterpret_cast<size_t>(on));
+  const CUresult result = answer("cuMemcpyBatchAsync");
+  if (result == CUDA_SUCCESS) std::memcpy(reinterpret_cast<void*>(*to), reinterpret_cast<void*>(*from), *sizes);
+  return result;
+}
+#endif
+
+CUresult cuStreamBatchMemOp(CUstream on, unsigned count, CUstreamBatchMemOpParams* operations, unsigned flags) {
+  note("cuStreamBatchMemOp %u flags=%u stream=%zu", count, flags, reinterpret_cast<size_t>(on));
+  for (unsigned i = 0; i < count && i < 4; i++)
+    note("operation %d at %llu value %llu flags=%u", operations[i].operation, operations[i].writeValue.address,
+         static_cast<unsigned long long>(operations[i].writeValue.value64), operations[i].writeValue.flags);
+  return answer("cuStreamBatchMemOp");
 }
 
 CUresult cuMemHostAlloc(void** memory, size_t size, unsigned flags) {

@@ -170,6 +170,11 @@ __device__ __forceinline__ uint32_t pack_half(float low, float high) {
   return pair;
 }
 
+// A double of its lower and upper half, and back.
+__device__ __forceinline__ double make_double(uint32_t low, uint32_t high) { return __hiloint2double(high, low); }
+__device__ __forceinline__ uint32_t double_low(double value) { return __double2loint(value); }
+__device__ __forceinline__ uint32_t double_high(double value) { return __double2hiint(value); }
+
 // Larger of each half of two pairs of magnitudes: as unsigned integers, 16-bit floats are in the same order, NaN last.
 __device__ __forceinline__ uint32_t max_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from epv2_plugin.elastic.errors import BufferSizeError
 from epv2_plugin.elastic.event import Event
 from epv2_plugin.elastic.handle import Route
 from epv2_plugin.elastic.sizing import RowLayout
@@ -56,7 +57,10 @@ class Received:
 
 
 class PointToPoint(Protocol):
-    """Tensors from one rank to another, in order within each (sender, receiver, channel)."""
+    """Tensors from one rank to another, in order within each (sender, receiver, channel).
+
+    Where "blocks" is said, a GPU's stream does: the host goes on, and learns of a failure at a later call.
+    """
 
     def configure(self, max_tensor_bytes: int, max_inflight: int) -> None:
         """Collective: what was sent before is taken, then rings of `max_inflight` slots are ready."""
@@ -79,8 +83,8 @@ class Sessions(Protocol):
 
     active: bool
 
-    def configure(self, max_session_bytes: int, max_operations: int) -> None:
-        """Collective: limits of every session from now on."""
+    def configure(self, max_session_bytes: int, max_operations: int, num_sms: int) -> None:
+        """Collective: limits of every session from now on; SMs that a reduce-scatter may hold on a GPU, 0 = few."""
 
     def begin(self) -> None:
         """Start a session."""
@@ -94,11 +98,56 @@ class Sessions(Protocol):
     def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
         """This rank's part of gathered tensors that are yet to be gathered."""
 
-    def all_gather(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
-        """Start gathering; returns tensors `[ranks, *shape]` and the wait after which they hold data."""
+    def all_gather(self, tensors: Sequence[torch.Tensor], keep: bool) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        """Start gathering; returns tensors `[ranks, *shape]` and the wait after which they hold data.
+
+        They hold it to the begin of the next session, `keep` = as long as they live.
+        """
 
     def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
         """Start summing `[ranks, *shape]` over ranks; returns this rank's sums and the wait for them."""
+
+
+class SessionLimits:
+    """Whether there is a session, and what it may still take."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self._max_bytes = self._max_operations = 0
+        self._bytes = self._operations = 0
+
+    def _open(self) -> None:
+        """Begin a session, empty."""
+        self._check_active(False, "create_agrs_session")
+        if not self._max_operations:
+            raise RuntimeError("create_agrs_session before agrs_set_config")
+        self.active, self._bytes, self._operations = True, 0, 0
+
+    def _check_active(self, needed: bool, call: str) -> None:
+        if self.active != needed:
+            raise RuntimeError(f"{call} {'outside' if needed else 'inside'} an all-gather session")
+
+    def _admit(self, call: str, num_bytes: int) -> tuple[int, int]:
+        """Count an operation in; returns its number in the session, and the bytes counted before it."""
+        self._check_active(True, call)
+        if self._operations >= self._max_operations:
+            raise BufferSizeError(
+                f"{call}: this session has had its {self._max_operations} operations; "
+                "agrs_set_config with a larger max_all_gathers_per_session"
+            )
+        before = self._take_bytes(call, num_bytes)
+        self._operations += 1
+        return self._operations - 1, before
+
+    def _take_bytes(self, call: str, num_bytes: int) -> int:
+        """Count bytes in; returns those before them."""
+        if self._bytes + num_bytes > self._max_bytes:
+            raise BufferSizeError(
+                f"{call}: the session would hold {self._bytes + num_bytes} bytes, agrs_set_config allowed "
+                f"{self._max_bytes}"
+            )
+        self._bytes += num_bytes
+        return self._bytes - num_bytes
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,11 @@ from typing import Any
 import torch
 
 from epv2_plugin.elastic import model, sizing
-from epv2_plugin.elastic.backends.base import Engram, PointToPoint, Received, Sessions, Traffic
+from epv2_plugin.elastic.backends.base import Engram, Received, Traffic
+from epv2_plugin.elastic.backends.cuda_p2p import CudaPointToPoint
+from epv2_plugin.elastic.backends.cuda_sessions import CudaSessions
 from epv2_plugin.elastic.backends.device import Runtime
+from epv2_plugin.elastic.backends.watch import Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import Event
 from epv2_plugin.elastic.sizing import CombineLayout, DispatchLayout, LaunchShape, align
@@ -163,12 +166,13 @@ class CudaBackend:
     """`Backend` on one window of symmetric memory per rank. Collective.
 
     Args:
-        runtime: the device. num_bytes: of the window; None = what the sizes below need.
+        runtime: the device. num_bytes: of the window; None = what the sizes below need, or nothing to dispatch
+            with where none of them is given.
         max_tokens, hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction: see `ElasticBuffer`.
         host_timeout_seconds, gpu_timeout_seconds: after which a wait on the host, in a kernel gives up.
 
     Raises:
-        ValueError: neither bytes nor sizes are given. BufferSizeError: `num_bytes` is too small for any operation.
+        ValueError: only one of the sizes is given.
     """
 
     name = "cuda"
@@ -192,6 +196,7 @@ class CudaBackend:
         self.traffic = Traffic()
         self._allow_multiple_reduction = allow_multiple_reduction
         self._host_timeout, self._gpu_timeout = host_timeout_seconds, gpu_timeout_seconds
+        self._given_bytes = num_bytes
         control = sizing.control_bytes(runtime.size)
         if num_bytes is not None:
             # Rows that go back need a place per source rank, rows to dispatch only one.
@@ -202,10 +207,13 @@ class CudaBackend:
             self.num_bytes, self._combine_start = sizing.window_bytes(
                 runtime.size, max_tokens, hidden, num_topk, use_fp8_dispatch
             )
+        elif not max_tokens and not hidden:
+            self.num_bytes, self._combine_start = align(control, sizing.BUFFER_ALIGNMENT), control
         else:
             raise ValueError(
                 f"num_bytes is None, num_max_tokens_per_rank = {max_tokens} and hidden = {hidden}: the cuda backend "
-                "allocates its window when the buffer is made and needs num_bytes, or both of the others"
+                "allocates its window when the buffer is made and needs num_bytes, or both of the others, or none of "
+                "them where nothing is dispatched"
             )
         self._window = runtime.window(self.num_bytes)
         self._state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=runtime.device)
@@ -218,7 +226,7 @@ class CudaBackend:
         self._refused = 0  # calls that never reached the device, whose count of operations goes on without them
         # Stream, whether it is being captured, and event of the last operation (first: of the zeros above).
         self._last = (runtime.current_stream(), False, runtime.record())
-        self._failure: CommunicationError | ValueError | None = None
+        self._failure: BaseException | None = None
 
     # ---- what it is ---------------------------------------------------------------------------------------------
 
@@ -232,6 +240,9 @@ class CudaBackend:
         return self.runtime.comm_stream()
 
     def close(self) -> None:
+        if "_watch" in self.__dict__:
+            self._watch.close()
+            self._failure = self._failure or self._watch.failure
         self._error_words = self._error_words.copy()  # events may outlive the mapped memory
         # After a failure some peer does not take part in anything that all must take part in.
         self.runtime.close(abandon=self._failure is not None or bool(self._error_words[0]))
@@ -245,6 +256,8 @@ class CudaBackend:
         """
         if self._failure is None and int(self._error_words[0]):
             self._failure = self._read_error()
+        if self._failure is None and "_watch" in self.__dict__:
+            self._failure = self._watch.failure
         if self._failure is not None:
             raise self._failure
 
@@ -386,7 +399,7 @@ class CudaBackend:
         caller = runtime.current_stream()
         # Beside what the caller names: copies of arguments that were made on its stream just now.
         before = [CudaEvent(self)]
-        with runtime.on_comm_stream():
+        with runtime.on_stream(runtime.comm_stream()):
             for tensor in inputs:
                 if tensor is not None and tensor.device.type == "cuda":
                     tensor.record_stream(runtime.comm_stream())
@@ -737,13 +750,20 @@ class CudaBackend:
         num_bytes = route.num_expanded_rows * hidden * dtype.itemsize
         return self._window.tensor[layout.rows : layout.rows + num_bytes].view(dtype).view(-1, hidden)
 
-    @property
-    def point_to_point(self) -> PointToPoint:
-        raise RuntimeError("pp_send and pp_recv: the cuda backend does not have them in this version")
+    # ---- point-to-point and sessions --------------------------------------------------------------------------------
 
-    @property
-    def sessions(self) -> Sessions:
-        raise RuntimeError("all_gather sessions: the cuda backend does not have them in this version")
+    @cached_property
+    def _watch(self) -> Watch:
+        self.check()
+        return Watch(self.runtime, self._host_timeout)
+
+    @cached_property
+    def point_to_point(self) -> CudaPointToPoint:
+        return CudaPointToPoint(self.runtime, self._watch, self.traffic, self._given_bytes)
+
+    @cached_property
+    def sessions(self) -> CudaSessions:
+        return CudaSessions(self.runtime, self._watch, self.traffic, self._refused)
 
     @property
     def engram(self) -> Engram:
@@ -751,6 +771,8 @@ class CudaBackend:
 
     def refuse(self, call: str, error: BaseException) -> None:
         self._refused += 1
+        if "sessions" in self.__dict__:
+            self.sessions.refused = self._refused
 
     def barrier(self) -> None:
         with self._operation((), False, ()) as place:

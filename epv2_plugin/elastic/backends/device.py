@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from types import ModuleType
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.elastic.errors import CommunicationTimeout
+from epv2_plugin.elastic.errors import CommunicationTimeout, UnavailableError
 from epv2_plugin.jit import Kernel, compiler
 
 if TYPE_CHECKING:
@@ -43,10 +43,12 @@ class Window(Protocol):
     def handle(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+    def peer_pointer(self, rank: int, offset: int) -> int:
+        """Address of byte `offset` of a rank's memory, for `Runtime.copy` and `fill`."""
 
 
 class Mapped(Protocol):
-    """Host memory that kernels can write. Gone after `close` of its runtime.
+    """Host memory that kernels and `Runtime.stream_ops` can write. Gone after `close` of its runtime.
 
     Attributes:
         tensor: `[num_bytes]` uint8 on the CPU. pointer: its address for kernels.
@@ -65,6 +67,7 @@ class Runtime(Protocol):
         rank, size: in the group. device: of tensors. num_sms: SMs of the device. machines: names, by rank.
         description: what `status()` shows. `device`: its model's name. `ranks_on_device`: ranks of the group that share
             it. `transport`, NCCL version and so on.
+        meeting: where the ranks tell each other short texts.
     """
 
     rank: int
@@ -73,6 +76,7 @@ class Runtime(Protocol):
     num_sms: int
     machines: list[str]
     description: dict[str, Any]
+    meeting: Meeting
 
     def window(self, num_bytes: int) -> Window:
         """Zeroed memory that peers reach (collective)."""
@@ -80,14 +84,35 @@ class Runtime(Protocol):
     def mapped(self, num_bytes: int) -> Mapped:
         """Zeroed host memory that kernels reach."""
 
+    def prepare(self, kernel: Kernel) -> None:
+        """Build and load a kernel now. A driver may wait for the device when it loads one, and streams there may be
+        waiting for what this rank does next."""
+
     def launch(self, kernel: Kernel, args: bytes, *, ctas: int, threads: int, shared_bytes: int) -> None:
         """Launch on the current stream: `ctas` blocks of `threads`, with `shared_bytes` of dynamic shared memory."""
 
-    def comm_stream(self) -> Any:
-        """The stream of `on_comm_stream`, for `Tensor.record_stream`; None where the device has no streams."""
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        """Copy between addresses in the order of the current stream: own tensors and windows, a peer's window, mapped
+        memory. By a copy engine, or whatever the driver has for it, but not by a kernel of ours."""
 
-    def on_comm_stream(self) -> AbstractContextManager[None]:
-        """Make the stream set aside for communication the current one. It waits for nothing by itself."""
+    def fill(self, target: int, byte: int, num_bytes: int) -> None:
+        """Set every byte, likewise."""
+
+    def stream_ops(self, operations: Sequence[StreamOp]) -> None:
+        """Write words and wait for words in the order of the current stream. Of this rank's own memory only, or of
+        mapped memory: not every driver takes a peer's, which `copy` reaches."""
+
+    def comm_stream(self) -> Any:
+        """The stream set aside for communication; None where launches are made one after the other."""
+
+    def new_stream(self) -> Any:
+        """Another stream, of high priority, that waits for nothing by itself; until `close`."""
+
+    def on_stream(self, stream: Any) -> AbstractContextManager[None]:
+        """Make it the current stream of this thread; None changes nothing."""
+
+    def adopt_thread(self) -> None:
+        """Let this thread, which the caller has just started, use the device."""
 
     def current_stream(self) -> Any:
         """The stream that `launch` uses; equal for the same stream."""
@@ -107,6 +132,9 @@ class Runtime(Protocol):
         `abandon`: without the other ranks, some of which may be gone.
         """
 
+
+# ("write32" | "write64" | "wait32_eq" | "wait32_geq", address, value); geq is cyclic: word - value is not negative.
+StreamOp = tuple[str, int, int]
 
 _PHASE = "creation of the buffer"
 _runtimes_made: dict[str, int] = {}
@@ -129,7 +157,7 @@ class _DeviceBytes:
 class _CudaWindow:
     def __init__(self, raw: _C.Window, device: torch.device):
         self.handle, self.num_bytes = raw.handle, raw.num_bytes
-        self.peer_pointer = raw.lsa_pointer  # (rank, offset) -> address there, for copies without a kernel
+        self.peer_pointer = raw.lsa_pointer
         self.tensor = torch.as_tensor(_DeviceBytes(raw.pointer, raw.num_bytes, raw), device=device)
 
 
@@ -152,21 +180,22 @@ class CudaRuntime:
         timeout_seconds: after which a wait of the host for other ranks gives up.
 
     Raises:
-        RuntimeError: no device, no compiled part, NCCL too old or unable to share memory, a CUDA graph being captured;
-            on every rank if on one, with what mends it.
+        RuntimeError: no device, no compiled part, NCCL too old, a CUDA graph being captured; on every rank if on one,
+            with what mends it. UnavailableError: NCCL can't share memory between these ranks.
         CommunicationTimeout: not every rank came in time.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_seconds: float):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._group, self._timeout = group, timeout_seconds
-        self._meeting = _Meeting(group, timeout_seconds)
+        self.meeting = Meeting(group, timeout_seconds)
         self._closed = False
         self._windows = 0
         self._mapped: list[_C.Mapped] = []
         self._streams: dict[int, torch.cuda.Stream] = {}
+        self._own_streams: list[_C.Stream] = []
         self._communicator: _C.Communicator | None = None
-        states = self._meeting.agree("state", self._start)
+        states = self.meeting.agree("state", self._start)
         if len(versions := {state.split()[0] for state in states}) > 1:
             raise RuntimeError(
                 f"the ranks of this group have loaded different versions of NCCL ({', '.join(sorted(versions))}): "
@@ -176,7 +205,7 @@ class CudaRuntime:
             if all(state.endswith(" torch") for state in states):
                 pointer = _torch_communicator(group, self.device)
                 self._communicator = self._library.Communicator.borrow(pointer, timeout_seconds)
-            places = self._meeting.agree("communicator", self._join)
+            places = self.meeting.agree("communicator", self._join)
         except BaseException:
             if self._communicator is not None:
                 self._communicator.abort()
@@ -190,6 +219,7 @@ class CudaRuntime:
         self._library = _check_device()
         self.device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.synchronize(self.device)  # makes the context where this is the first use of the device
+        self._context = self._library.current_context()
         self.num_sms: int = torch.cuda.get_device_properties(self.device).multi_processor_count
         version, _ = self._library.nccl_version()
         return f"{version} {'torch' if _torch_communicator(self._group, self.device) else 'none'}"
@@ -197,7 +227,7 @@ class CudaRuntime:
     def _join(self) -> str:
         """Make a communicator where torch has none, see what it reaches; which device this is."""
         if self._communicator is None:
-            unique_id = self._meeting.agree("id", lambda: self._library.unique_id().hex() if self.rank == 0 else "")[0]
+            unique_id = self.meeting.agree("id", lambda: self._library.unique_id().hex() if self.rank == 0 else "")[0]
             self._communicator = self._library.Communicator.create(
                 bytes.fromhex(unique_id), self.rank, self.size, True, self._timeout
             )
@@ -220,13 +250,13 @@ class CudaRuntime:
 
     def _check_reach(self, properties: dict[str, Any]) -> None:
         if not properties["device_api_support"]:
-            raise RuntimeError(
+            raise UnavailableError(
                 "NCCL can't make symmetric windows here (ncclCommQueryProperties: deviceApiSupport = 0). It needs a "
                 "driver for CUDA 12.5 or newer, memory by cuMem (unset NCCL_CUMEM_ENABLE=0) and GPUs of a node that "
                 "reach each other; NCCL_DEBUG=INFO says which is missing"
             )
         if (reach := properties["lsa_size"]) != self.size:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"the cuda backend needs all {self.size} ranks of a group to reach each other's memory, but NCCL finds "
                 f"only {reach} that do (LSA size {reach}, {properties['n_lsa_teams']} teams). Ranks across nodes come "
                 "with the hybrid mode, which this version does not have: put expert-parallel groups inside a node, or "
@@ -246,7 +276,7 @@ class CudaRuntime:
         # that all of them come, have the memory, and ask for the same.
         self._windows += 1
         try:
-            sizes = self._meeting.agree(f"window {self._windows}", allocate)
+            sizes = self.meeting.agree(f"window {self._windows}", allocate)
             if len(set(sizes)) > 1:
                 raise ValueError(f"a window must have the same size on all ranks, got {', '.join(sizes)} bytes by rank")
             made[0].register()
@@ -261,6 +291,9 @@ class CudaRuntime:
         self._mapped.append(self._library.Mapped(num_bytes))
         return _CudaMapped(self._mapped[-1])
 
+    def prepare(self, kernel: Kernel) -> None:
+        self._function(kernel)
+
     def launch(self, kernel: Kernel, args: bytes, *, ctas: int, threads: int, shared_bytes: int) -> None:
         self._function(kernel).launch(ctas, threads, shared_bytes, self.current_stream().cuda_stream, args)
 
@@ -274,13 +307,30 @@ class CudaRuntime:
             _functions[key] = self._library.Module.load(code).function(kernel.name)
         return _functions[key]
 
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        self._library.copy(target, source, num_bytes, self.current_stream().cuda_stream)
+
+    def fill(self, target: int, byte: int, num_bytes: int) -> None:
+        self._library.fill(target, byte, num_bytes, self.current_stream().cuda_stream)
+
+    def stream_ops(self, operations: Sequence[StreamOp]) -> None:
+        self._library.memory_operations(self.current_stream().cuda_stream, operations)
+
     def comm_stream(self) -> torch.cuda.Stream:
         return self._stream
 
+    def new_stream(self) -> torch.cuda.Stream:
+        _refuse_capture("a stream")
+        self._own_streams.append(self._library.Stream())
+        return torch.cuda.ExternalStream(self._own_streams[-1].pointer, self.device)
+
     @contextlib.contextmanager
-    def on_comm_stream(self) -> Iterator[None]:
-        with torch.cuda.stream(self._stream):
+    def on_stream(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        with torch.cuda.stream(stream):
             yield
+
+    def adopt_thread(self) -> None:
+        self._library.set_context(self._context)
 
     def current_stream(self) -> torch.cuda.Stream:
         # Asked for at every launch; torch.cuda.current_stream makes an object each time, which takes longer than that.
@@ -311,6 +361,8 @@ class CudaRuntime:
             for mapped in self._mapped:
                 steps.callback(mapped.close)
             steps.callback(self._release_communicator)
+            for stream in self._own_streams:
+                steps.callback(stream.close)
             steps.callback(torch.cuda.synchronize, self.device)
 
     def _release_communicator(self) -> None:
@@ -322,8 +374,11 @@ class CudaRuntime:
             self._communicator.forget()
 
 
-class _Meeting:
-    """Short texts between the ranks of a group through torch's store: works before any of them can communicate."""
+class Meeting:
+    """Short texts between the ranks of a group through torch's store: works before any of them can communicate.
+
+    Every rank makes one for each runtime, in the same order.
+    """
 
     def __init__(self, group: dist.ProcessGroup, timeout_seconds: float):
         self._ranks, self._rank = dist.get_process_group_ranks(group), dist.get_rank(group)
@@ -334,7 +389,15 @@ class _Meeting:
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"epv2/device/{key}/{number}", store)
 
-    def agree(self, name: str, step: Callable[[], str]) -> list[str]:
+    def post(self, key: str, text: str) -> None:
+        """Leave a text for the others."""
+        self._store.set(key, text)
+
+    def peek(self, key: str) -> str | None:
+        """What was posted as `key`; None if nothing was."""
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def agree(self, name: str, step: Callable[[], str], phase: str = _PHASE) -> list[str]:
         """Do `step` on every rank and return what it gave, by rank. Where it raises on one rank, every rank raises.
 
         Raises:
@@ -349,18 +412,18 @@ class _Meeting:
         self._store.set(f"{name}/{self._rank}", f"done: {mine}")
         deadline, results = time.monotonic() + self._timeout, []
         for peer in range(len(self._ranks)):
-            state, text = self._read(f"{name}/{peer}", peer, deadline).split(": ", 1)
+            state, text = self._read(f"{name}/{peer}", peer, deadline, phase).split(": ", 1)
             if state == "error":
                 raise RuntimeError(f"rank {peer} of the group can't take part: {text}")
             results.append(text)
         return results
 
-    def _read(self, key: str, peer: int, deadline: float) -> str:
+    def _read(self, key: str, peer: int, deadline: float, phase: str) -> str:
         try:
             self._store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
         except RuntimeError as error:
             expected = f"all of ranks {self._ranks} within {self._timeout:g} s"
-            raise CommunicationTimeout(self._rank, peer, _PHASE, expected, "nothing of that rank") from error
+            raise CommunicationTimeout(self._rank, peer, phase, expected, "nothing of that rank") from error
         return self._store.get(key).decode()
 
 

@@ -85,7 +85,7 @@ class _Link:
 
 
 class HostPointToPoint:
-    """See `interfaces.PointToPoint`. Uses the connections of `transport`, and gives them up after an error."""
+    """See `base.PointToPoint`. Uses the connections of `transport`, and gives them up after an error."""
 
     def __init__(self, transport: Transport, traffic: Traffic):
         self._transport, self._traffic = transport, traffic

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from epv2_plugin.elastic.backends.base import SessionLimits
 from epv2_plugin.elastic.backends.host_p2p import byte_view, describe, message_text, text_message
-from epv2_plugin.elastic.errors import BufferSizeError
 from epv2_plugin.elastic.event import HostEvent
 from epv2_plugin.elastic.sizing import session_bytes
 
@@ -24,19 +24,18 @@ _HEADER, _DATA = range(2)
 Wait = Callable[[], None]
 
 
-class HostSessions:
-    """See `interfaces.Sessions`."""
+class HostSessions(SessionLimits):
+    """See `base.Sessions`."""
 
     def __init__(self, transport: Transport, traffic: Traffic):
+        super().__init__()
         self._transport, self._traffic = transport, traffic
-        self.active = False
-        self._max_bytes = self._max_operations = 0
-        self._bytes = 0
         self._pending: list[HostEvent] = []
         self._slots: dict[int, torch.Tensor] = {}  # whole gathered tensors, by the address of this rank's part
 
-    def configure(self, max_session_bytes: int, max_operations: int) -> None:
+    def configure(self, max_session_bytes: int, max_operations: int, num_sms: int) -> None:
         """Collective; raises CommunicationError where another rank came with other values."""
+        del num_sms  # there are none
         self._check_active(False, "agrs_set_config")
         values = (max_session_bytes, max_operations)
         text = "(max_session_bytes, max_all_gathers_per_session) = {}"
@@ -45,10 +44,8 @@ class HostSessions:
         self._max_bytes, self._max_operations = values
 
     def begin(self) -> None:
-        self._check_active(False, "create_agrs_session")
-        if not self._max_operations:
-            raise RuntimeError("create_agrs_session before agrs_set_config")
-        self.active, self._bytes, self._pending = True, 0, []
+        self._open()
+        self._pending = []
 
     def end(self) -> None:
         self._check_active(True, "destroy_agrs_session")
@@ -71,7 +68,8 @@ class HostSessions:
             slots.append(slot)
         return slots
 
-    def all_gather(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Wait]:
+    def all_gather(self, tensors: Sequence[torch.Tensor], keep: bool) -> tuple[list[torch.Tensor], Wait]:
+        del keep  # a session's tensors are theirs alone
         rank, peers = self._transport.rank, self._transport.peers
         self._admit("all_gather", sum(session_bytes(self._transport.size, t.shape, t.itemsize) for t in tensors))
         gathered = []
@@ -111,24 +109,6 @@ class HostSessions:
                 result.copy_(total)
 
         return reduced, self._start(finish)
-
-    def _check_active(self, needed: bool, call: str) -> None:
-        if self.active != needed:
-            raise RuntimeError(f"{call} {'outside' if needed else 'inside'} an all-gather session")
-
-    def _admit(self, call: str, num_bytes: int) -> None:
-        self._check_active(True, call)
-        if len(self._pending) >= self._max_operations:
-            raise BufferSizeError(
-                f"{call}: this session has had its {self._max_operations} operations; "
-                "agrs_set_config with a larger max_all_gathers_per_session"
-            )
-        if self._bytes + num_bytes > self._max_bytes:
-            raise BufferSizeError(
-                f"{call}: the session would hold {self._bytes + num_bytes} bytes, agrs_set_config allowed "
-                f"{self._max_bytes}"
-            )
-        self._bytes += num_bytes
 
     def _start(self, finish: Wait) -> Wait:
         event = HostEvent(finish)

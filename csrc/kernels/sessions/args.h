@@ -1,0 +1,11 @@
+// Arguments of the kernels behind all-gather sessions. Addresses are of device memory.
+#pragma once
+#include <cstdint>
+
+struct ReduceScatterArgs {
+  uint64_t window;    // whose part of each rank is summed
+  uint64_t offset;    // of what belongs to this rank, in every rank's window
+  uint64_t out;       // the sums
+  uint64_t count;     // values
+  int32_t num_ranks;
+};

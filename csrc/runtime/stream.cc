@@ -1,0 +1,133 @@
+#include "stream.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <stdexcept>
+#include <utility>
+
+#include "driver_api.h"
+#include "error.h"
+
+namespace epv2 {
+namespace {
+
+constexpr size_t kMaxOperations = 255;  // of one cuStreamBatchMemOp
+
+CUstream stream_of(uintptr_t stream) { return reinterpret_cast<CUstream>(stream); }
+
+std::string address_text(uintptr_t address) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(address));
+  return text;
+}
+
+CUstreamBatchMemOpParams parameters(const MemoryOperation& operation) {
+  struct Kind {
+    CUstreamBatchMemOpType type;
+    unsigned flags, bytes;
+  };
+  static const std::map<std::string, Kind> kinds = {
+      {"write32", {CU_STREAM_MEM_OP_WRITE_VALUE_32, CU_STREAM_WRITE_VALUE_DEFAULT, 4}},
+      {"write64", {CU_STREAM_MEM_OP_WRITE_VALUE_64, CU_STREAM_WRITE_VALUE_DEFAULT, 8}},
+      {"wait32_eq", {CU_STREAM_MEM_OP_WAIT_VALUE_32, CU_STREAM_WAIT_VALUE_EQ, 4}},
+      {"wait32_geq", {CU_STREAM_MEM_OP_WAIT_VALUE_32, CU_STREAM_WAIT_VALUE_GEQ, 4}}};
+  const auto& [name, address, value] = operation;
+  const auto found = kinds.find(name);
+  if (found == kinds.end())
+    throw std::invalid_argument("operation \"" + name + "\": must be write32, write64, wait32_eq or wait32_geq");
+  const Kind& kind = found->second;
+  if (address == 0 || address % kind.bytes != 0)
+    throw std::invalid_argument(name + " at " + address_text(address) + ": must be a multiple of " +
+                                std::to_string(kind.bytes) + ", not 0");
+  if (kind.bytes == 4 && value > UINT32_MAX)
+    throw std::invalid_argument(name + " of " + std::to_string(value) + ": must have at most 32 bits");
+  CUstreamBatchMemOpParams made = {};
+  // Writes and waits have the same layout.
+  made.writeValue.operation = kind.type;
+  made.writeValue.address = address;
+  if (kind.bytes == 8)
+    made.writeValue.value64 = value;
+  else
+    made.writeValue.value = static_cast<cuuint32_t>(value);
+  made.writeValue.flags = kind.flags;
+  return made;
+}
+
+}  // namespace
+
+Stream::Stream(bool high_priority) {
+  const Driver& cuda = driver_api();
+  cuda.require_context();
+  int lowest = 0, highest = 0;
+  cuda.check(cuda.cuCtxGetStreamPriorityRange(&lowest, &highest), "cuCtxGetStreamPriorityRange");
+  cuda.check(cuda.cuStreamCreateWithPriority(&stream_, CU_STREAM_NON_BLOCKING, high_priority ? highest : lowest),
+             "cuStreamCreateWithPriority");
+}
+
+Stream::~Stream() {
+  if (stream_ != nullptr) driver_api().cuStreamDestroy(stream_);
+}
+
+void Stream::close() {
+  if (CUstream stream = std::exchange(stream_, nullptr))
+    driver_api().check(driver_api().cuStreamDestroy(stream), "cuStreamDestroy");
+}
+
+void copy(uintptr_t target, uintptr_t source, size_t num_bytes, uintptr_t stream) {
+  const Driver& cuda = driver_api();
+  const std::string what =
+      std::to_string(num_bytes) + " bytes from " + address_text(source) + " to " + address_text(target);
+#if CUDA_VERSION >= 13000
+  // Copies inside one device take SMs unless asked not to, and the plain call can't be asked. Where the driver has not
+  // this call, or ignores the wish, it is the same copy. It takes no legacy stream.
+  if (cuda.cuMemcpyBatchAsync != nullptr && stream != 0) {
+    CUdeviceptr to = target, from = source;
+    CUmemcpyAttributes attributes = {};
+    attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
+    attributes.flags = CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE;
+    size_t first = 0;
+    const CUresult result =
+        cuda.cuMemcpyBatchAsync(&to, &from, &num_bytes, 1, &attributes, &first, 1, stream_of(stream));
+    cuda.check(result, "cuMemcpyBatchAsync", what);
+    return;
+  }
+#endif
+  cuda.check(cuda.cuMemcpyAsync(target, source, num_bytes, stream_of(stream)), "cuMemcpyAsync", what);
+}
+
+void fill(uintptr_t target, int byte, size_t num_bytes, uintptr_t stream) {
+  const Driver& cuda = driver_api();
+  cuda.check(cuda.cuMemsetD8Async(target, static_cast<unsigned char>(byte), num_bytes, stream_of(stream)),
+             "cuMemsetD8Async", std::to_string(num_bytes) + " bytes at " + address_text(target));
+}
+
+void memory_operations(uintptr_t stream, const std::vector<MemoryOperation>& operations) {
+  const Driver& cuda = driver_api();
+  std::vector<CUstreamBatchMemOpParams> batch;
+  for (const MemoryOperation& operation : operations) batch.push_back(parameters(operation));
+  for (size_t first = 0; first < batch.size(); first += kMaxOperations) {
+    const size_t count = std::min(kMaxOperations, batch.size() - first);
+    const CUresult result =
+        cuda.cuStreamBatchMemOp(stream_of(stream), static_cast<unsigned>(count), batch.data() + first, 0);
+    if (result != CUDA_SUCCESS)
+      cuda.check(result, "cuStreamBatchMemOp",
+                 std::to_string(count) + " operations, the first " + std::get<0>(operations[first]) + " at " +
+                     address_text(std::get<1>(operations[first])));
+  }
+}
+
+uintptr_t current_context() {
+  const Driver& cuda = driver_api();
+  cuda.require_context();
+  CUcontext context = nullptr;
+  cuda.check(cuda.cuCtxGetCurrent(&context), "cuCtxGetCurrent");
+  return reinterpret_cast<uintptr_t>(context);
+}
+
+void set_context(uintptr_t context) {
+  const Driver& cuda = driver_api();
+  cuda.check(cuda.cuCtxSetCurrent(reinterpret_cast<CUcontext>(context)), "cuCtxSetCurrent");
+}
+
+}  // namespace epv2

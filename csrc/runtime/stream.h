@@ -1,0 +1,39 @@
+// Streams of our own, and what is put on a stream without a kernel: copies, fills, writes and waits of words.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace epv2 {
+
+// A stream that no other stream waits for by itself. Not one of torch's: those are 32 for each priority, handed out in
+// turn, so that two users may get the same one, and a wait of the first would hold the second.
+class Stream {
+ public:
+  explicit Stream(bool high_priority);
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  void close();
+  uintptr_t pointer() const { return reinterpret_cast<uintptr_t>(stream_); }
+
+ private:
+  CUstream stream_ = nullptr;
+};
+
+// (name, address, value): "write32", "write64", "wait32_eq", "wait32_geq" (cyclic: the difference is not negative).
+using MemoryOperation = std::tuple<std::string, uintptr_t, uint64_t>;
+
+void copy(uintptr_t target, uintptr_t source, size_t num_bytes, uintptr_t stream);
+void fill(uintptr_t target, int byte, size_t num_bytes, uintptr_t stream);
+void memory_operations(uintptr_t stream, const std::vector<MemoryOperation>& operations);
+
+uintptr_t current_context();
+void set_context(uintptr_t context);
+
+}  // namespace epv2

@@ -1,0 +1,379 @@
+"""All-gather sessions between GPUs that reach each other's memory: copy engines, words on streams, one small kernel.
+
+Gathered tensors lie in the window, at the same offsets on every rank, one behind the other from the start of a session.
+An all-gather copies this rank's part into everybody's window and then a word that says so; whoever wants the tensors
+waits for these words on his stream. A reduce-scatter copies its tensors into this rank's window, waits for everybody's
+word, and one kernel sums what belongs to this rank from all windows, in rank order.
+
+A session overwrites the one before. So a rank tells everybody when it begins one, in the order of its current stream,
+behind all that it has still read and copied in the last; and nobody copies before all have begun.
+
+Streams write words only into their own rank's memory; a copy brings them to the peers, as data.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from epv2_plugin.elastic import sizing
+from epv2_plugin.elastic.backends.base import SessionLimits, Traffic
+from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word, same_turn
+from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window
+from epv2_plugin.elastic.backends.host_p2p import describe
+from epv2_plugin.elastic.backends.watch import Wait, Watch
+from epv2_plugin.elastic.errors import CommunicationError
+from epv2_plugin.elastic.sizing import SessionLayout, align, session_bytes
+from epv2_plugin.jit import kernels
+
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+_THREADS, _VECTORS_OF_A_THREAD, _VECTOR_BYTES = 512, 4, 16
+_EXPLANATION_SECONDS = 2.0
+
+
+@dataclass
+class _Operation:
+    """An operation of a session, started. `wait` makes the current stream wait for it."""
+
+    wait: Callable[[], None]
+    waited: bool = False
+
+
+class CudaSessions(SessionLimits):
+    """See `base.Sessions`.
+
+    Args:
+        runtime: the device. watch: ends waits for what never comes. traffic: counts what crossed to other ranks.
+
+    Attributes:
+        refused: collective calls that never got here; all ranks must have refused as many.
+    """
+
+    def __init__(self, runtime: Runtime, watch: Watch, traffic: Traffic, refused: int):
+        super().__init__()
+        self.refused = refused
+        self._runtime, self._watch, self._traffic = runtime, watch, traffic
+        self._window: Window | None = None
+        self._configured = self._session = 0
+        self._pending: list[_Operation] = []
+        self._slots: dict[int, tuple[torch.Tensor, int]] = {}  # whole tensors and offsets, by the address of our part
+        self._begun_on: set[str] = set()  # streams that have waited for everybody to begin this session
+        self._peers = [peer for peer in range(runtime.size) if peer != runtime.rank]
+        self._streams: dict[str, Any] = {}
+
+    # ---- base.Sessions ----------------------------------------------------------------------------------------------
+
+    def configure(self, max_session_bytes: int, max_operations: int, num_sms: int) -> None:
+        self._check_active(False, "agrs_set_config")
+        self._watch.check()
+        self._configured += 1
+        rank, name = self._runtime.rank, f"agrs_set_config #{self._configured}"
+        if not self._streams:
+            self._streams = {"gather": self._runtime.new_stream(), "scatter": self._runtime.new_stream()}
+        # What was put on them uses the window that is given up.
+        waits = []
+        for key, stream in self._streams.items():
+            with self._runtime.on_stream(stream):
+                waits.append(Wait(rank, name, "the end of the last session", key))
+                self._runtime.stream_ops([self._watch.note(waits[-1])])
+        for wait in waits:
+            self._watch.finish(wait)
+        values = (max_session_bytes, max_operations)
+
+        def step() -> str:
+            check_connections()
+            for kernel in kernels.REDUCE_SCATTER.values():
+                self._runtime.prepare(kernel)
+            return str(values)
+
+        phase = f"{name}, values"
+        for peer, seen in enumerate(self._runtime.meeting.agree(f"{name}/values", step, phase)):
+            if seen != str(values):
+                names = "(max_session_bytes, max_all_gathers_per_session) = "
+                raise CommunicationError(rank, peer, phase, f"{names}{values} as on this rank", f"{names}{seen}")
+        self._layout = SessionLayout(
+            num_ranks=self._runtime.size, max_operations=max_operations, max_session_bytes=max_session_bytes
+        )
+        if self._window is None or self._window.num_bytes < self._layout.end:
+            self._window = self._runtime.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
+        else:
+            with self._runtime.on_stream(self._streams["gather"]):
+                self._runtime.fill(self._window.peer_pointer(rank, 0), 0, self._layout.tensors)
+                zeroed = Wait(rank, name, "zeroed words", "gather")
+                self._runtime.stream_ops([self._watch.note(zeroed)])
+            self._watch.finish(zeroed)
+            self._runtime.meeting.agree(f"{name}/zeroed", lambda: "", f"{name}, end")
+        self._bases = [self._window.peer_pointer(peer, 0) for peer in range(self._runtime.size)]
+        self._max_bytes, self._max_operations, self._session = max_session_bytes, max_operations, 0
+        self._num_sms = min(num_sms or sizing.REDUCE_SCATTER_SMS, self._runtime.num_sms)
+
+    def begin(self) -> None:
+        self._watch.check()
+        self._open()
+        runtime = self._runtime
+        if runtime.is_capturing():
+            self.active = False
+            raise RuntimeError(
+                "a session can't be captured into a CUDA graph: sessions have numbers, which would repeat"
+            )
+        self._session += 1
+        self._begun_on.clear()
+        gather, scatter = self._streams["gather"], self._streams["scatter"]
+        before = [runtime.record()]
+        with runtime.on_stream(scatter):
+            before.append(runtime.record())
+        own = self._bases[runtime.rank] + self._layout.begun_outbox
+        with runtime.on_stream(gather):
+            for event in before:
+                runtime.wait(event)
+            runtime.stream_ops([("write32", own, self._session)])
+            for peer in self._peers:
+                runtime.copy(self._bases[peer] + self._layout.begun + 4 * runtime.rank, own, 4)
+            begun = runtime.record()
+        with runtime.on_stream(scatter):
+            runtime.wait(begun)
+
+    def end(self) -> None:
+        self._check_active(True, "destroy_agrs_session")
+        pending = self._pending
+        self.abandon()
+        for operation in pending:
+            if not operation.waited:
+                operation.wait()
+
+    def abandon(self) -> None:
+        self.active, self._pending = False, []
+        self._slots.clear()
+
+    def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
+        self._check_active(True, "agrs_get_inplace_tensor")
+        slots = []
+        for shape in shapes:
+            num_bytes = session_bytes(self._runtime.size, shape, dtype.itemsize)
+            offset = self._layout.tensors + self._take_bytes("agrs_get_inplace_tensor", num_bytes)
+            whole = self._view(offset, tuple(shape), dtype)
+            slots.append(whole[self._runtime.rank])
+            if slots[-1].numel():
+                self._slots[slots[-1].data_ptr()] = (whole, offset)
+        return slots
+
+    def all_gather(self, tensors: Sequence[torch.Tensor], keep: bool) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        self._watch.check()
+        runtime = self._runtime
+        places = [self._place(tensor) for tensor in tensors]
+        sizes = [
+            0 if place else session_bytes(runtime.size, tensor.shape, tensor.itemsize)
+            for tensor, place in zip(tensors, places, strict=True)
+        ]
+        number, free = self._admit("all_gather", sum(sizes))
+        starts = accumulate(sizes[:-1], initial=self._layout.tensors + free)
+        gathered, offsets = [], []
+        for tensor, place, start in zip(tensors, places, starts, strict=True):
+            whole, offset = place or (self._view(start, tuple(tensor.shape), tensor.dtype), start)
+            gathered.append(whole)
+            offsets.append(offset)
+        text, word = self._identity("all_gather", tensors, number, offsets)
+        spoil = [(self._bases[runtime.rank] + offset, t.nbytes) for offset, t in zip(offsets, gathered, strict=True)]
+        before = runtime.record()
+        with runtime.on_stream(self._streams["gather"]):
+            runtime.wait(before)
+            self._await_begin("gather", "all_gather", number, spoil)
+            for tensor, offset in zip(tensors, offsets, strict=True):
+                self._push(tensor, offset)
+            done = Wait(runtime.rank, "", "", "gather", keep=(*tensors,))
+            self._tell("gather", number, word, done)
+            pushed = runtime.record()
+        num_bytes = len(self._peers) * sum(tensor.nbytes for tensor in tensors)
+        self._count(num_bytes)
+        kept = [torch.empty_like(whole) for whole in gathered] if keep else gathered
+
+        def wait() -> None:
+            self._watch.check()
+            runtime.wait(pushed)
+            self._await_parts("all_gather", number, text, word, spoil, ("current", runtime.current_stream()))
+            self._watch.check()
+            if keep and not operation.waited:
+                with torch.no_grad():
+                    for target, whole in zip(kept, gathered, strict=True):
+                        target.copy_(whole)
+            operation.waited = True
+
+        operation = _Operation(wait)
+        self._pending.append(operation)
+        return kept, wait
+
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        self._watch.check()
+        runtime, rank = self._runtime, self._runtime.rank
+        sizes = [session_bytes(tensor.shape[0], tensor.shape[1:], tensor.itemsize) for tensor in tensors]
+        number, free = self._admit("reduce_scatter", sum(sizes))
+        offsets = [*accumulate(sizes[:-1], initial=self._layout.tensors + free)]
+        text, word = self._identity("reduce_scatter", tensors, number, offsets)
+        # A part of ours that is no number makes a sum that is none.
+        spoil = [(self._bases[rank] + offset, t.nbytes) for offset, t in zip(offsets, tensors, strict=True)]
+        reduced = [tensor.new_empty(tensor.shape[1:]) for tensor in tensors]
+        before = runtime.record()
+        with runtime.on_stream(self._streams["scatter"]):
+            runtime.wait(before)
+            self._await_begin("scatter", "reduce_scatter", number, spoil)
+            for tensor, offset in zip(tensors, offsets, strict=True):
+                if tensor.nbytes:
+                    runtime.copy(self._bases[rank] + offset, tensor.data_ptr(), tensor.nbytes)
+            self._tell("scatter", number, word, None)
+            self._await_parts("reduce_scatter", number, text, word, spoil, "scatter")
+            for tensor, offset, out in zip(tensors, offsets, reduced, strict=True):
+                self._sum(offset, tensor, out)
+            summed = Wait(rank, "", "", "scatter", keep=(*tensors, *reduced))
+            runtime.stream_ops([self._watch.note(summed)])
+            done = runtime.record()
+        self._count(len(self._peers) * sum(out.nbytes for out in reduced))
+
+        def wait() -> None:
+            self._watch.check()
+            runtime.wait(done)
+            self._watch.check()
+            operation.waited = True
+
+        operation = _Operation(wait)
+        self._pending.append(operation)
+        return reduced, wait
+
+    # ---- pieces of an operation -------------------------------------------------------------------------------------
+
+    def _view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The gathered tensor `[ranks, *shape]` that begins there in the window."""
+        shape = (self._runtime.size, *shape)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if self._window is None or not num_bytes:
+            return torch.empty(shape, dtype=dtype, device=self._runtime.device)
+        return self._window.tensor[offset : offset + num_bytes].view(dtype).view(shape)
+
+    def _place(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+        """Where a tensor of `own_slots` belongs."""
+        place = self._slots.pop(tensor.data_ptr(), None) if tensor.numel() else None
+        if place is None or place[0].dtype != tensor.dtype or place[0].shape[1:] != tensor.shape:
+            return None
+        return place
+
+    def _identity(
+        self, call: str, tensors: Sequence[torch.Tensor], number: int, offsets: Sequence[int]
+    ) -> tuple[str, int]:
+        """What every rank must come with, as text and as a word."""
+        text = ", ".join(map(describe, tensors)) + (f" after {self.refused} refused calls" if self.refused else "")
+        return text, hash_word(f"{self._session} {number} {self.refused} {call} {text} {list(offsets)}", self._session)
+
+    def _await_begin(self, lane: str, call: str, number: int, spoil: Sequence[tuple[int, int]]) -> None:
+        """Make the current stream wait until every rank has begun this session, once for each stream."""
+        if lane in self._begun_on:
+            return
+        self._begun_on.add(lane)
+        own, session = self._bases[self._runtime.rank] + self._layout.begun, self._session
+        operations: list[StreamOp] = [("wait32_geq", own + 4 * peer, session) for peer in self._peers]
+
+        def judge(words: bytes) -> tuple[int, str] | None:
+            begun = struct.unpack(f"<{self._runtime.size}I", words)
+            return next(((peer, "") for peer in self._peers if (begun[peer] - session) & 0xFFFFFFFF >= 1 << 31), None)
+
+        wait = Wait(
+            self._peers[0] if self._peers else self._runtime.rank,
+            f"{call} #{number} of session #{session}, begin",
+            f"the begin of session #{session}",
+            lane,
+            look=(own, 4 * self._runtime.size),
+            judge=judge,
+            release=[("write32", address, value) for _, address, value in operations],
+            spoil=[(address, num_bytes) for address, num_bytes in spoil if num_bytes],
+        )
+        self._runtime.stream_ops([*operations, self._watch.note(wait)])
+
+    def _push(self, tensor: torch.Tensor, offset: int) -> None:
+        """Copy this rank's part to where it belongs in every window."""
+        if not tensor.nbytes:
+            return
+        runtime = self._runtime
+        place = offset + runtime.rank * tensor.nbytes
+        own = self._bases[runtime.rank] + place
+        if tensor.data_ptr() != own:
+            runtime.copy(own, tensor.data_ptr(), tensor.nbytes)
+        # Every rank begins with another, so that not all write to the same one.
+        for step in range(1, runtime.size):
+            runtime.copy(self._bases[(runtime.rank + step) % runtime.size] + place, tensor.data_ptr(), tensor.nbytes)
+
+    def _tell(self, lane: str, number: int, word: int, done: Wait | None) -> None:
+        """Say to every rank that this rank's part of an operation is ready."""
+        runtime = self._runtime
+        outbox = self._bases[runtime.rank] + self._layout.outbox(number)
+        runtime.stream_ops([("write32", outbox, word), *([] if done is None else [self._watch.note(done)])])
+        for peer in self._peers:
+            runtime.copy(self._bases[peer] + self._layout.arrived(number, runtime.rank), outbox, 4)
+
+    def _await_parts(
+        self, call: str, number: int, text: str, word: int, spoil: Sequence[tuple[int, int]], lane: Any
+    ) -> None:
+        """Make the current stream wait for every rank's part of an operation."""
+        own, rank = self._bases[self._runtime.rank], self._runtime.rank
+        key = f"agrs_set_config #{self._configured}/session {self._session} {number} of rank"
+        operations: list[StreamOp] = [
+            ("wait32_eq", own + self._layout.arrived(number, peer), word) for peer in self._peers
+        ]
+
+        def judge(words: bytes) -> tuple[int, str] | None:
+            arrived = struct.unpack(f"<{self._runtime.size}I", words)
+            missing = [peer for peer in self._peers if arrived[peer] != word]
+            for peer in missing:
+                if same_turn(arrived[peer], word):
+                    self._runtime.meeting.post(f"{key} {rank}", f"{call} of {text}")
+                    return peer, self._explanation(f"{key} {peer}")
+            return (missing[0], "") if missing else None
+
+        wait = Wait(
+            self._peers[0] if self._peers else rank,
+            f"{call} #{number} of session #{self._session}",
+            f"{text} as on this rank",
+            lane,
+            look=(own + self._layout.arrived(number, 0), 4 * self._runtime.size),
+            judge=judge,
+            release=[("write32", address, value) for _, address, value in operations],
+            spoil=[(address, num_bytes) for address, num_bytes in spoil if num_bytes],
+        )
+        self._runtime.stream_ops([*operations, self._watch.note(wait)])
+
+    def _explanation(self, key: str) -> str:
+        """What a rank that came with something else says that it is; it sees the difference, too."""
+        deadline = time.monotonic() + _EXPLANATION_SECONDS
+        while (text := self._runtime.meeting.peek(key)) is None:
+            if time.monotonic() > deadline:
+                return "other tensors or another operation"
+            time.sleep(0.01)
+        return text
+
+    def _sum(self, offset: int, tensor: torch.Tensor, out: torch.Tensor) -> None:
+        if not out.numel() or self._window is None:
+            return
+        kernel = kernels.REDUCE_SCATTER[_DTYPES[tensor.dtype]]
+        arguments = kernels.args_type(kernel).pack(
+            window=self._window.handle,
+            offset=offset + self._runtime.rank * out.nbytes,
+            out=out.data_ptr(),
+            count=out.numel(),
+            num_ranks=self._runtime.size,
+        )
+        per_cta = _THREADS * _VECTORS_OF_A_THREAD * _VECTOR_BYTES
+        self._runtime.launch(
+            kernel,
+            arguments,
+            ctas=min(self._num_sms, -(-out.nbytes // per_cta)),
+            threads=_THREADS,
+            shared_bytes=sizing.LEAST_SHARED_BYTES,
+        )
+
+    def _count(self, num_bytes: int) -> None:
+        self._traffic.sent_bytes += num_bytes
+        self._traffic.undeduplicated_bytes += num_bytes

@@ -1,0 +1,290 @@
+"""What streams wait for, and what happens where it does not come.
+
+A wait on a stream has no end and no message. So each is noted here with what it is for, and the stream sets a word of
+mapped host memory when it has passed. A thread, awake only while something is under way, looks at these words, which
+takes no call of the driver. Where a wait is old it looks further: has another rank given up, has something else come,
+is the time over? Then this rank gives up, too: it notes why, tells the others through torch's store, spoils the data
+that would look like a result, and writes what the streams wait for into its own memory, so that nothing hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from epv2_plugin.elastic.backends.device import Runtime, StreamOp
+from epv2_plugin.elastic.errors import CommunicationError, CommunicationTimeout
+
+_WORDS = 4096  # waits under way
+_TICK = 0.02  # seconds between two looks at the words
+_PATIENCE = 0.5  # seconds before a wait is looked into, and between two such looks
+_NOTICE_SECONDS = 1.25  # in which the others see a notice, before streams go on here as if all were well
+_READ_SECONDS = 5.0
+_LOOK_BYTES = 4096
+_FAILED = "failed"  # key of what the first rank to give up has to say
+
+
+@dataclass(eq=False)
+class Wait:
+    """One wait of a stream, or work whose end somebody wants to know.
+
+    Attributes:
+        peer, phase, expected: as in `CommunicationError`.
+        lane: names the stream; waits of one lane pass in the order in which they were noted.
+        look: own control words (address, bytes) that tell how the wait stands. None: nothing of a peer is waited for.
+        judge: of these words: None if they end the wait, else (peer that is missing, what came of it or "").
+        release: writes that end it. spoil: memory (address, bytes) to fill with 0xFF before.
+        keep: what must live until it has passed.
+        done: it has passed. spoiled: see `spoil`.
+    """
+
+    peer: int
+    phase: str
+    expected: str
+    lane: Any
+    look: tuple[int, int] | None = None
+    judge: Callable[[bytes], tuple[int, str] | None] = lambda _: None
+    release: Sequence[StreamOp] = ()
+    spoil: Sequence[tuple[int, int]] = ()
+    keep: tuple[Any, ...] = ()
+    done: bool = False
+    spoiled: bool = False
+    word: int = -1
+    since: float = field(default_factory=time.monotonic)
+
+
+class Watch:
+    """The waits of one buffer on one rank.
+
+    Args:
+        runtime: the device. timeout_seconds: after which a wait gives up.
+
+    Attributes:
+        failure: why this rank gave up, None before that. Every later operation raises it.
+    """
+
+    def __init__(self, runtime: Runtime, timeout_seconds: float):
+        self.failure: BaseException | None = None
+        self.timeout_seconds = timeout_seconds
+        self._runtime, self._meeting = runtime, runtime.meeting
+        table = runtime.mapped(4 * _WORDS)
+        self._table, self._words = table.pointer, table.tensor.view(torch.int32).numpy()
+        self._free = deque(range(_WORDS))
+        self._scratch = runtime.mapped(8 + _LOOK_BYTES)
+        self._stream = runtime.new_stream()
+        self._waits: list[Wait] = []
+        self._chores: list[Callable[[], bool]] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._next_look = self._release_from = 0.0
+        self._looks = 0
+        self._thread = threading.Thread(target=self._run, name="epv2 watch", daemon=True)
+        self._thread.start()
+
+    # ---- for operations ---------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise why this rank gave up, if it did."""
+        if self.failure is not None:
+            raise self.failure
+
+    def note(self, wait: Wait) -> StreamOp:
+        """Note a wait that is about to be put on a stream; returns the write that must follow it there."""
+        while True:
+            with self._changed:
+                self.check()
+                self._collect()
+                if self._free:
+                    wait.word, wait.since = self._free.popleft(), time.monotonic()
+                    self._waits.append(wait)
+                    self._changed.notify_all()
+                    return ("write32", self._table + 4 * wait.word, 1)
+            time.sleep(1e-3)
+
+    def finish(self, wait: Wait) -> None:
+        """Let the host wait, too. Raises CommunicationError where it does not pass."""
+        while True:
+            self.check()
+            if wait.done:
+                return
+            with self._changed:
+                self._collect()
+            if not wait.done:
+                time.sleep(2e-4)
+
+    def repeat(self, chore: Callable[[], bool]) -> None:
+        """Let the thread call `chore` now and then until it returns True."""
+        with self._changed:
+            if chore not in self._chores:
+                self._chores.append(chore)
+                self._changed.notify_all()
+
+    def await_post(self, key: str, peer: int, phase: str, expected: str) -> str:
+        """What `peer` posts as `key`; the host waits. Raises CommunicationError where it does not come."""
+        begin = next_look = time.monotonic()
+        pause = 1e-3
+        while (text := self._meeting.peek(key)) is None:
+            self.check()
+            now = time.monotonic()
+            if now > next_look:
+                next_look = now + _PATIENCE
+                if (notice := self._notice()) is not None:
+                    self._give_up(self._told(notice, peer, phase, expected), tell=False)
+                elif now - begin > self.timeout_seconds:
+                    self.give_up(CommunicationTimeout(self._runtime.rank, peer, phase, expected, self._nothing))
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+        return text
+
+    def give_up(self, error: BaseException) -> None:
+        """This rank can't go on: tell the others, end every wait."""
+        self._give_up(error, tell=True)
+
+    def close(self) -> None:
+        """End the thread. Waits that are still under way are ended as after a failure."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(1.0)
+        if self._thread.is_alive() and self._waits:
+            first = self._waits[0]
+            arguments = (self._runtime.rank, first.peer, first.phase, first.expected, "the end of the buffer")
+            self._give_up(CommunicationError(*arguments), tell=False)
+        self._thread.join(30.0)
+        self._words = self._words.copy()  # whoever still asks must not read memory that is gone
+
+    @property
+    def _nothing(self) -> str:
+        return f"nothing within {self.timeout_seconds:g} s"
+
+    # ---- the thread -------------------------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """Take passed waits off the list; the lock is held."""
+        left = []
+        for wait in self._waits:
+            if self._words[wait.word]:
+                self._words[wait.word] = 0
+                self._free.append(wait.word)
+                wait.done, wait.keep = True, ()
+            else:
+                left.append(wait)
+        self._waits = left
+
+    def _run(self) -> None:
+        self._runtime.adopt_thread()
+        while True:
+            with self._changed:
+                self._collect()
+                while not (self._waits or self._chores or self._closing):
+                    self._changed.wait()
+                if self._closing and not self._waits:
+                    return
+                self._changed.wait(_TICK)
+                self._collect()
+                heads = list({wait.lane: wait for wait in reversed(self._waits)}.values())
+                chores = list(self._chores)
+            try:
+                if self.failure is not None:
+                    self._chores.clear()
+                    if time.monotonic() > self._release_from:
+                        self._release(heads)
+                    continue
+                for chore in chores:
+                    if chore():
+                        self._chores.remove(chore)
+                if time.monotonic() > self._next_look:
+                    self._look_into(heads)
+                    self._next_look = time.monotonic() + _PATIENCE
+            except Exception as error:  # of the driver: whoever asks next must know
+                self._give_up(error, tell=True)
+
+    def _look_into(self, heads: list[Wait]) -> None:
+        now = time.monotonic()
+        waiting = [wait for wait in heads if wait.look is not None and now - wait.since > _PATIENCE]
+        waiting.sort(key=lambda wait: wait.since)
+        if waiting and (notice := self._notice()) is not None:
+            first = next((wait for wait in waiting if wait.peer == notice["rank"]), waiting[0])
+            peer = (self._judge(first) or (first.peer,))[0]
+            self._give_up(self._told(notice, peer, first.phase, first.expected), tell=False)
+            return
+        for wait in waiting:
+            found = self._judge(wait)
+            if found is None:
+                continue
+            where = (self._runtime.rank, found[0], wait.phase, wait.expected)
+            if found[1]:
+                self.give_up(CommunicationError(*where, found[1]))
+                return
+            if time.monotonic() - wait.since > self.timeout_seconds:
+                self.give_up(CommunicationTimeout(*where, self._nothing))
+                return
+
+    def _judge(self, wait: Wait) -> tuple[int, str] | None:
+        return None if wait.look is None else wait.judge(self._read(*wait.look))
+
+    def _read(self, address: int, num_bytes: int) -> bytes:
+        """Own memory as it is now, past whatever other streams wait for; zeros if the device does not answer."""
+        self._looks += 1
+        words = self._scratch.tensor[:4].view(torch.int32)
+        with self._runtime.on_stream(self._stream):
+            self._runtime.copy(self._scratch.pointer + 8, address, num_bytes)
+            self._runtime.stream_ops([("write32", self._scratch.pointer, self._looks)])
+        deadline = time.monotonic() + _READ_SECONDS
+        while int(words[0]) != self._looks:
+            if time.monotonic() > deadline:
+                return bytes(num_bytes)
+            time.sleep(1e-4)
+        return self._scratch.tensor[8 : 8 + num_bytes].numpy().tobytes()
+
+    def _release(self, heads: list[Wait]) -> None:
+        with self._runtime.on_stream(self._stream):
+            for wait in heads:
+                for address, num_bytes in wait.spoil:
+                    self._runtime.fill(address, 0xFF, num_bytes)
+                # Not at once: what its stream still copied before the wait would come after the fill.
+                if wait.release and wait.spoiled:
+                    self._runtime.stream_ops(wait.release)
+                wait.spoiled = True
+
+    # ---- giving up --------------------------------------------------------------------------------------------------
+
+    def _give_up(self, error: BaseException, tell: bool) -> None:
+        with self._changed:
+            if self.failure is not None:
+                return
+            self.failure = error
+            self._release_from = time.monotonic() + (_NOTICE_SECONDS if tell else 0)
+            self._changed.notify_all()
+        if tell:
+            notice = {"rank": self._runtime.rank, "peer": getattr(error, "peer", -1), "text": str(error)}
+            if isinstance(error, CommunicationError) and not isinstance(error, CommunicationTimeout):
+                notice["refusal"] = f"rank {self._runtime.rank} expected {error.expected} and saw {error.seen}"
+            with contextlib.suppress(RuntimeError):  # the store is gone with the rank that held it
+                if self._meeting.peek(_FAILED) is None:
+                    self._meeting.post(_FAILED, json.dumps(notice))
+
+    def _notice(self) -> dict[str, Any] | None:
+        """What another rank said when it gave up."""
+        try:
+            text = self._meeting.peek(_FAILED)
+        except RuntimeError:  # as above; then the timeouts tell
+            return None
+        notice = None if text is None else json.loads(text)
+        return None if notice is None or notice["rank"] == self._runtime.rank else notice
+
+    def _told(self, notice: dict[str, Any], peer: int, phase: str, expected: str) -> CommunicationError:
+        rank = self._runtime.rank
+        if notice["rank"] == peer and notice["peer"] == rank and "refusal" in notice:
+            seen = f"a refusal: {notice['refusal']}"
+        else:
+            seen = f"that rank {notice['rank']} gave up: {notice['text']}"
+        return CommunicationError(rank, peer, phase, expected, seen)

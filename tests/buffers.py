@@ -1,0 +1,57 @@
+"""`ElasticBuffer`s of every kind, so that one test can run on the host, on the emulated device and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from epv2_plugin.elastic import ElasticBuffer, buffer
+from tests.emulator.runtime import EmulatedRuntime
+
+KINDS = ("host", "emulated")  # what any machine can run; "cuda" is for tests with mark gpu
+SMS = 3  # of the emulated device
+_ROOM = 48 << 20
+
+
+class EmulatedBuffer(ElasticBuffer):
+    """An `ElasticBuffer` of the cuda backend whose device is the emulator: `runtime`."""
+
+    def __init__(self, group: dist.ProcessGroup, *, seed: int = 0, **options: Any):
+        def make(group: dist.ProcessGroup, timeout_seconds: float) -> EmulatedRuntime:
+            self.runtime = EmulatedRuntime(group, seed=seed, num_sms=SMS)
+            return self.runtime
+
+        real = buffer.CudaRuntime, buffer.resolve_backend
+        buffer.CudaRuntime, buffer.resolve_backend = make, lambda name: "cuda"
+        try:
+            super().__init__(group, **options)
+        finally:
+            buffer.CudaRuntime, buffer.resolve_backend = real
+
+
+def emulated_buffer(seed: int = 0, seconds: float = 60, **options: Any) -> EmulatedBuffer:
+    """An `EmulatedBuffer` over all ranks."""
+    options = {"num_cpu_timeout_secs": 60, "num_gpu_timeout_secs": seconds, **options}
+    return EmulatedBuffer(dist.group.WORLD, seed=seed, **options)
+
+
+def make_buffer(kind: str, **options: Any) -> ElasticBuffer:
+    """A buffer of the backend `kind` over all ranks; those that need it get `num_bytes`."""
+    if kind == "host":
+        return ElasticBuffer(dist.group.WORLD, backend="host", **options)
+    options = {"num_bytes": _ROOM, **options}
+    if kind == "emulated":
+        return emulated_buffer(**options)
+    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    return ElasticBuffer(dist.group.WORLD, backend="cuda", **options)
+
+
+def settle(made: ElasticBuffer, work: Callable[[], object] = lambda: None) -> None:
+    """Do `work`, and let what was started end: on a GPU a failure shows, and is raised, only then."""
+    work()
+    if made.device.type == "cuda":
+        torch.cuda.synchronize()
+    made.capture().current_stream_wait()

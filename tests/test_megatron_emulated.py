@@ -1,0 +1,111 @@
+"""Pipeline and context parallelism of Megatron over the cuda backend, on the emulated device: the host's bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests import test_context_parallel
+from tests.buffers import EmulatedBuffer
+from tests.harness import Pool
+from tests.test_layouts_3d import CP, ONE_SLOT, OVERLAPPED, PP, VARIABLE
+from tests.test_training import EP, VPP2, WAIT, _arm
+
+STEPS = 3
+LIMIT = {"plugin.pipeline.max_tensor_bytes": 1 << 20}
+
+
+def _emulate(emulated: bool) -> None:
+    from epv2_plugin.elastic import ElasticBuffer
+    from epv2_plugin.megatron import context_parallel, pipeline
+
+    for module in (context_parallel, pipeline):
+        module.ElasticBuffer = EmulatedBuffer if emulated else ElasticBuffer
+
+
+def losses(rank: int, size: int, overrides: dict[str, Any], emulated: bool) -> tuple[list[float], list[Any]]:
+    """Of a few steps, and what the groups of pipeline and context are."""
+    import epv2_plugin
+
+    _emulate(emulated)
+    try:
+        arm, stream = _arm(size, overrides, "epv2")
+        found = [arm.step(stream.sequences(number)).loss for number in range(STEPS)]
+        groups = [group for group in epv2_plugin.status()["groups"] if group["primitive"] != "expert"]
+        epv2_plugin.disable()
+    finally:
+        _emulate(False)
+    return found, groups
+
+
+CASES = {
+    "PP2": (2, PP[2]),
+    "PP2, variable lengths, one slot": (2, PP[2] | VARIABLE | ONE_SLOT | LIMIT),
+    "PP2 VPP2, overlapped": (2, PP[2] | VPP2 | OVERLAPPED),
+    "PP2 CP2 EP2": (4, PP[2] | CP[2] | EP[2]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_has_the_host_backends_bits(pool: Callable[[int], Pool], name: str) -> None:
+    size, overrides = CASES[name]
+    host = pool(size).run(losses, overrides, False, timeout=WAIT)
+    emulated = pool(size).run(losses, overrides, True, timeout=WAIT)
+    assert [found for found, _ in emulated] == [found for found, _ in host]
+    for _, groups in emulated:
+        assert {group["primitive"] for group in groups} == ({"pipeline", "context"} if "CP2" in name else {"pipeline"})
+        for group in groups:
+            assert (group["backend"], group["transport"]) == ("cuda", "emulated")
+            assert group["sms"] == (4 if group["primitive"] == "context" else 0)
+            assert group["sent_bytes"] > 0
+
+
+def refused(rank: int, size: int) -> str:
+    from epv2_plugin.config import ConfigError
+
+    _emulate(True)
+    try:
+        arm, stream = _arm(size, PP[2] | VARIABLE, "epv2")
+        arm.step(stream.sequences(0))
+    except ConfigError as error:
+        return str(error)
+    finally:
+        _emulate(False)
+    return ""
+
+
+def test_variable_lengths_need_a_limit(pool: Callable[[int], Pool]) -> None:
+    for message in pool(2).run(refused, timeout=WAIT):
+        assert "pipeline.max_tensor_bytes = 'auto': must be a number on the cuda backend" in message
+
+
+def left_to_megatron(rank: int, size: int) -> tuple[list[float], list[Any]]:
+    """A device that is reached through one queue can't have our transport; Megatron's does it."""
+    import os
+
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    try:
+        return losses(rank, size, PP[2], True)
+    finally:
+        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+
+
+def test_megatrons_own_transport_where_ours_can_not_be(pool: Callable[[int], Pool]) -> None:
+    host = pool(2).run(losses, PP[2], False, timeout=WAIT)
+    for (found, groups), (expected, _) in zip(pool(2).run(left_to_megatron, timeout=WAIT), host, strict=True):
+        assert found == expected
+        assert groups == [{"primitive": "pipeline", "ranks": [0, 1], "backend": "stock", "transport": "stock"}]
+
+
+def attention(rank: int, size: int) -> dict[tuple[int, str], list[float]]:
+    _emulate(True)
+    try:
+        return test_context_parallel.compare(rank, size)
+    finally:
+        _emulate(False)
+
+
+def test_attention_is_that_of_the_whole_sequence(pool: Callable[[int], Pool]) -> None:
+    test_context_parallel.check(pool(2).run(attention, timeout=300))
