@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +46,15 @@ def make_buffer(kind: str, **options: Any) -> ElasticBuffer:
     options = {"num_bytes": _ROOM, **options}
     if kind == "emulated":
         return emulated_buffer(**options)
-    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    take_device()
     return ElasticBuffer(dist.group.WORLD, backend="cuda", **options)
+
+
+def take_device() -> torch.device:
+    """This rank's GPU, reached through as many queues as transfers have streams."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # read when the process first uses the device
+    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def settle(made: ElasticBuffer, work: Callable[[], object] = lambda: None) -> None:

@@ -536,3 +536,67 @@ def test_bench_ep_as_ranks_of_somebody_else(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.json").read_text())["setup"]["ranks"] == 2
+
+
+# ---- pp and cp ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "tables", "names"),
+    [
+        (
+            ["pp", "--large", "5000", "--small", "100"],
+            ("large_us", "small_us"),
+            ("epv2", "plain copy", "torch"),
+        ),
+        (
+            ["cp", "--ranks", "2", "--tokens", "64", "--heads", "4", "--groups", "2", "--width", "8"],
+            ("gather_us", "attention_us"),
+            ("epv2", "torch", "gather, then attend"),
+        ),
+    ],
+)
+def test_bench_of_transfers_from_end_to_end(
+    tmp_path: Path, words: list[str], tables: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    path = tmp_path / "out.json"
+    command = [sys.executable, "-m", "epv2_plugin.cli", "bench", *words, "--iters", "2", "--backend", "host"]
+    done = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(path.read_text())
+    assert document["kind"] == f"bench {words[0]}"
+    for table in tables:
+        for samples in document[table].values():
+            assert len(samples) == 2
+            assert all(len(ranks) == 2 and min(ranks) > 0 for ranks in samples)
+    text = {"pp": report.pp_text, "cp": report.cp_text}[words[0]](document)
+    assert text in done.stdout
+    assert all(name in text for name in names)
+    assert max(map(len, text.splitlines())) <= report.WIDTH
+
+
+def test_report_of_gemms_beside_transfers() -> None:
+    samples = {"epv2": [[10.0, 12.0]], "plain copy": [[9.0, 9.0]], "torch": [[20.0, 18.0]]}
+    document = {
+        **report.circumstances("epv2 bench pp", CPU),
+        "setup": {"ranks": 2, "large": 12000, "small": 64, "iterations": 1, "backend": "cuda"},
+        "large_us": samples,
+        "small_us": samples,
+        "gemm_us": {"alone": [[100.0, 95.0]], "beside epv2": [[102.0, 104.0]], "beside torch": [[125.0, 120.0]]},
+    }
+    lines = report.pp_text(document).splitlines()
+    assert any(line.split() == ["epv2", "12", "1", "75%"] for line in lines)
+    assert any(line.split() == ["beside", "epv2", "104", "96.2%"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pp", "--ranks", "1"], "--ranks = 1: must be 2 or more"),
+        (["pp", "--small", "65", "--large", "64"], "--small = 65: must be at most --large, 64"),
+        (["cp", "--heads", "6", "--groups", "4"], "--groups = 4: must divide --heads, 6"),
+    ],
+)
+def test_bench_of_transfers_refuses(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert cli.main(["bench", *words]) != 0
+    assert message in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 
 from tests.harness import Pool
 
+CPU = torch.device("cpu")
 PADDED, REAL = (0, 8, 32, 40), (0, 7, 24, 29)  # starts of packed sequences; sequence i has REAL[i + 1] - REAL[i] tokens
 
 
@@ -157,20 +158,20 @@ def compare(rank: int, size: int) -> dict[tuple[int, str], list[float]]:
     return found
 
 
-def _compare(rank: int, size: int, case: Case) -> list[float]:
+def _compare(rank: int, size: int, case: Case, device: torch.device = CPU) -> list[float]:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     attention = _attention(size, case)
     assert type(attention).__name__ == ("ContextParallelAttention" if size > 1 else "LocalAttention")
     with get_cuda_rng_tracker().fork():  # what the attention is going to draw
-        seed = torch.randint(0, 1 << 31, (1,), dtype=torch.int64)
+        seed = torch.randint(0, 1 << 31, (1,), dtype=torch.int64, device=device).cpu()
     _attention(size, case)  # sets the generators back
     expected = [_part(case, t, rank, size) for t in _dense(case, seed)]
-    query, key, value, weight = (_part(case, t, rank, size).requires_grad_() for t in _inputs(case))
+    query, key, value, weight = (_part(case, t, rank, size).to(device).requires_grad_() for t in _inputs(case))
     mask, params, tensors = None, None, [query, key, value]
     if case.attention_mask:
-        mask = _part(case, _mask(case).permute(2, 0, 1, 3), rank, size).permute(1, 2, 0, 3)
+        mask = _part(case, _mask(case).permute(2, 0, 1, 3), rank, size).permute(1, 2, 0, 3).to(device)
     if case.packed:
         params = PackedSeqParams(**_packed(case))
         tensors = [t.squeeze(1) for t in tensors]
@@ -181,7 +182,7 @@ def _compare(rank: int, size: int, case: Case) -> list[float]:
         out = out.unsqueeze(1)
     (out * weight.detach().flatten(2)).sum().backward()
     found = [out.detach(), query.grad, key.grad, value.grad]
-    return [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
+    return [float((a.cpu().double() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
 
 
 def _packed(case: Case) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from epv2_plugin.training.recipe import (
 )
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-TINY, SMALL, V3, PROXY, TINY_3D = (
-    RECIPES / f"deepseek_v3_{name}.yaml" for name in ("tiny", "small", "671b", "proxy_1gpu", "tiny_3d")
+TINY, SMALL, V3, PROXY, TINY_3D, TINY_3D_GPU = (
+    RECIPES / f"deepseek_v3_{name}.yaml" for name in ("tiny", "small", "671b", "proxy_1gpu", "tiny_3d", "tiny_3d_1gpu")
 )
 
 
@@ -37,7 +37,7 @@ def arguments(recipe: Recipe, **kwargs: str) -> dict[str, list[str]]:
     return result
 
 
-@pytest.mark.parametrize("path", [TINY, SMALL, V3, PROXY, TINY_3D], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [TINY, SMALL, V3, PROXY, TINY_3D, TINY_3D_GPU], ids=lambda path: path.stem)
 def test_the_recipes_load(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
@@ -59,6 +59,14 @@ def test_the_recipe_of_three_dimensions_trains_the_tiny_model():
     assert recipe.model == plain.model
     degrees = [recipe.degree(name) for name in ("expert", "pipeline", "context", "tensor")]
     assert (recipe.train.processes, degrees, recipe.data_parallel, recipe.micro_batches) == (8, [2, 2, 2, 1], 2, 4)
+
+
+def test_its_twin_for_a_gpu_trains_the_same():
+    host, gpu = load_recipe(TINY_3D), load_recipe(TINY_3D_GPU)
+    assert (gpu.model, gpu.data) == (host.model, host.data)
+    assert gpu.train == host.train.model_copy(update={"precision": "bf16"})
+    assert gpu.plugin.parallel == host.plugin.parallel
+    assert (gpu.plugin.backend, gpu.plugin.expert.max_tokens_per_rank) == ("cuda", gpu.model.seq_length // 2)
 
 
 def test_the_published_shape():

@@ -232,5 +232,76 @@ def engram_text(document: dict[str, Any]) -> str:
     return "\n".join([*lines, *table(["", "time", "GB/s", "Mrows/s"], rows)])
 
 
+def pp_text(document: dict[str, Any]) -> str:
+    """The report of `epv2 bench pp`, from what its JSON file holds."""
+    setup = document["setup"]
+    lines = [*head(document), *_wrap(f"{setup['ranks']} ranks in a ring, {setup['backend']} backend"), ""]
+    what = f"median of {setup['iterations']} repetitions ± half of the interquartile range"
+    lines += _wrap(
+        f"Every rank sends {setup['large']} bytes to the next and receives as many; microseconds of the slowest rank, "
+        f"{what}; GB/s in one direction, and its share of a plain copy's. torch = NCCL's send and receive, on the "
+        "host gloo's."
+    )
+    medians = {name: statistics.median(slowest(samples)) for name, samples in document["large_us"].items()}
+    rows = [
+        [
+            name,
+            spread(slowest(samples)),
+            _rate(setup["large"] / medians[name] / 1e3),
+            f"{medians['plain copy'] / medians[name]:.0%}",
+        ]
+        for name, samples in document["large_us"].items()
+    ]
+    lines += [*table(["", "time", "GB/s", "of the copy"], rows), ""]
+    lines += _wrap(f"{setup['small']} bytes from a rank to the next and back: microseconds of one way, {what}.")
+    small = document["small_us"].items()
+    lines += [*table(["", "one way"], [[name, spread(slowest(samples))] for name, samples in small])]
+    if "gemm_us" in document:
+        lines += ["", *_wrap(f"bf16 GEMMs alone and beside transfers that last longer, {what}.")]
+        alone = statistics.median(slowest(document["gemm_us"]["alone"]))
+        lines += table(
+            ["", "time", "of the lone speed"],
+            [
+                [name, spread(slowest(samples)), f"{alone / statistics.median(slowest(samples)):.1%}"]
+                for name, samples in document["gemm_us"].items()
+            ],
+        )
+    return "\n".join(lines)
+
+
+def cp_text(document: dict[str, Any]) -> str:
+    """The report of `epv2 bench cp`, from what its JSON file holds."""
+    setup = document["setup"]
+    lines = [
+        *head(document),
+        *_wrap(
+            f"{setup['ranks']} ranks, {setup['tokens']} tokens, {setup['heads']} query and {setup['groups']} key/value "
+            f"heads of {setup['width']}, bf16, causal, {setup['backend']} backend"
+        ),
+        "",
+    ]
+    what = f"microseconds of the slowest rank, median of {setup['iterations']} ± half of the interquartile range"
+    others = (setup["ranks"] - 1) * document["gather_bytes"]
+    lines += _wrap(f"All-gather of {document['gather_bytes']} bytes of each rank: {what}; GB/s received.")
+    rows = []
+    for name, samples in document["gather_us"].items():
+        times = slowest(samples)
+        rows.append([name, spread(times), _rate(others / statistics.median(times) / 1e3)])
+    lines += [*table(["", "time", "GB/s"], rows), ""]
+    lines += _wrap(
+        f"Attention forward and backward: {what}; most memory of a rank beside inputs, the session's window included. "
+        "Outputs and gradients of both were compared."
+    )
+    ours = statistics.median(slowest(document["attention_us"]["epv2"]))
+    rows = []
+    for name, samples in document["attention_us"].items():
+        peaks = [rank[name] for rank in document["peak_bytes"] or []]
+        times = slowest(samples)
+        ratio = f"{statistics.median(times) / ours:.2f}"
+        rows.append([name, spread(times), ratio, f"{max(peaks) / 2**20:.0f}" if peaks else NO_VALUE])
+    lines += table(["", "time", "over epv2's", "MiB"], rows)
+    return "\n".join(lines)
+
+
 def _wrap(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, break_on_hyphens=False)

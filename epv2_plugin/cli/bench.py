@@ -1,4 +1,5 @@
-"""`epv2 bench ep | sm | engram`: what dispatch and combine take, what one SM can copy, what fetching rows takes."""
+"""`epv2 bench ep | sm | pp | cp | engram`: what dispatch and combine take, what one SM can copy, what transfers between
+stages and context-parallel attention take, what fetching rows takes."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import argparse
 import json
 import os
 import shlex
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ RANKS = 4
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the `bench` command."""
     parser = subparsers.add_parser(
-        "bench", help="measure dispatch and combine, the copy rate of an SM, or Engram", description="Measure."
+        "bench",
+        help="measure dispatch and combine, SMs' copy rates, pipeline, context parallelism, Engram",
+        description="Measure.",
     )
     kinds = parser.add_subparsers(metavar="WHAT", required=True)
     ep = kinds.add_parser(
@@ -63,6 +67,30 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     sm.add_argument("--json", type=Path, metavar="FILE", help="write every sample, too")
     sm.set_defaults(main=main_sm)
+    pp = kinds.add_parser(
+        "pp",
+        help="transfers between pipeline stages against a plain copy and NCCL, and GEMMs beside them",
+        description="Measure pp_send and pp_recv around a ring of ranks, the plain copy and torch's send and receive "
+        "in turn; on GPUs also a bf16 GEMM alone and beside transfers.",
+    )
+    pp.add_argument("--ranks", type=positive, help="ranks of the ring (default: 2, or torchrun's)")
+    pp.add_argument("--large", type=positive, default=64 << 20, help="bytes of a large tensor (default: %(default)s)")
+    pp.add_argument("--small", type=positive, default=64 << 10, help="bytes of a small tensor (default: %(default)s)")
+    _add_common(pp)
+    pp.set_defaults(main=main_pp)
+    cp = kinds.add_parser(
+        "cp",
+        help="all-gathers and context-parallel attention against gathering first",
+        description="Measure all-gathers of keys, ours and torch's, and causal attention forward and backward over "
+        "gathered parts against attention after a whole gather.",
+    )
+    cp.add_argument("--ranks", type=positive, help=f"context-parallel ranks (default: {RANKS}, or torchrun's)")
+    cp.add_argument("--tokens", type=positive, default=32768, help="of all ranks together (default: %(default)s)")
+    cp.add_argument("--heads", type=positive, default=16, help="query heads (default: %(default)s)")
+    cp.add_argument("--groups", type=positive, default=16, help="key/value heads (default: %(default)s)")
+    cp.add_argument("--width", type=positive, default=128, help="features of a head (default: %(default)s)")
+    _add_common(cp)
+    cp.set_defaults(main=main_cp)
     engram = kinds.add_parser(
         "engram",
         help="rows a second from a table spread over ranks, against a local gather",
@@ -77,6 +105,71 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     engram.add_argument("--iters", type=positive, default=30, help="repetitions (default: %(default)s)")
     engram.add_argument("--json", type=Path, metavar="FILE", help="write every sample, too")
     engram.set_defaults(main=main_engram)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--iters", type=positive, default=30, help="repetitions (default: %(default)s)")
+    parser.add_argument("--backend", choices=["auto", "cuda", "host"], default="auto", help="(default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample, too")
+
+
+def main_pp(args: argparse.Namespace) -> int:
+    """Run `epv2 bench pp`; 0 = done and what was sent arrived, 1 = other data.
+
+    Raises:
+        ConfigError: arguments that do not go together, or with this machine.
+    """
+    if args.small > args.large:
+        raise ConfigError("epv2 bench pp", "--small", args.small, f"must be at most --large, {args.large}")
+
+    def measure(command: str, ranks: int, backend: str) -> int:
+        from epv2_plugin.bench.pp import Setup, run
+
+        return run(Setup(ranks, args.large, args.small, args.iters, backend), command, args.json)
+
+    return _on_ranks("pp", args, ("large", "small"), 2, measure)
+
+
+def main_cp(args: argparse.Namespace) -> int:
+    """Run `epv2 bench cp`; 0 = done and both ways gave the same, 1 = they did not.
+
+    Raises:
+        ConfigError: arguments that do not go together, or with this machine.
+    """
+    if args.heads % args.groups:
+        raise ConfigError("epv2 bench cp", "--groups", args.groups, f"must divide --heads, {args.heads}")
+
+    def measure(command: str, ranks: int, backend: str) -> int:
+        from epv2_plugin.bench.cp import Setup, run
+
+        if args.tokens % (2 * ranks):
+            raise ConfigError("epv2 bench cp", "--tokens", args.tokens, f"must be a multiple of {2 * ranks}")
+        setup = Setup(ranks, args.tokens, args.heads, args.groups, args.width, args.iters, backend)
+        return run(setup, command, args.json)
+
+    return _on_ranks("cp", args, ("tokens", "heads", "groups", "width"), RANKS, measure)
+
+
+def _on_ranks(
+    kind: str, args: argparse.Namespace, names: Sequence[str], usual: int, measure: Callable[[str, int, str], int]
+) -> int:
+    """Start the ranks that will `measure`, or do so as one of torchrun's."""
+    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    ranks = args.ranks or world or usual
+    if ranks < 2:
+        raise ConfigError(f"epv2 bench {kind}", "--ranks", ranks, "must be 2 or more")
+    if world not in (None, ranks):
+        raise ConfigError(f"epv2 bench {kind}", "--ranks", ranks, f"the job was started with {world} ranks")
+    backend, _ = _backend(args.backend, f"epv2 bench {kind}")
+    if args.json is not None:
+        check_file("--json", args.json)
+    words = ["bench", kind, "--ranks", str(ranks), "--backend", backend]
+    for name in (*names, "iters"):
+        words += [f"--{name}", str(getattr(args, name))]
+    words += ["--json", str(args.json)] if args.json is not None else []
+    if world is None:
+        return run_ranks("epv2_plugin.cli", words, ranks, _environment(backend, ranks))
+    return measure(shlex.join(["epv2", *words]), ranks, backend)
 
 
 def main_ep(args: argparse.Namespace) -> int:
@@ -216,7 +309,7 @@ def _wrong(option: str, value: object, allowed: str) -> ConfigError:
     return ConfigError("epv2 bench ep", option, value, allowed)
 
 
-def _backend(name: str) -> tuple[str, int | None]:
+def _backend(name: str, command: str = "epv2 bench ep") -> tuple[str, int | None]:
     """The backend that `name` stands for here, and the SMs of the device."""
     import torch
 
@@ -225,18 +318,20 @@ def _backend(name: str) -> tuple[str, int | None]:
     try:
         backend: str = resolve_backend(name)
     except RuntimeError as error:
-        raise _wrong("--backend", name, str(error)) from None
+        raise ConfigError(command, "--backend", name, str(error)) from None
     if backend == "host":
         return backend, None
     return backend, torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def _environment(backend: str, ranks: int) -> dict[str, str]:
-    """Variables of the ranks: ranks that share a GPU need NCCL's leave, and few enough channels to fit side by side."""
+    """Variables of the ranks: a queue for each stream of a transfer; ranks that share a GPU need NCCL's leave, and few
+    enough channels to fit side by side."""
     if backend == "host":
         return {}
     import torch
 
+    queues = {"CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "32")}
     if ranks <= torch.cuda.device_count():
-        return {}
-    return {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": os.environ.get("NCCL_MAX_CTAS", "8")}
+        return queues
+    return queues | {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": os.environ.get("NCCL_MAX_CTAS", "8")}

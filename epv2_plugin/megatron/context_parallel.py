@@ -386,7 +386,7 @@ class _Gathers:
             for part in parts
             for t in self._tensors
         )
-        _allow_session(buffer, num_bytes, self._operations)
+        allow_session(buffer, num_bytes, self._operations)
         self._session = buffer.agrs_new_session()
         self._session.__enter__()
         for _ in range(AHEAD):
@@ -457,13 +457,40 @@ def _draw_seed(device: torch.device) -> torch.Tensor:
         return torch.randint(0, 1 << 31, (1,), dtype=torch.int64, device=device)
 
 
-def _allow_session(buffer: ElasticBuffer, num_bytes: int, operations: int) -> None:
+def allow_session(buffer: ElasticBuffer, num_bytes: int, operations: int) -> None:
     """Raise the buffer's session limits where they are too low; every rank comes here with the same sizes."""
     limits = _session_limits.get(buffer, (0, 0))
     if num_bytes > limits[0] or operations > limits[1]:
         limits = (max(limits[0], 1 << math.ceil(math.log2(num_bytes))), max(limits[1], operations))
         buffer.agrs_set_config(*limits, num_sms=_config.sm_budget.context)
         _session_limits[buffer] = limits
+
+
+def session_bytes_of(buffer: ElasticBuffer) -> int:
+    """Bytes that the sessions of a buffer may take."""
+    return _session_limits.get(buffer, (0, 0))[0]
+
+
+def causal_attention(
+    query_SBAD: torch.Tensor, key_SBGD: torch.Tensor, value_SBGV: torch.Tensor, buffer: ElasticBuffer
+) -> torch.Tensor:
+    """Causal attention `[S, B, A, V]` of this rank's zigzag part of a sequence, without a model around it."""
+    rows, width = query_SBAD.shape[0], query_SBAD.shape[3]
+    exchange = Exchange(
+        buffer=buffer,
+        device=query_SBAD.device,
+        rank=buffer.rank_idx,
+        size=buffer.num_ranks,
+        segments=[Segment(0, rows, rows * buffer.num_ranks, 0)],
+        parts=_parts(rows),
+        causal=True,
+        scale=width**-0.5,
+        mask=None,
+        dropout=0.0,
+        seed=torch.zeros(1, dtype=torch.int64),
+        heads=range(query_SBAD.shape[2]),
+    )
+    return _Attention.apply(query_SBAD, key_SBGD, value_SBGV, exchange)
 
 
 def _buffer_for(group: dist.ProcessGroup, config: TransformerConfig) -> ElasticBuffer:
