@@ -406,7 +406,7 @@ def test_beside_dispatch_and_combine(pool: Callable[[int], Pool], kind: str) -> 
 
 @given(st.integers(0, 1 << 40), st.lists(st.integers(0, 1 << 20), max_size=6), st.integers(0, len(DTYPES) - 1))
 def test_a_header_says_which_tensor_it_is(number: int, shape: list[int], dtype: int) -> None:
-    shape = shape if math.prod(shape) < 1 << 50 else [*shape[:2], 0]
+    shape = shape if math.prod(max(size, 1) for size in shape) < 1 << 50 else [*shape[:2], 0]
     tensor = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
     words = struct.pack("<4Q", *cuda_p2p.header(number, tensor))
     name = str(tensor.dtype).removeprefix("torch.")
