@@ -71,11 +71,13 @@ def many_streams(rank: int, size: int) -> None:
     runtime = CudaRuntime(dist.group.WORLD, 60)
     window = runtime.window(1 << 20)
     own = window.peer_pointer(rank, 0)
+    x = torch.ones(256, 256, device="cuda")
+    (x @ x).sum()  # loads its kernels, for which the device must be idle
+    torch.cuda.synchronize()
     blocked = [runtime.new_stream() for _ in range(12)]
     for number, stream in enumerate(blocked):
         with runtime.on_stream(stream):
             runtime.stream_ops([("wait32_eq", own + 4 * number, 1)])
-    x = torch.ones(256, 256, device="cuda")
     done, deadline = torch.cuda.Event(), time.monotonic() + 20
     (x @ x).sum()
     done.record()

@@ -27,14 +27,17 @@ std::unique_ptr<Driver> load() {
   if (!take(found->cuDriverGetVersion, "cuDriverGetVersion") || found->cuDriverGetVersion(&found->version) != 0)
     throw Error(library->path() + " is not a CUDA driver: no cuDriverGetVersion");
   std::string missing;
+  // Only through another macro: there a name has become that of its version, of which older ones take other arguments.
 #define EPV2_TEXT(name) #name
 #define EPV2_TAKE(name) \
   if (!take(found->name, EPV2_TEXT(name))) missing = EPV2_TEXT(name);
   EPV2_DRIVER_FUNCTIONS(EPV2_TAKE)
 #undef EPV2_TAKE
+#define EPV2_TAKE_IF_THERE(name) take(found->name, EPV2_TEXT(name));
 #if CUDA_VERSION >= 13000
-  take(found->cuMemcpyBatchAsync, EPV2_TEXT(cuMemcpyBatchAsync));
+  EPV2_TAKE_IF_THERE(cuMemcpyBatchAsync)
 #endif
+#undef EPV2_TAKE_IF_THERE
 #undef EPV2_TEXT
   if (found->version < kOldest || !missing.empty())
     throw Error("the CUDA driver (" + library->path() + ") is too old: it supports CUDA " +

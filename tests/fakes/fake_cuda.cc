@@ -105,6 +105,10 @@ CUresult cuMemcpyBatchAsync(CUdeviceptr* to, CUdeviceptr* from, size_t* sizes, s
   if (result == CUDA_SUCCESS) std::memcpy(reinterpret_cast<void*>(*to), reinterpret_cast<void*>(*from), *sizes);
   return result;
 }
+
+// The call of CUDA 12.8, which a driver also has: it takes one argument more, and no caller of ours may get it.
+#undef cuMemcpyBatchAsync
+CUresult cuMemcpyBatchAsync() { return CUDA_ERROR_NOT_SUPPORTED; }
 #endif
 
 CUresult cuStreamBatchMemOp(CUstream on, unsigned count, CUstreamBatchMemOpParams* operations, unsigned flags) {
