@@ -118,6 +118,7 @@ def test_every_interleaving_arrives(pool: Callable[[int], Pool]) -> None:
         (p2p.bad_input, 2),
         (p2p.beside_collectives, 2),
         (p2p.receives_first, 3),
+        (p2p.full_both_ways, 2),
     ],
 )
 def test_cases_of_the_host(work: Callable[..., Any], size: int) -> None:

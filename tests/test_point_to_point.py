@@ -155,7 +155,7 @@ def both_ways_at_once(rank: int, size: int, kind: str) -> None:
         buffer.pp_send(torch.zeros(17), others[0])
     buffer.pp_flush()
     buffer.barrier()
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -230,7 +230,7 @@ def bad_input(rank: int, size: int, kind: str) -> None:
     assert ElasticBuffer.get_pp_buffer_size_hint(33, 1, num_peers=1) == 2 << 20
     with pytest.raises(CommunicationError, match=r"pp_set_config #\d, values: .*\(128, .\) as on this|closed"):
         buffer.pp_set_config(128, 1 + rank)
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -393,7 +393,7 @@ def beside_collectives(rank: int, size: int, kind: str) -> None:
             assert into[0] == number
             buffer.pp_send(torch.full((5,), float(number)), 1 - rank)
     buffer.barrier()
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -437,6 +437,31 @@ def receives_first(rank: int, size: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_receives_may_come_first_on_every_rank(pool: Callable[[int], Pool], kind: str) -> None:
     pool(3).run(receives_first, kind)
+
+
+def full_both_ways(rank: int, size: int, kind: str) -> None:
+    """Rank 1 posts receives before rank 0 has a ring, then waits in a send for what rank 0 does after its own sends."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=10)
+    buffer.pp_set_config(1 << 10, 1)
+    t, into = torch.ones(7, device=buffer.device), [torch.zeros(7, device=buffer.device) for _ in range(2)]
+    events = []
+    if rank == 1:
+        events = [buffer.pp_recv(t, 0, async_with_compute_stream=True) for t in into]
+    else:
+        time.sleep(0.5)
+    for _ in range(2):
+        buffer.pp_send(t, 1 - rank)
+    if rank == 0:
+        events = [buffer.pp_recv(t, 1) for t in into]
+    for event in events:
+        event.current_stream_wait()
+    assert all(t.tolist() == [1.0] * 7 for t in into)
+    buffer.pp_flush()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_posted_receive_needs_no_further_call(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(full_both_ways, kind)
 
 
 def told(rank: int, size: int, kind: str) -> tuple[str, bool]:

@@ -181,7 +181,7 @@ def bad_input(rank: int, size: int, kind: str) -> None:
         wait()
         wait()
         assert torch.equal(gathered, torch.tensor([[0.0] * 4, [1.0] * 4]))
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
     single = ElasticBuffer.get_agrs_num_max_session_bytes(dist.group.WORLD, (3, 5), torch.bfloat16)
     assert single == 64
     assert ElasticBuffer.get_agrs_num_max_session_bytes(dist.group.WORLD, [(3, 5), (1,)], torch.bfloat16) == 96
