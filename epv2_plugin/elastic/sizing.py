@@ -463,8 +463,7 @@ def _shape(threads: int, shared_bytes: int, **parts: int) -> LaunchShape:
 def stage_shape(num_ranks: int, num_local_experts: int) -> LaunchShape:
     """Of dispatch_stage."""
     warps = 28
-    columns = num_local_experts + 1
-    fixed, per_warp = 16 + 4 * 32 * warps + 4 * columns, 4 * num_ranks * columns
+    fixed, per_warp = 16 + 4 * 32 * warps, 4 * num_ranks * (num_local_experts + 1)
     counting = min(warps, (SHARED_BYTES - fixed) // per_warp)
     if counting < 1:
         raise ValueError(f"num_experts = {num_ranks * num_local_experts}: more than a kernel can count")

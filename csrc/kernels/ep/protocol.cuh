@@ -21,7 +21,6 @@ enum State {
   kFailed = 3,         // 1 once this rank gave up
   kArrived = 4,        // CTAs of the running kernel that are done
   kCounted = 5,        // CTAs of dispatch_stage that have counted their tokens
-  kNextRow = 6,        // of dispatch_stage: the row that the next free warp takes
   kStateWords = 32,
 };
 
@@ -189,46 +188,32 @@ __device__ inline bool wait_all(const Common& c, int kind, uint32_t number, bool
   return !gave_up;
 }
 
-// The first `count` threads of the CTA, which do something together, and the barrier that they have for it.
-struct Team {
-  int count, barrier;
-
-  __device__ static Team everybody() { return Team{static_cast<int>(blockDim.x), 0}; }
-  __device__ void sync() const {
-    if (barrier == 0) {
-      __syncthreads();
-    } else {
-      barrier_sync(barrier, count);
-    }
-  }
-};
-
-// All threads of the team: what they wrote is there for everybody; true in the last CTA whose team says so.
+// All threads of the CTA: what this CTA wrote is there for everybody; true in the last CTA that says so.
 // `word` of the shared memory is scratch. The counter is back at 0 afterwards.
-__device__ inline bool last_to_arrive(const Common& c, int counter, uint32_t* word, Team team = Team::everybody()) {
-  team.sync();
+__device__ inline bool last_to_arrive(const Common& c, int counter, uint32_t* word) {
+  __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence_system();
     *word = atomic_add_acq_rel(state_word(c, counter), 1);
   }
-  team.sync();
+  __syncthreads();
   const bool last = *word == gridDim.x - 1;
   if (last && threadIdx.x == 0) {
     *state_word(c, counter) = 0;
     __threadfence_system();
   }
-  team.sync();
+  __syncthreads();
   return last;
 }
 
-// All threads of one CTA's team: raise flag `kind` at all ranks.
-__device__ inline void signal_all(const Common& c, int kind, uint32_t number, Team team = Team::everybody()) {
+// All threads of one CTA: raise flag `kind` at all ranks.
+__device__ inline void signal_all(const Common& c, int kind, uint32_t number) {
   if (threadIdx.x == 0) {
     write_arguments(c, reinterpret_cast<uint32_t*>(peer_pointer(c.window, arguments_offset(c), c.rank)));
     __threadfence_system();
   }
-  team.sync();
-  for (int p = threadIdx.x; p < c.num_ranks; p += team.count) {
+  __syncthreads();
+  for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) {
     uint32_t* flag = reinterpret_cast<uint32_t*>(peer_pointer(c.window, flag_offset(c, kind, c.rank), p));
     flag[1] = c.signature;
     __threadfence_system();
