@@ -91,10 +91,11 @@ class Expert(Section):
 
 
 class Pipeline(Section):
-    """Activations between pipeline stages. `max_tensor_bytes: auto`: no limit on the host, on a GPU what the first
-    tensors have."""
+    """Activations between pipeline stages. `transport`: `copy_engine` = the plugin's on GPUs, `auto` = the plugin's on
+    the host, Megatron's own on GPUs, where the plugin's has not been proved yet. `max_tensor_bytes: auto`: no limit on
+    the host, on a GPU what the first tensors have."""
 
-    transport: Literal["auto", "stock"] = "auto"
+    transport: Literal["auto", "copy_engine", "stock"] = "auto"
     max_inflight: int = Field(default=4, ge=1)
     max_tensor_bytes: Count = "auto"
 

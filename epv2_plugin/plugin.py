@@ -51,13 +51,19 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
     global _enabled
     loaded = load_config(config)
     if _enabled is not None:
-        if _enabled.config.model_dump() != loaded.model_dump():
+        if _enabled.config.model_dump() != _proved(loaded, _enabled.backend).model_dump():
             raise RuntimeError(
                 f"the plugin is enabled with {_enabled.config.source}; call disable() before enabling {loaded.source}"
             )
         return
     _show_log()
     backend = check(loaded)
+    if (proved := _proved(loaded, backend)) is not loaded:
+        logger.info(
+            "epv2: pipeline stages keep Megatron's own transport on GPUs; pipeline.transport = copy_engine takes the "
+            "plugin's, which has run on a CPU emulator only"
+        )
+    loaded = proved
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         raise ImportError("Megatron-Core is not installed: pip install 'epv2_plugin[megatron]'")
     # Megatron reads the device at import: the bridge comes first.
@@ -86,6 +92,13 @@ def _adapters() -> tuple[Any, ...]:
     from epv2_plugin.megatron import context_parallel, dispatcher, pipeline
 
     return dispatcher, pipeline, context_parallel
+
+
+def _proved(config: PluginConfig, backend: str) -> PluginConfig:
+    """`config`, with Megatron's own where the plugin's was not asked for by name and has not run on a GPU yet."""
+    if backend == "host" or config.pipeline.transport != "auto":
+        return config
+    return config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"transport": "stock"})})
 
 
 def _who_runs(config: PluginConfig) -> dict[str, str]:

@@ -233,7 +233,7 @@ def on_cuda(rank: int, size: int, config: dict[str, Any]) -> tuple[dict[str, Any
 
     plugin.logger.addHandler(Lines())
     plugin.logger.setLevel(logging.INFO)
-    plugin._check = lambda config: "cuda"  # type: ignore[assignment]
+    plugin.check = lambda config: "cuda"  # type: ignore[assignment]
     epv2_plugin.enable(config)
     return epv2_plugin.status(), schedules.P2PCommunicator is p2p_communication.P2PCommunicator, lines
 
@@ -241,9 +241,10 @@ def on_cuda(rank: int, size: int, config: dict[str, Any]) -> tuple[dict[str, Any
 @pytest.mark.parametrize(
     ("config", "pipeline", "context"),
     [
-        ({}, "epv2", "epv2"),
+        ({}, "stock", "epv2"),  # not proved yet
+        ({"pipeline": {"transport": "copy_engine"}}, "epv2", "epv2"),
         ({"pipeline": {"transport": "stock"}}, "stock", "epv2"),
-        ({"context": {"kv_exchange": "stock"}}, "epv2", "stock"),
+        ({"context": {"kv_exchange": "stock"}}, "stock", "stock"),
     ],
 )
 def test_pipeline_and_context_on_the_cuda_backend(config: dict[str, Any], pipeline: str, context: str) -> None:

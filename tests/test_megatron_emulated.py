@@ -99,6 +99,26 @@ def test_megatrons_own_transport_where_ours_can_not_be(pool: Callable[[int], Poo
         assert groups == [{"primitive": "pipeline", "ranks": [0, 1], "backend": "stock", "transport": "stock"}]
 
 
+def insisted(rank: int, size: int) -> str:
+    import os
+
+    from epv2_plugin.config import ConfigError
+
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    try:
+        losses(rank, size, PP[2] | {"plugin.pipeline.transport": "copy_engine"}, True)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+    return ""
+
+
+def test_a_transport_asked_for_by_name_is_not_replaced(pool: Callable[[int], Pool]) -> None:
+    for message in pool(2).run(insisted, timeout=WAIT):
+        assert "pipeline.transport = 'copy_engine': CUDA_DEVICE_MAX_CONNECTIONS=1" in message
+
+
 def attention(rank: int, size: int) -> dict[tuple[int, str], list[float]]:
     _emulate(True)
     try:

@@ -222,7 +222,10 @@ def _configure(group: dist.ProcessGroup, buffer: ElasticBuffer, max_tensor_bytes
 
 
 def _leave_to_megatron(group: dist.ProcessGroup, error: UnavailableError) -> None:
+    """Let Megatron's own communicator run. Raises ConfigError where the plugin's was asked for by name."""
     _buffers[group] = None
+    if _config.pipeline.transport == "copy_engine":
+        raise _config.fail("pipeline.transport", str(error)) from error
     if dist.get_rank(group) == 0:
         size, first = dist.get_world_size(group), dist.get_rank()
         logger.warning(
