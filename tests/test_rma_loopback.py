@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from epv2_plugin.jit import compiler, toolchain
 from tests.rma_ranks import INVALID_ARGUMENT, REMOTE_ERROR, SYSTEM_ERROR
 from tests.test_runtime import HEADERS, MISSING, ROOT
 
@@ -190,3 +191,67 @@ def test_without_a_driver_the_plugin_says_so() -> None:
     command = [sys.executable, str(ROOT / "tests" / "rma_ranks.py"), "leave", "0", "1", "/nowhere", _plugin()]
     run = subprocess.run(command, env={}, capture_output=True, text=True, timeout=SECONDS)
     assert "libcuda.so.1: cannot open shared object file" in run.stderr
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def _compile_gin(folder: Path, arch: str) -> Path:
+    cubin = folder / "gin.cubin"
+    command = [str(toolchain.find_nvcc().path), "-ccbin", str(toolchain.find_gxx().path), "-std=c++17", "-cubin"]
+    command += [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}", f"-I{toolchain.find_nccl().include}"]
+    run = subprocess.run(
+        [*command, str(ROOT / "tests" / "rma_gin.cu"), "-o", str(cubin)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return cubin
+
+
+@pytest.fixture(scope="module")
+def gin_cubin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    arch = compiler.device_arch(*torch.cuda.get_device_capability())
+    return _compile_gin(tmp_path_factory.mktemp("gin"), arch)
+
+
+def _emulate(folder: Path, cubin: Path, nodes: int, ranks: int, *options: str, weak: bool = False) -> list[Any]:
+    """What the ranks of rma_gin.py wrote; `options` of `epv2 emulate`."""
+    folder.mkdir(exist_ok=True)
+    cluster = ["--nodes", str(nodes), "--gpus-per-node", str(ranks), "--sms", "1", *options]
+    worker = [sys.executable, str(ROOT / "tests" / "rma_gin.py"), str(folder), str(cubin), "10", str(int(weak))]
+    command = [sys.executable, "-m", "epv2_plugin.cli", "emulate", *cluster, "--", *worker]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(nodes * ranks)]
+
+
+def test_the_gin_kernel_compiles(tmp_path: Path) -> None:
+    try:
+        toolchain.find_nvcc(), toolchain.find_gxx(), toolchain.find_nccl()
+    except toolchain.ToolchainError as error:
+        pytest.skip(str(error))
+    assert _compile_gin(tmp_path, "sm_90a").stat().st_size > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+@pytest.mark.parametrize(("nodes", "ranks"), [(2, 1), (2, 2)])
+def test_gin_between_emulated_nodes(tmp_path: Path, gin_cubin: Path, nodes: int, ranks: int, seed: int | None) -> None:
+    options = [] if seed is None else ["--chaos", str(seed)]
+    for report in _emulate(tmp_path, gin_cubin, nodes, ranks, *options):
+        assert report["wrong"] == [0, 0, 0]
+        assert report["error"] == ""
+        found = report["properties"]
+        assert (found["gin_type"], found["n_lsa_teams"], found["lsa_size"]) == ("proxy", nodes, ranks)
+
+
+@pytest.mark.gpu
+def test_chaos_finds_a_signal_that_is_too_weak(tmp_path: Path, gin_cubin: Path) -> None:
+    """A kernel that would break on a network, and does not in order: 2 of 3 seeds must show it."""
+    wrong = [
+        sum(report["wrong"][0] for report in _emulate(tmp_path / seed, gin_cubin, 2, 1, "--chaos", seed, weak=True))
+        for seed in ("1", "2", "3")
+    ]
+    assert sum(count > 0 for count in wrong) >= 2, wrong
