@@ -169,8 +169,9 @@ def test_death_of_a_rank_is_noticed(gpu: FakeGpu) -> None:
         assert sum("operations on it fail from now on" in line for line in result["said"]) == 1
 
 
-def test_a_rank_that_leaves_in_order_is_not_dead(gpu: FakeGpu) -> None:
-    result = gpu.run("leave")[0]
+@pytest.mark.parametrize("how", ["closes", "ends"])
+def test_a_rank_that_leaves_in_order_is_not_dead(gpu: FakeGpu, how: str) -> None:
+    result = gpu.run("leave", HOW=how)[0]
     assert result["failed"] is False
     assert result["put"][0] in (SYSTEM_ERROR, REMOTE_ERROR)
     assert "has closed the communicator" in result["put"][1]

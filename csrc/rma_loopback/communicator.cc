@@ -1,7 +1,9 @@
 #include "communicator.h"
 
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
+#include <set>
 #include <thread>
 
 #include "../runtime/error.h"
@@ -17,6 +19,25 @@ Descriptor new_inbox(size_t bytes) {
   if (!file.open() || ftruncate(file.get(), static_cast<off_t>(bytes)) != 0)
     throw Error("memfd_create of " + std::to_string(bytes) + " bytes: " + std::strerror(errno));
   return file;
+}
+
+// Inboxes of open communicators. A process that ends in order without closing them has left, not died: its peers may
+// still have work of their own to end.
+struct OpenInboxes {
+  std::mutex mutex;
+  std::set<Inbox*> all;
+};
+
+OpenInboxes& open_inboxes() {
+  // Never destroyed: NCCL may close a communicator later.
+  static OpenInboxes* const made = [] {
+    std::atexit([] {
+      std::lock_guard<std::mutex> lock(open_inboxes().mutex);
+      for (Inbox* inbox : open_inboxes().all) inbox->closed = 1;
+    });
+    return new OpenInboxes;
+  }();
+  return *made;
 }
 
 }  // namespace
@@ -70,6 +91,8 @@ Communicator::Communicator(std::unique_ptr<Meeting> meeting, const std::vector<H
       mapped.say(error.what());
     }
     meeting_->exchange(mapped);
+    std::lock_guard<std::mutex> lock(open_inboxes().mutex);
+    open_inboxes().all.insert(peers_[rank]->inbox);
     met_ = true;
   } catch (...) {
     engine_.reset();
@@ -82,6 +105,10 @@ Communicator::~Communicator() {
   const WithContext current(context_);
   engine_.reset();
   peers_[rank_]->inbox->closed = 1;
+  {
+    std::lock_guard<std::mutex> lock(open_inboxes().mutex);
+    open_inboxes().all.erase(peers_[rank_]->inbox);
+  }
   driver().cuMemHostUnregister(peers_[rank_]->inbox);
   regions_.clear();
 }
