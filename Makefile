@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	touch $@
 
 # Not part of the line above: a first look at the plugin on a CPU should not wait for headers of CUDA.
-$(COMPILED): $(STAMP) $(HEADERS) $(wildcard csrc/runtime/*)
+$(COMPILED): $(STAMP) $(HEADERS) $(wildcard csrc/runtime/* csrc/rma_loopback/*)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -c 'from epv2_plugin import _C; print("compiled part:", _C.built_against())'
 	touch $@
@@ -59,4 +59,4 @@ $(CUDA)/.installed: cuda-wheels.txt | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf .venv-* runs build dist *.egg-info epv2_plugin/_C.*.so
+	rm -rf .venv-* runs build dist *.egg-info epv2_plugin/*.so

@@ -1,4 +1,5 @@
-"""Builds `epv2_plugin._C` where a compiler and the headers of NCCL and CUDA are found; a pure-Python package where not.
+"""Builds `epv2_plugin._C` and the loopback for NCCL where a compiler and the headers of NCCL and CUDA are found; a
+pure-Python package where not.
 
 Where headers are looked for, first hit wins: NCCL_HOME and CUDA_HOME (folders with an `include`), the nvidia-* wheels
 of this Python, build/cuda of this checkout (`make cuda-headers` fills it), /usr/local/cuda, /usr. Nothing is linked:
@@ -76,16 +77,28 @@ def extensions() -> list[Extension]:
     # /usr/include named once more would hide the C library's headers from the C++ library's.
     vendor = [flag for folder in folders if str(folder) != "/usr/include" for flag in ("-isystem", str(folder))]
     warnings = ["-Wall", "-Wextra", "-Wno-missing-field-initializers"]  # NCCL's initialisers name the first fields only
+    compile_args = ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", *warnings, *vendor]
+    depends = [*sorted(glob.glob("csrc/*/*.h")), str(folders[0] / "nccl.h"), str(folders[1] / "cuda.h")]
     return [
         Extension(
             "epv2_plugin._C",
             sources=sorted(glob.glob("csrc/runtime/*.cc")),
-            depends=[*sorted(glob.glob("csrc/runtime/*.h")), str(folders[0] / "nccl.h"), str(folders[1] / "cuda.h")],
+            depends=depends,
             include_dirs=[pybind11.get_include()],
-            extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", *warnings, *vendor],
+            extra_compile_args=compile_args,
             libraries=["dl"],
             language="c++",
-        )
+        ),
+        # No module of Python's: NCCL loads it where NCCL_RMA_PLUGIN names it. It stays, as its threads run its code.
+        Extension(
+            "epv2_plugin._rma_loopback",
+            sources=[*sorted(glob.glob("csrc/rma_loopback/*.cc")), "csrc/runtime/library.cc"],
+            depends=depends,
+            extra_compile_args=compile_args,
+            extra_link_args=["-Wl,-z,nodelete", "-pthread"],
+            libraries=["dl"],
+            language="c++",
+        ),
     ]
 
 

@@ -5,7 +5,7 @@ Nothing here imports a framework, starts a CUDA context in this process, or wait
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -29,6 +29,7 @@ _PREFIXES = ("NCCL_", "TORCH_NCCL_", "CUDA_", "NVCC_", "EPV2_", "MASTER_", "PYTO
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "LD_PRELOAD", "XDG_CACHE_HOME")
 _SECONDS = 10  # a driver or daemon that hangs must not take the report with it
 BUILD_EXTENSION = "pip install -e . --no-build-isolation, in a checkout of the plugin"
+PLUGIN_VARIABLE = "NCCL_RMA_PLUGIN"
 
 # Asks the driver itself: torch without CUDA can't, and a driver that hangs is better met in a process of its own.
 # 16 = SMs, 75 and 76 = compute capability, from cuda.h.
@@ -60,8 +61,8 @@ print(json.dumps(dict(gpus=gpus, cuda=number("cuDriverGetVersion"))))
 
 def gather() -> dict[str, Any]:
     """All facts by section, ready for JSON: `versions`, `machine`, `gpus`, `toolchain`, `nccl_library`, `extension`,
-    `cache`, `mps`, `network`, `topology`, `environment`, and `verdict` (see `verdict`)."""
-    gpus = _gpus()
+    `rma_loopback`, `cache`, `mps`, `network`, `topology`, `environment`, and `verdict` (see `verdict`)."""
+    gpus = find_gpus()
     facts: dict[str, Any] = {
         "versions": _versions(),
         "machine": _machine(),
@@ -69,8 +70,9 @@ def gather() -> dict[str, Any]:
         "toolchain": _toolchain(),
         "nccl_library": _nccl_library(),
         "extension": _extension(),
+        "rma_loopback": find_loopback(),
         "cache": _cache(gpus["devices"]),
-        "mps": _mps(),
+        "mps": find_mps(),
         "network": _network(),
         "topology": _run("nvidia-smi", "topo", "-m"),
         "environment": {
@@ -179,7 +181,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _gpus() -> dict[str, Any]:
+def find_gpus() -> dict[str, Any]:
     """`devices`, `driver`, `driver_cuda` (newest CUDA that it runs), `error` (why there are none)."""
     found: dict[str, Any] = {"devices": [], "driver": _driver(), "driver_cuda": None, "error": None}
     try:
@@ -244,6 +246,16 @@ def _extension() -> dict[str, str]:
     return {"path": str(module.__file__)}
 
 
+def find_loopback() -> dict[str, str]:
+    """NCCL's loopback (`csrc/rma_loopback`): `path`, or `error` and `mend`; `set`: what NCCL_RMA_PLUGIN names."""
+    spec = importlib.util.find_spec("epv2_plugin._rma_loopback")
+    found = {"error": "not built", "mend": BUILD_EXTENSION}
+    if spec is not None and spec.origin is not None:
+        found = {"path": spec.origin}
+    named = os.environ.get(PLUGIN_VARIABLE)
+    return found | ({"set": named} if named else {})
+
+
 def _cache(gpus: list[dict[str, Any]]) -> dict[str, Any]:
     """`folder`, `writable` (or can be made), `cubins`, `bytes`, `complete` (holds every kernel for these GPUs)."""
     folder = compiler.cache_folder()
@@ -272,7 +284,7 @@ def _can_be_written(folder: Path) -> bool:
         return False
 
 
-def _mps() -> str:
+def find_mps() -> str:
     """Whether this process would be a client of CUDA's multi-process service."""
     folder = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps")
     try:

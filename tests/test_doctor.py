@@ -51,6 +51,7 @@ NODE: dict[str, Any] = {
     },
     "nccl_library": {"path": "/nccl/lib/libnccl.so.2", "version": "2.30.7"},
     "extension": {"path": "/epv2_plugin/_C.so"},
+    "rma_loopback": {"path": "/epv2_plugin/_rma_loopback.so"},
     "cache": {"folder": "/cache", "writable": True, "cubins": 12, "bytes": 3 << 20, "complete": False},
     "mps": "no daemon in /tmp/nvidia-mps",
     "network": {
@@ -110,12 +111,12 @@ def test_without_a_gpu_the_verdict_says_so(monkeypatch):
 
 def test_a_driver_that_fails_or_hangs_does_not_take_the_report_with_it(monkeypatch):
     monkeypatch.setattr(environment, "_GPU_PROBE", "raise SystemExit('cuInit: CUDA_ERROR_NO_DEVICE')")
-    assert environment._gpus()["error"] == "cuInit: CUDA_ERROR_NO_DEVICE"
+    assert environment.find_gpus()["error"] == "cuInit: CUDA_ERROR_NO_DEVICE"
     monkeypatch.setattr(environment, "_GPU_PROBE", "import os; os.abort()")
-    assert environment._gpus()["error"] == "the probe died"
+    assert environment.find_gpus()["error"] == "the probe died"
     monkeypatch.setattr(environment, "_GPU_PROBE", "import time; time.sleep(60)")
     monkeypatch.setattr(environment, "_SECONDS", 0.1)
-    assert "gave no answer" in environment._gpus()["error"]
+    assert "gave no answer" in environment.find_gpus()["error"]
 
 
 FAKE_CUDA = """
@@ -141,7 +142,7 @@ def test_gpus_are_asked_of_the_driver(tmp_path, monkeypatch):
     except FileNotFoundError:
         pytest.skip("no g++")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-    gpus = environment._gpus()
+    gpus = environment.find_gpus()
     device = {"index": 0, "name": "Fake GPU", "sms": 132, "capability": [10, 3], "memory_bytes": 96 << 30}
     assert (gpus["devices"], gpus["driver_cuda"], gpus["error"]) == ([device], "13.2", None)
 
@@ -162,6 +163,7 @@ def test_the_report_of_a_node():
         "  nccl headers         2.30.7, /nccl/include (beside the loaded library)",
         "  nccl library         2.30.7, /nccl/lib/libnccl.so.2",
         "  epv2_plugin._C       /epv2_plugin/_C.so",
+        "  rma loopback         /epv2_plugin/_rma_loopback.so (unused, as NCCL_RMA_PLUGIN is not set)",
         "  kernel cache         /cache, writable, 12 cubins, 3.0 MiB",
         "  mlx5_0 port 1        400 Gb/sec (4X NDR), 4: ACTIVE, InfiniBand",
         "  mlx5_1 port 1        no rate, no state, Ethernet",
@@ -234,14 +236,25 @@ def test_the_extension(monkeypatch, tmp_path):
     assert "pip install" in entry["mend"]
 
 
+def test_the_loopback(monkeypatch):
+    monkeypatch.setenv("NCCL_RMA_PLUGIN", "/elsewhere.so")
+    facts = NODE | {"rma_loopback": {"error": "not built", "mend": "build it", "set": "/elsewhere.so"}}
+    facts["verdict"] = environment.verdict(NODE)
+    assert "  rma loopback         not built: build it (NCCL_RMA_PLUGIN=/elsewhere.so)" in doctor.report(facts)
+    assert environment.find_loopback()["set"] == "/elsewhere.so"
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("NCCL_RMA_PLUGIN")
+    assert environment.find_loopback() == {"error": "not built", "mend": environment.BUILD_EXTENSION}
+
+
 def test_mps(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
-    assert environment._mps() == f"no daemon in {tmp_path}"
+    assert environment.find_mps() == f"no daemon in {tmp_path}"
     pid_file = tmp_path / "nvidia-cuda-mps-control.pid"
     pid_file.write_text("1\n")
-    assert environment._mps() == f"daemon 1 in {tmp_path}"
+    assert environment.find_mps() == f"daemon 1 in {tmp_path}"
     pid_file.write_text("4194305\n")  # above the largest pid
-    assert environment._mps() == f"dead daemon 4194305 in {tmp_path}"
+    assert environment.find_mps() == f"dead daemon 4194305 in {tmp_path}"
 
 
 def test_commit_of_a_checkout(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
-from epv2_plugin.cli import ab, bench, compile, doctor, plan, recipe_args, train
+from epv2_plugin.cli import ab, bench, compile, doctor, emulate, plan, recipe_args, train
 from epv2_plugin.config import ConfigError
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"epv2_plugin {_version()}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (train, ab, bench, plan, recipe_args, compile, doctor):
+    for command in (train, ab, bench, emulate, plan, recipe_args, compile, doctor):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     is_first = os.environ.get("RANK", "0") == "0"

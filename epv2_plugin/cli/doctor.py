@@ -95,6 +95,11 @@ def _sections(facts: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]
     rows.append(("nccl library", f"{library['version']}, {library['path']}" if library else "none loaded"))
     extension = facts["extension"]
     rows.append(("epv2_plugin._C", extension.get("path") or f"{extension['error']}: {extension['mend']}"))
+    loopback = facts["rma_loopback"]
+    named = loopback.get("set")
+    use = f"{environment.PLUGIN_VARIABLE}={named}" if named else f"unused, as {environment.PLUGIN_VARIABLE} is not set"
+    built = loopback.get("path") or f"{loopback['error']}: {loopback['mend']}"
+    rows.append(("rma loopback", f"{built} ({use})"))
     state = "writable" if cache["writable"] else "can't be written"
     rows.append(
         ("kernel cache", f"{cache['folder']}, {state}, {cache['cubins']} cubins, {cache['bytes'] / 2**20:.1f} MiB")

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 LISTENER = "EPV2_LISTENER"
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # by which torchrun says that it keeps the store
 ERROR_LINES = 25
 
 
@@ -38,11 +39,34 @@ def run_ranks(module: str, args: Sequence[str], processes: int, env: Mapping[str
         interrupted.
     """
     # The port is taken here and handed to rank 0 as an open socket, so nobody can take it in between.
-    with socket.create_server(("127.0.0.1", 0), backlog=max(128, 2 * processes)) as listener:
+    with _listen(processes) as listener:
         listener.set_inheritable(True)
-        group = _Ranks(module, args, processes, env or {}, listener)
+        shared = {"LOCAL_WORLD_SIZE": str(processes), LISTENER: str(listener.fileno())}
+        ranks = [{**shared, "LOCAL_RANK": str(rank), **(env or {})} for rank in range(processes)]
+        group = _Ranks([sys.executable, "-m", module, *args], ranks, listener, (listener.fileno(),))
     with group:
         return group.wait()
+
+
+def run_command(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+    """As `run_ranks`, for any command: once for each of `environments`, the further variables of each rank.
+
+    As under torchrun, torch's store is this process's, so `init_process_group()` needs no arguments.
+    """
+    with _listen(len(environments)) as listener:
+        host, port = listener.getsockname()
+        # Kept until the ranks have ended. It takes the socket over, so that nobody can take the port in between.
+        store = dist.TCPStore(host, port, is_master=True, master_listen_fd=os.dup(listener.fileno()))
+        ranks = [{AGENT_STORE: "True", **environment} for environment in environments]
+        group = _Ranks(command, ranks, listener)
+    with group:
+        code = group.wait()
+    del store
+    return code
+
+
+def _listen(processes: int) -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0), backlog=max(128, 2 * processes))
 
 
 def process_group_store(timeout: timedelta) -> dist.TCPStore | None:
@@ -66,8 +90,13 @@ class _Ranks:
     """Running ranks; leaving the context kills and reaps what still runs and restores the signal handlers."""
 
     def __init__(
-        self, module: str, args: Sequence[str], processes: int, env: Mapping[str, str], listener: socket.socket
+        self,
+        command: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        listener: socket.socket,
+        handed_to_first: tuple[int, ...] = (),
     ):
+        processes = len(environments)
         self._ended: queue.Queue[tuple[int, int]] = queue.Queue()
         self._tails = [collections.deque[bytes](maxlen=ERROR_LINES) for _ in range(processes)]
         self._signals = 0
@@ -77,14 +106,14 @@ class _Ranks:
         self._previous = {number: signal.signal(number, self._pass_on) for number in handled}
         host, port = listener.getsockname()
         shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": host, "MASTER_PORT": str(port)}
-        shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), LISTENER: str(listener.fileno())}
+        shared["WORLD_SIZE"] = str(processes)
         try:
-            for rank in range(processes):
+            for rank, environment in enumerate(environments):
                 process = subprocess.Popen(
-                    [sys.executable, "-m", module, *args],
-                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **env},
+                    command,
+                    env={**shared, "RANK": str(rank), **environment},
                     stderr=subprocess.PIPE,
-                    pass_fds=(listener.fileno(),) if rank == 0 else (),
+                    pass_fds=handed_to_first if rank == 0 else (),
                     start_new_session=True,  # a terminal's Ctrl-C must reach them through this process only
                 )
                 self._processes.append(process)

@@ -8,6 +8,8 @@ expert order.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +23,12 @@ from epv2_plugin.elastic.handle import Route
 from epv2_plugin.elastic.sizing import RowLayout
 
 NUM_CHANNELS = 4  # independent orders of tensors between two ranks
+NODE = "EPV2_NODE"  # the machine that this rank plays on, where it plays another (`epv2 emulate`)
+
+
+def machine_name() -> str:
+    """What tells this rank's machine from others."""
+    return os.environ.get(NODE) or socket.gethostname()
 
 
 @dataclass

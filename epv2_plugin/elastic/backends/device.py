@@ -11,7 +11,6 @@ import ctypes
 import glob
 import importlib
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
+from epv2_plugin.elastic.backends.base import machine_name
 from epv2_plugin.elastic.errors import CommunicationTimeout, UnavailableError
 from epv2_plugin.jit import Kernel, compiler
 
@@ -210,8 +210,9 @@ class CudaRuntime:
             if self._communicator is not None:
                 self._communicator.abort()
             raise
-        self.description["ranks_on_device"] = places.count(places[self.rank])
-        self.machines = [place.split()[0] for place in places]
+        devices = [place.rsplit(" ", 1)[1] for place in places]
+        self.description["ranks_on_device"] = devices.count(devices[self.rank])
+        self.machines = [place.rsplit(" ", 1)[0] for place in places]
         self._stream = torch.cuda.Stream(self.device, priority=-1)
 
     def _start(self) -> str:
@@ -246,7 +247,7 @@ class CudaRuntime:
             "lsa_ranks": properties["lsa_size"],
             "gin": properties["gin_type"],
         }
-        return f"{socket.gethostname()} {torch.cuda.get_device_properties(self.device).uuid}"
+        return f"{machine_name()} {torch.cuda.get_device_properties(self.device).uuid}"
 
     def _check_reach(self, properties: dict[str, Any]) -> None:
         if not properties["device_api_support"]:

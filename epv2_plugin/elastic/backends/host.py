@@ -9,7 +9,6 @@ Legend: T tokens, H hidden, K top-k, P ranks, S rows sent, R rows received, N ex
 from __future__ import annotations
 
 import hashlib
-import socket
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.elastic.backends.base import PointToPoint, Received, Sessions, Traffic
+from epv2_plugin.elastic.backends.base import PointToPoint, Received, Sessions, Traffic, machine_name
 from epv2_plugin.elastic.backends.host_engram import HostEngram
 from epv2_plugin.elastic.backends.host_p2p import HostPointToPoint, message_text, text_message
 from epv2_plugin.elastic.backends.host_sessions import HostSessions
@@ -572,7 +571,7 @@ class HostBackend:
         return {"transport": "gloo"}
 
     def machines(self) -> list[int]:
-        name = hashlib.sha256(socket.gethostname().encode()).digest()
+        name = hashlib.sha256(machine_name().encode()).digest()
         return self.all_gather("creation of the buffer", int.from_bytes(name[:8], "big", signed=True))
 
     def theoretical_sms(
