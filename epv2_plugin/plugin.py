@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -133,9 +134,11 @@ def status() -> dict[str, Any]:
     """What is active: `enabled`, `config`, `backend`, `unused` (keys without effect there),
     `expert`/`pipeline`/`context` (who runs it), `replaced` (dotted names of the symbols replaced), `bridge` (likewise,
     for Megatron on a CPU), `groups` (one entry for each buffer: primitive, ranks, backend, transport, SMs, bytes sent
-    and more). On a GPU a buffer is made at the first micro-batch, unless something says how large it must be."""
+    and more). What needs no `enable` (`epv2_plugin.fsdp`) is among the groups in any case. On a GPU a buffer is made
+    at the first micro-batch, unless something says how large it must be."""
+    others = _without_megatron()
     if _enabled is None:
-        return {"enabled": False, "replaced": [], "bridge": [], "groups": []}
+        return {"enabled": False, "replaced": [], "bridge": [], "groups": others}
     from epv2_plugin.megatron import arguments, cpu_bridge
 
     adapters = _adapters(_enabled.backend)
@@ -148,8 +151,14 @@ def status() -> dict[str, Any]:
         **_who_runs(_enabled.config, _enabled.backend),
         "replaced": [name for adapter in (*adapters, arguments) for name in adapter.replaced()],
         "bridge": list(cpu_bridge.active()) if _enabled.bridged else [],
-        "groups": [{"primitive": "expert", **group} for adapter in adapters for group in adapter.groups()],
+        "groups": [*({"primitive": "expert", **group} for adapter in adapters for group in adapter.groups()), *others],
     }
+
+
+def _without_megatron() -> list[dict[str, Any]]:
+    """Groups of what needs no `enable`, as far as it was imported."""
+    loaded = (sys.modules.get(f"epv2_plugin.{name}") for name in ("fsdp",))
+    return [group for module in loaded if module is not None for group in module.groups()]
 
 
 def _check(config: PluginConfig) -> str:
