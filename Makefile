@@ -12,6 +12,7 @@ VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
+TITAN := $(VENV)/.torchtitan
 CUDA := build/cuda
 HEADERS := $(if $(and $(CUDA_HOME),$(NCCL_HOME)),,$(CUDA)/.installed)
 export CUDA_HOME ?= $(CURDIR)/$(CUDA)/nvidia/cu13
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ab: $(STAMP)
 	$(BIN)/epv2 ab recipes/deepseek_v3_tiny.yaml
 
-test: $(COMPILED)
+test: $(COMPILED) $(TITAN)
 	$(BIN)/python -m pytest $(TESTS)
 
 gpu:
@@ -43,7 +44,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(PIP) -c constraints.txt -e '.[megatron,report,test]'
 	touch $@
 
-# Not part of the line above: a first look at the plugin on a CPU should not wait for headers of CUDA.
+# A minute of its own, for tests that are skipped without it.
+$(TITAN): $(STAMP)
+	$(PIP) -c constraints.txt -e '.[torchtitan]'
+	touch $@
+
+# Not part of the first line, either: a first look at the plugin on a CPU should not wait for headers of CUDA.
 $(COMPILED): $(STAMP) $(HEADERS) $(wildcard csrc/runtime/* csrc/rma_loopback/*)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -c 'from epv2_plugin import _C; print("compiled part:", _C.built_against())'

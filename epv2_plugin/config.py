@@ -106,6 +106,17 @@ class Context(Section):
     kv_exchange: Literal["all_gather", "stock"] = "all_gather"
 
 
+class Fsdp(Section):
+    """Parameter all-gather and gradient reduce-scatter of FSDP2.
+
+    `window_bytes` bounds the gathered parameters (or unreduced gradients) that are under way at once; `auto` takes
+    twice the model's largest layer, so that one can be fetched ahead.
+    """
+
+    collectives: Literal["auto", "stock"] = "auto"
+    window_bytes: Count = "auto"
+
+
 class Network(Section):
     """Link rates in GB/s and queue pairs; `auto` detects them, and an undetected rate is an error, never zero."""
 
@@ -130,6 +141,7 @@ class PluginConfig(Section):
     expert: Expert = Expert()
     pipeline: Pipeline = Pipeline()
     context: Context = Context()
+    fsdp: Fsdp = Fsdp()
     network: Network = Network()
     timeouts: Timeouts = Timeouts()
     _source: str = PrivateAttr("<defaults>")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -138,10 +139,12 @@ def disable() -> None:
 def status() -> dict[str, Any]:
     """What is active: `enabled`, `config`, `backend`, `unused` (keys without effect there),
     `expert`/`pipeline`/`context` (who runs it), `replaced` (dotted names of the symbols replaced), `bridge` (likewise,
-    for Megatron on a CPU), `groups` (one entry for each buffer: primitive, ranks, backend, transport, SMs, bytes sent
-    and more). On a GPU a buffer is made at the first micro-batch, unless something says how large it must be."""
+    for a framework on a CPU), `groups` (one entry for each buffer: primitive, ranks, backend, transport, SMs, bytes
+    sent and more). Groups and bridge of what needs no `enable` (`epv2_plugin.fsdp`, `epv2_plugin.torchtitan`) are there
+    in any case. On a GPU a buffer is made at the first micro-batch, unless something says how large it must be."""
+    others = _without_megatron()
     if _enabled is None:
-        return {"enabled": False, "replaced": [], "bridge": [], "groups": []}
+        return {"enabled": False, "replaced": [], "bridge": _torchtitan_bridge(), "groups": others}
     from epv2_plugin.megatron import arguments, cpu_bridge
 
     adapters = _adapters()
@@ -153,9 +156,21 @@ def status() -> dict[str, Any]:
         "expert": "epv2",
         **_who_runs(_enabled.config),
         "replaced": [name for adapter in (*adapters, arguments) for name in adapter.replaced()],
-        "bridge": list(cpu_bridge.active()) if _enabled.bridged else [],
-        "groups": [{"primitive": "expert", **group} for adapter in adapters for group in adapter.groups()],
+        "bridge": [*(cpu_bridge.active() if _enabled.bridged else ()), *_torchtitan_bridge()],
+        "groups": [*({"primitive": "expert", **group} for adapter in adapters for group in adapter.groups()), *others],
     }
+
+
+def _without_megatron() -> list[dict[str, Any]]:
+    """Groups of what needs no `enable`, as far as it was imported."""
+    loaded = (sys.modules.get(f"epv2_plugin.{name}") for name in ("fsdp", "torchtitan"))
+    return [group for module in loaded if module is not None for group in module.groups()]
+
+
+def _torchtitan_bridge() -> list[str]:
+    """What is replaced for torchtitan on a CPU."""
+    bridge = sys.modules.get("epv2_plugin.torchtitan.cpu_bridge")
+    return [] if bridge is None else list(bridge.active())
 
 
 def check(config: PluginConfig) -> str:

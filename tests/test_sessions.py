@@ -100,6 +100,38 @@ def scatters(rank: int, size: int, kind: str) -> list[torch.Tensor]:
     return [reduced.cpu() for _, _, reduced, _ in found]
 
 
+def given_targets(rank: int, size: int) -> None:
+    """Into tensors of the caller: a row of the target as the source, another source; scaled before it is rounded."""
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20)
+    buffer.agrs_set_config(1 << 16, 8)
+    mine = _values(rank, 0, (7, 3), torch.bfloat16)
+    first, second = torch.empty(size, 7, 3, dtype=torch.bfloat16), torch.empty(size, 7, 3, dtype=torch.bfloat16)
+    first[rank] = mine
+    parts, part = torch.stack([mine + p for p in range(size)]), torch.empty(7, 3, dtype=torch.bfloat16)
+    with buffer.agrs_new_session():
+        for source, target in ((first[rank], first), (mine, second)):
+            gathered, wait = buffer.all_gather(source, out=target)
+            assert gathered is target
+            wait()
+        (reduced, wait) = buffer.reduce_scatter(parts, out=part, scale=0.3)
+        assert reduced is part
+        wait()
+        with pytest.raises(ValueError, match="out has 2 tensors: must be 1, one for each of t"):
+            buffer.all_gather(mine, out=[first, second])
+        with pytest.raises(ValueError, match=r"out has shape \[7, 3\]: must be \[2, 7, 3\]"):
+            buffer.all_gather(mine, out=part)
+        with pytest.raises(TypeError, match=r"out is torch\.float32"):
+            buffer.reduce_scatter(parts, out=part.float())
+    want = torch.stack([_values(p, 0, (7, 3), torch.bfloat16) for p in range(size)])
+    assert torch.equal(first, want)
+    assert torch.equal(second, want)
+    assert torch.equal(part, (sum((each + rank).float() for each in want) * 0.3).to(torch.bfloat16))
+
+
+def test_results_in_tensors_of_the_caller(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(given_targets)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_run_in_fp32_in_rank_order(pool: Callable[[int], Pool], kind: str) -> None:
     for first, second in zip(pool(3).run(scatters, kind), pool(3).run(scatters, kind), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 from epv2_plugin import plugin
@@ -14,6 +15,7 @@ from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import check_arms, load_recipe
 from epv2_plugin.training.report import OURS
+from epv2_plugin.training.titan_recipe import check_titan_arms, is_titan, load_titan_recipe
 
 DEFAULT_ARMS = "alltoall,epv2"
 
@@ -43,12 +45,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the comparison; 0 = done, 130 = interrupted (with a report of what was done)."""
+    if is_titan(args.recipe):
+        return _titan(args)
     overrides = {} if args.steps is None else {"train": {"steps": args.steps}}
     recipe = load_recipe(args.recipe, overrides)
     arms = args.arms.split(",")
     folder = args.folder or Path("runs") / f"{recipe.name}-ab"
-    words = ["ab", args.recipe, "--arms", args.arms, "--folder", str(folder)]
-    words += [] if args.steps is None else ["--steps", str(args.steps)]
+    words = _words(args, folder)
     words += [] if args.skew is None else ["--skew", str(args.skew)]
     if "RANK" not in os.environ:
         check_arms(recipe, arms)
@@ -61,3 +64,26 @@ def main(args: argparse.Namespace) -> int:
     from epv2_plugin.training.ab import run
 
     return run(recipe, folder, arms, skew=args.skew, command=shlex.join(["epv2", *words]))
+
+
+def _words(args: argparse.Namespace, folder: Path) -> list[str]:
+    """The command that each rank runs."""
+    steps = [] if args.steps is None else ["--steps", str(args.steps)]
+    return ["ab", args.recipe, "--arms", args.arms, "--folder", str(folder), *steps]
+
+
+def _titan(args: argparse.Namespace) -> int:
+    """The comparison of a recipe for torchtitan."""
+    recipe, arms = load_titan_recipe(args.recipe, args.steps), args.arms.split(",")
+    folder = args.folder or Path("runs") / f"{recipe.name}-ab"
+    words = _words(args, folder)
+    if "RANK" not in os.environ:
+        check_titan_arms(recipe, arms, args.skew)
+        make_folder(folder)
+        # An older seed checkpoint may be of another model.
+        shutil.rmtree(folder / "torchtitan", ignore_errors=True)
+        code = run_ranks("epv2_plugin.training.titan_ab", [args.recipe, str(folder)], 1)
+        return code or run_ranks("epv2_plugin.cli", words, recipe.train.processes)
+    from epv2_plugin.training.titan_ab import run
+
+    return run(recipe, folder, arms, command=shlex.join(["epv2", *words]))

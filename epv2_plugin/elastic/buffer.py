@@ -1046,12 +1046,19 @@ class ElasticBuffer:
 
     @_collective
     @torch.no_grad()
-    def all_gather(self, t: torch.Tensor | Sequence[torch.Tensor], *, keep: bool = False) -> tuple[Any, ...]:
+    def all_gather(
+        self,
+        t: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        keep: bool = False,
+        out: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    ) -> tuple[Any, ...]:
         """Start gathering a tensor, or several at once, from every rank; several calls may be under way.
 
         Args:
             t: contiguous, any dtype, the same shape on every rank; not to be changed before the wait.
             keep: the gathered tensors outlive the session on a GPU, too, where they are copied out of the window.
+            out: where to, a dense `[ranks, *shape]` for each of `t`, which may be this rank's row of it; default: new.
 
         Returns:
             `(gathered, wait)`, or one gathered tensor for each of `t` and the wait: gathered is `[ranks, *shape]` and
@@ -1063,18 +1070,27 @@ class ElasticBuffer:
             CommunicationError: (at the wait) another rank came with other tensors, died, or did not come in time.
         """
         tensors = self._check_group_of("t", t)
-        gathered, wait = self._open().sessions.all_gather(tensors, keep)
+        targets = self._check_out(out, [(each.dtype, (self.num_ranks, *each.shape)) for each in tensors])
+        gathered, wait = self._open().sessions.all_gather(tensors, keep, targets)
         return (*gathered, wait)
 
     @_collective
     @torch.no_grad()
-    def reduce_scatter(self, t: torch.Tensor | Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    def reduce_scatter(
+        self,
+        t: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        out: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        scale: float = 1.0,
+    ) -> tuple[Any, ...]:
         """Start summing a tensor, or several at once, over the ranks; each rank gets its part of the sums.
 
         Sums run in fp32 (fp64 for fp64) in rank order and are rounded once: the same bits in every run.
 
         Args:
             t: floating, `[ranks, *shape]`: row p goes to rank p. Not to be changed before the wait.
+            out: where to, one dense `[*shape]` for each of `t`, apart from it in memory; default: new.
+            scale: factor on every sum, before it is rounded.
 
         Returns:
             `(reduced, wait)` or `(*reduced, wait)`, reduced `[*shape]`, dtype of `t`.
@@ -1088,8 +1104,24 @@ class ElasticBuffer:
                 raise ValueError(f"t has shape {list(tensor.shape)}: must be [{self.num_ranks} ranks, ...]")
             if tensor.dtype not in (*self._open().dtypes, torch.float64):
                 raise TypeError(f"t is {tensor.dtype}: must be a floating dtype of 16 bits or more")
-        reduced, wait = self._open().sessions.reduce_scatter(tensors)
+        targets = self._check_out(out, [(each.dtype, tuple(each.shape[1:])) for each in tensors])
+        reduced, wait = self._open().sessions.reduce_scatter(tensors, targets, scale)
         return (*reduced, wait)
+
+    def _check_out(
+        self,
+        out: torch.Tensor | Sequence[torch.Tensor] | None,
+        wanted: list[tuple[torch.dtype, tuple[int, ...]]],
+    ) -> list[torch.Tensor] | None:
+        """The tensors to write to, None = new ones."""
+        if out is None:
+            return None
+        targets = self._check_group_of("out", out)
+        if len(targets) != len(wanted):
+            raise ValueError(f"out has {len(targets)} tensors: must be {len(wanted)}, one for each of t")
+        for target, (dtype, shape) in zip(targets, wanted, strict=True):
+            self._check_tensor("out", target, (dtype,), shape)
+        return targets
 
     def _check_group_of(self, name: str, t: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         tensors = [t] if isinstance(t, torch.Tensor) else list(t)

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 from epv2_plugin.training.recipe import Recipe
+from epv2_plugin.training.titan_recipe import TitanRecipe
 
+AnyRecipe = Recipe | TitanRecipe
 MIB = 1 << 20
 STDLIB_BYTES = 8 * MIB
 FOLDER_BYTES = 1024 * MIB  # a folder is held in memory by each process; a single file is memory-mapped
@@ -67,7 +69,7 @@ class TokenStream:
         ConfigError: nothing there, unreadable, not of the stated kind, or shorter than one sequence.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: AnyRecipe):
         self._recipe = recipe
         self._tokens_N, self.path = _megatron(recipe) if recipe.data.kind == "megatron" else _bytes(recipe)
         self.num_tokens = len(self._tokens_N)
@@ -140,7 +142,7 @@ def _mix(word: int) -> int:
     return word ^ word >> 32
 
 
-def _bytes(recipe: Recipe) -> tuple[np.ndarray, str]:
+def _bytes(recipe: AnyRecipe) -> tuple[np.ndarray, str]:
     """Every byte is a token; the files of a folder follow one another in the order of their relative paths."""
     if recipe.data.path == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
@@ -173,7 +175,7 @@ def _stdlib_files(root: Path) -> Iterator[Path]:
     return (root / file for file in sorted(files, key=lambda f: f.as_posix()))
 
 
-def _walk(recipe: Recipe, root: Path) -> Iterator[Path]:
+def _walk(recipe: AnyRecipe, root: Path) -> Iterator[Path]:
     """Regular files below `root`, without hidden ones."""
 
     def refuse(error: OSError) -> None:
@@ -187,7 +189,7 @@ def _walk(recipe: Recipe, root: Path) -> Iterator[Path]:
 
 
 def _concatenate(
-    recipe: Recipe, files: Iterator[Path], limit: int, *, truncate: bool, only_text: bool = False
+    recipe: AnyRecipe, files: Iterator[Path], limit: int, *, truncate: bool, only_text: bool = False
 ) -> np.ndarray:
     """The bytes of `files`, uint8 `[N]`, N at most `limit`: cut there if `truncate`, else refused."""
     content = bytearray()
@@ -208,7 +210,7 @@ def _concatenate(
     return np.frombuffer(content, dtype=np.uint8)
 
 
-def _megatron(recipe: Recipe) -> tuple[np.ndarray, str]:
+def _megatron(recipe: AnyRecipe) -> tuple[np.ndarray, str]:
     """The tokens of a Megatron indexed data set, all documents in a row, in the dtype of the file."""
     prefix = recipe.data.path
     prefix = prefix[: -len(".bin")] if prefix.endswith((".bin", ".idx")) else prefix
@@ -233,7 +235,7 @@ def _megatron(recipe: Recipe) -> tuple[np.ndarray, str]:
     return tokens, str(bin_path)
 
 
-def _map(recipe: Recipe, path: Path, dtype: np.dtype) -> np.ndarray:
+def _map(recipe: AnyRecipe, path: Path, dtype: np.dtype) -> np.ndarray:
     """A file as a read-only memory-mapped array `[N]`."""
     try:
         size = path.stat().st_size
@@ -246,7 +248,7 @@ def _map(recipe: Recipe, path: Path, dtype: np.dtype) -> np.ndarray:
         raise recipe.fail("data.path", f"{path} can't be read: {error.strerror}") from None
 
 
-def _resolve(recipe: Recipe, name: str) -> Path:
+def _resolve(recipe: AnyRecipe, name: str) -> Path:
     """An existing path: relative names are looked up beside the recipe first, then in the working directory."""
     path = Path(name).expanduser()
     candidates = [path] if path.is_absolute() else [Path(recipe.source).parent / path, Path.cwd() / path]

@@ -198,6 +198,10 @@ def load_recipe(path: str | os.PathLike[str], overrides: dict[str, Any] | None =
     """
     source = str(path)
     data = read_yaml(path)
+    if "torchtitan" in data:
+        raise ConfigError(
+            source, "torchtitan", data["torchtitan"], "a recipe for torchtitan, which only `epv2 ab` takes"
+        )
     plugin = data.pop("plugin", None)
     plugin_source, plugin_key = source, "plugin"
     if isinstance(plugin, str):

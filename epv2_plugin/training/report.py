@@ -275,7 +275,9 @@ def _number(value: object) -> float:
 def _head(run: Run) -> str:
     meta = run.meta
     lines = [f"# A/B: {meta.get('name', 'unnamed run')}", "", verdict(run)]
-    parts = [part for part in ("expert", "pipeline", "context") if any(part in runs for runs in _runs(run).values())]
+    parts = [
+        part for part in ("expert", "pipeline", "context", "fsdp") if any(part in runs for runs in _runs(run).values())
+    ]
     if len(parts) > 1:
         rows = [[arm, *(runs.get(part, NO_VALUE) for part in parts)] for arm, runs in _runs(run).items()]
         lines += ["", "Communication of each arm:", "", _table(["arm", *parts], rows)]

@@ -106,14 +106,18 @@ class Sessions(Protocol):
     def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
         """This rank's part of gathered tensors that are yet to be gathered."""
 
-    def all_gather(self, tensors: Sequence[torch.Tensor], keep: bool) -> tuple[list[torch.Tensor], Callable[[], None]]:
-        """Start gathering; returns tensors `[ranks, *shape]` and the wait after which they hold data.
+    def all_gather(
+        self, tensors: Sequence[torch.Tensor], keep: bool, out: Sequence[torch.Tensor] | None = None
+    ) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        """Start gathering, into `out` if given; returns tensors `[ranks, *shape]` and the wait for their data.
 
-        They hold it to the begin of the next session, `keep` = as long as they live.
+        They hold it to the begin of the next session; `keep` or `out` = as long as they live.
         """
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
-        """Start summing `[ranks, *shape]` over ranks; returns this rank's sums and the wait for them."""
+    def reduce_scatter(
+        self, tensors: Sequence[torch.Tensor], out: Sequence[torch.Tensor] | None = None, scale: float = 1.0
+    ) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        """Start summing `[ranks, *shape]` over ranks; returns `scale` times this rank's sums, and the wait for them."""
 
 
 class SessionLimits:

@@ -164,7 +164,9 @@ class CudaSessions(SessionLimits):
                 self._slots[slots[-1].data_ptr()] = (whole, offset)
         return slots
 
-    def all_gather(self, tensors: Sequence[torch.Tensor], keep: bool) -> tuple[list[torch.Tensor], Callable[[], None]]:
+    def all_gather(
+        self, tensors: Sequence[torch.Tensor], keep: bool, out: Sequence[torch.Tensor] | None = None
+    ) -> tuple[list[torch.Tensor], Callable[[], None]]:
         self._watch.check()
         runtime = self._runtime
         places = [self._place(tensor) for tensor in tensors]
@@ -192,14 +194,17 @@ class CudaSessions(SessionLimits):
             pushed = runtime.record()
         num_bytes = len(self._peers) * sum(tensor.nbytes for tensor in tensors)
         self._count(num_bytes)
-        kept = [torch.empty_like(whole) for whole in gathered] if keep else gathered
+        copied = keep or out is not None
+        kept = gathered
+        if copied:
+            kept = [torch.empty_like(whole) for whole in gathered] if out is None else list(out)
 
         def wait() -> None:
             self._watch.check()
             runtime.wait(pushed)
             self._await_parts("all_gather", number, text, word, spoil, ("current", runtime.current_stream()))
             self._watch.check()
-            if keep and not operation.waited:
+            if copied and not operation.waited:
                 with torch.no_grad():
                     for target, whole in zip(kept, gathered, strict=True):
                         target.copy_(whole)
@@ -209,8 +214,12 @@ class CudaSessions(SessionLimits):
         self._pending.append(operation)
         return kept, wait
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+    def reduce_scatter(
+        self, tensors: Sequence[torch.Tensor], out: Sequence[torch.Tensor] | None = None, scale: float = 1.0
+    ) -> tuple[list[torch.Tensor], Callable[[], None]]:
         self._watch.check()
+        if scale != 1.0:
+            raise ValueError(f"scale = {scale}: the cuda backend sums without one in this version: must be 1")
         runtime, rank = self._runtime, self._runtime.rank
         sizes = [session_bytes(tensor.shape[0], tensor.shape[1:], tensor.itemsize) for tensor in tensors]
         number, free = self._admit("reduce_scatter", sum(sizes))
@@ -218,7 +227,7 @@ class CudaSessions(SessionLimits):
         text, word = self._identity("reduce_scatter", tensors, number, offsets)
         # A part of ours that is no number makes a sum that is none.
         spoil = [(self._bases[rank] + offset, t.nbytes) for offset, t in zip(offsets, tensors, strict=True)]
-        reduced = [tensor.new_empty(tensor.shape[1:]) for tensor in tensors]
+        reduced = [tensor.new_empty(tensor.shape[1:]) for tensor in tensors] if out is None else list(out)
         before = runtime.record()
         with runtime.on_stream(self._streams["scatter"]):
             runtime.wait(before)
@@ -228,8 +237,8 @@ class CudaSessions(SessionLimits):
                     runtime.copy(self._bases[rank] + offset, tensor.data_ptr(), tensor.nbytes)
             self._tell("scatter", number, word, None)
             self._await_parts("reduce_scatter", number, text, word, spoil, "scatter")
-            for tensor, offset, out in zip(tensors, offsets, reduced, strict=True):
-                self._sum(offset, tensor, out)
+            for tensor, offset, target in zip(tensors, offsets, reduced, strict=True):
+                self._sum(offset, tensor, target)
             summed = Wait(rank, "", "", "scatter", keep=(*tensors, *reduced))
             runtime.stream_ops([self._watch.note(summed)])
             done = runtime.record()

@@ -68,15 +68,20 @@ class HostSessions(SessionLimits):
             slots.append(slot)
         return slots
 
-    def all_gather(self, tensors: Sequence[torch.Tensor], keep: bool) -> tuple[list[torch.Tensor], Wait]:
+    def all_gather(
+        self, tensors: Sequence[torch.Tensor], keep: bool, out: Sequence[torch.Tensor] | None = None
+    ) -> tuple[list[torch.Tensor], Wait]:
         del keep  # a session's tensors are theirs alone
         rank, peers = self._transport.rank, self._transport.peers
         self._admit("all_gather", sum(session_bytes(self._transport.size, t.shape, t.itemsize) for t in tensors))
         gathered = []
-        for tensor in tensors:
+        for index, tensor in enumerate(tensors):
             whole = self._slots.pop(tensor.data_ptr(), None) if tensor.numel() else None
-            if whole is None or whole.dtype != tensor.dtype or whole.shape[1:] != tensor.shape:
+            if out is not None:
+                whole = out[index]
+            elif whole is None or whole.dtype != tensor.dtype or whole.shape[1:] != tensor.shape:
                 whole = tensor.new_empty(self._transport.size, *tensor.shape)
+            if whole[rank].data_ptr() != tensor.data_ptr():
                 whole[rank] = tensor
             gathered.append(whole)
         wait = self._exchange(
@@ -87,11 +92,13 @@ class HostSessions(SessionLimits):
         )
         return gathered, self._start(wait)
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Wait]:
+    def reduce_scatter(
+        self, tensors: Sequence[torch.Tensor], out: Sequence[torch.Tensor] | None = None, scale: float = 1.0
+    ) -> tuple[list[torch.Tensor], Wait]:
         rank, peers = self._transport.rank, self._transport.peers
         self._admit("reduce_scatter", sum(session_bytes(t.shape[0], t.shape[1:], t.itemsize) for t in tensors))
         arrived = [torch.empty_like(tensor) for tensor in tensors]
-        reduced = [tensor.new_empty(tensor.shape[1:]) for tensor in tensors]
+        reduced = [tensor.new_empty(tensor.shape[1:]) for tensor in tensors] if out is None else list(out)
         wait = self._exchange(
             "reduce_scatter",
             ", ".join(map(describe, tensors)),
@@ -106,7 +113,7 @@ class HostSessions(SessionLimits):
                 total = others[0].to(torch.float64 if others.dtype == torch.float64 else torch.float32, copy=True)
                 for part in others[1:]:
                     total += part
-                result.copy_(total)
+                result.copy_(total if scale == 1 else total.mul_(scale))
 
         return reduced, self._start(finish)
 
