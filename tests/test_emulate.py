@@ -254,17 +254,17 @@ def test_mistakes_are_one_line(
         assert main([*options, *words]) == 2
         return capsys.readouterr().err
 
-    assert said() == "epv2: epv2 emulate: COMMAND = '': must be a program, after --\n"
+    assert said() == "epv2 emulate: COMMAND = '': must be a program, after --\n"
     assert said("--", "no-such-program", "x") == (
-        "epv2: epv2 emulate: COMMAND = 'no-such-program x': must be a program, after --\n"
+        "epv2 emulate: COMMAND = 'no-such-program x': must be a program, after --\n"
     )
     fit = "8 ranks share a GPU of 132 SMs: at most 16 each\n"
-    assert said("--sms", "24", "--", "true") == f"epv2: epv2 emulate: --sms = 24: {fit}"
+    assert said("--sms", "24", "--", "true") == f"epv2 emulate: --sms = 24: {fit}"
     assert said("--config", str(config), "--", "true") == f"epv2: {config}: sm_budget (expert + context) = 20: {fit}"
     monkeypatch.setattr(environment, "find_loopback", lambda: {"error": "not built", "mend": "build it"})
-    assert said("--", "true") == "epv2: epv2 emulate: epv2_plugin._rma_loopback = None: not built: build it\n"
+    assert said("--", "true") == "epv2 emulate: epv2_plugin._rma_loopback = None: not built: build it\n"
     monkeypatch.setenv("RANK", "0")
-    assert said("--", "true") == "epv2: epv2 emulate: RANK = '0': must not be set: it starts the ranks itself\n"
+    assert said("--", "true") == "epv2 emulate: RANK = '0': must not be set: it starts the ranks itself\n"
     for words in (["--chaos", "-1"], ["--chaos", str(1 << 64)], ["--nodes", "0"], ["--sms", "1", "--config", "x"]):
         with pytest.raises(SystemExit) as error:
             main([*options, *words, "--", "true"])
