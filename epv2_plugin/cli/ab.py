@@ -15,7 +15,7 @@ from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import check_arms, load_recipe
 from epv2_plugin.training.report import OURS
-from epv2_plugin.training.titan_recipe import check_titan_arms, is_titan, load_titan_recipe
+from epv2_plugin.training.titan_recipe import SEED_FOLDER, check_titan_arms, is_titan, load_titan_recipe
 
 DEFAULT_ARMS = "alltoall,epv2"
 
@@ -81,9 +81,10 @@ def _titan(args: argparse.Namespace) -> int:
         check_titan_arms(recipe, arms, args.skew)
         make_folder(folder)
         # An older seed checkpoint may be of another model.
-        shutil.rmtree(folder / "torchtitan", ignore_errors=True)
-        code = run_ranks("epv2_plugin.training.titan_ab", [args.recipe, str(folder)], 1)
-        return code or run_ranks("epv2_plugin.cli", words, recipe.train.processes)
+        shutil.rmtree(folder / SEED_FOLDER, ignore_errors=True)
+        on_cpu = {"CUDA_VISIBLE_DEVICES": ""}
+        code = run_ranks("epv2_plugin.training.titan_ab", [args.recipe, str(folder)], 1, on_cpu)
+        return code or run_ranks("epv2_plugin.cli", words, recipe.train.processes, on_cpu)
     from epv2_plugin.training.titan_ab import run
 
     return run(recipe, folder, arms, command=shlex.join(["epv2", *words]))

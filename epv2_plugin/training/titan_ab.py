@@ -28,7 +28,7 @@ from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.launcher import process_group_store
 from epv2_plugin.training.machine import machine, versions
 from epv2_plugin.training.report import OURS, write_report
-from epv2_plugin.training.titan_recipe import TitanRecipe, load_titan_recipe
+from epv2_plugin.training.titan_recipe import SEED_FOLDER, TitanRecipe, load_titan_recipe
 
 # isort: split
 from torchtitan.components.dataloader import BaseDataLoader
@@ -89,7 +89,7 @@ class _Recipe(BaseDataLoader):
 def _trainer(recipe: TitanRecipe, folder: Path, overrides: list[str], *arguments: str) -> Any:
     """torchtitan's trainer, as its command line would make it."""
     train, titan = recipe.train, recipe.torchtitan
-    words = ["--module", titan.module, "--config", titan.config, "--dump_folder", str(folder / "torchtitan")]
+    words = ["--module", titan.module, "--config", titan.config, "--dump_folder", str(folder / SEED_FOLDER)]
     words += ["--training.steps", str(train.steps), "--training.seq_len", str(recipe.model.seq_length)]
     words += ["--training.disable_cuda_graphs", "--checkpoint.enable", "--debug.seed", str(train.seed)]
     for name, value in titan.arguments.items():

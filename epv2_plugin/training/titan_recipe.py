@@ -12,6 +12,7 @@ from epv2_plugin.config import ConfigError, PluginConfig, Section, parse, parse_
 from epv2_plugin.training.recipe import Data
 
 ARMS = ("alltoall", "epv2")
+SEED_FOLDER = ".epv2-torchtitan"  # in the folder of the report: the seed checkpoint; removed when the next run begins
 # Flags that a recipe decides elsewhere, and where.
 DECIDED_BY = {
     "training.steps": "train.steps",

@@ -158,6 +158,7 @@ class CudaPointToPoint:
                 raise RuntimeError(f"pp_set_config before the event of {phase} was waited for")
             if link.last is not None:
                 self._watch.finish(link.last)
+        self._watch.drain()  # the caller's streams, too, may still wait for words that are about to be others
         self._configured += 1
         rank, name = self.runtime.rank, f"pp_set_config #{self._configured}"
         values = (max_tensor_bytes, max_inflight)

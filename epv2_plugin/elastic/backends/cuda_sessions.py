@@ -43,7 +43,7 @@ class _Operation:
     """An operation of a session, started. `wait` makes the current stream wait for it."""
 
     wait: Callable[[], None]
-    waited: bool = False
+    waited: Any = None  # the event behind the first wait
 
 
 class CudaSessions(SessionLimits):
@@ -85,6 +85,7 @@ class CudaSessions(SessionLimits):
                 self._runtime.stream_ops([self._watch.note(waits[-1])])
         for wait in waits:
             self._watch.finish(wait)
+        self._watch.drain()  # the caller's streams, too, may still wait for words that are about to be others
         values = (max_session_bytes, max_operations)
 
         def step() -> str:
@@ -145,7 +146,7 @@ class CudaSessions(SessionLimits):
         pending = self._pending
         self.abandon()
         for operation in pending:
-            if not operation.waited:
+            if operation.waited is None:
                 operation.wait()
 
     def abandon(self) -> None:
@@ -201,14 +202,17 @@ class CudaSessions(SessionLimits):
 
         def wait() -> None:
             self._watch.check()
+            if operation.waited is not None:  # the words may be another session's by now
+                runtime.wait(operation.waited)
+                return
             runtime.wait(pushed)
             self._await_parts("all_gather", number, text, word, spoil, ("current", runtime.current_stream()))
             self._watch.check()
-            if copied and not operation.waited:
+            if copied:
                 with torch.no_grad():
                     for target, whole in zip(kept, gathered, strict=True):
                         target.copy_(whole)
-            operation.waited = True
+            operation.waited = runtime.record()
 
         operation = _Operation(wait)
         self._pending.append(operation)
@@ -248,7 +252,7 @@ class CudaSessions(SessionLimits):
             self._watch.check()
             runtime.wait(done)
             self._watch.check()
-            operation.waited = True
+            operation.waited = done
 
         operation = _Operation(wait)
         self._pending.append(operation)

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -402,30 +401,36 @@ class Meeting:
         """Do `step` on every rank and return what it gave, by rank. Where it raises on one rank, every rank raises.
 
         Raises:
-            RuntimeError: it raised on another rank; the message names that and has its message.
+            RuntimeError: it raised on another rank; the message names that and has its message. UnavailableError: that
+                did.
             CommunicationTimeout: a rank did not get here.
         """
         try:
             mine = step()
         except BaseException as error:
-            self._store.set(f"{name}/{self._rank}", f"error: {error}")
+            kind = "unavailable" if isinstance(error, UnavailableError) else "error"
+            self._store.set(f"{name}/{self._rank}", f"{kind}: {error}")
             raise
         self._store.set(f"{name}/{self._rank}", f"done: {mine}")
         deadline, results = time.monotonic() + self._timeout, []
         for peer in range(len(self._ranks)):
             state, text = self._read(f"{name}/{peer}", peer, deadline, phase).split(": ", 1)
-            if state == "error":
-                raise RuntimeError(f"rank {peer} of the group can't take part: {text}")
+            if state != "done":
+                raised = UnavailableError if state == "unavailable" else RuntimeError
+                raise raised(f"rank {peer} of the group can't take part: {text}")
             results.append(text)
         return results
 
     def _read(self, key: str, peer: int, deadline: float, phase: str) -> str:
-        try:
-            self._store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
-        except RuntimeError as error:
-            expected = f"all of ranks {self._ranks} within {self._timeout:g} s"
-            raise CommunicationTimeout(self._rank, peer, phase, expected, "nothing of that rank") from error
-        return self._store.get(key).decode()
+        # Not the store's own wait: that holds its connection, which the watch of transfers needs meanwhile.
+        pause = 1e-3
+        while (text := self.peek(key)) is None:
+            if time.monotonic() > deadline:
+                expected = f"all of ranks {self._ranks} within {self._timeout:g} s"
+                raise CommunicationTimeout(self._rank, peer, phase, expected, "nothing of that rank")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+        return text
 
 
 def _check_device() -> Any:

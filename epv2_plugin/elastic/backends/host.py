@@ -35,7 +35,6 @@ _HEADER, _ROWS, _LATE_ROWS = range(3)
 # Tags that no operation has.
 _NEVER_SENT = (1 << 31) - 1
 _REFUSAL = 1 << 29  # plus the number of the refusal
-SETTLE_SECONDS = 10.0  # after which a call that this rank refused counts as one that its peers did not refuse
 _EARLY_BYTES = 1 << 30  # most that is set aside for rows whose number is not known yet
 _HEADER_FIELDS = ("hidden size", "dtype", "top-k", "num_max_tokens_per_rank", "topk_weights", "scales")
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -185,7 +184,7 @@ class Transport:
         """See to it that every peer refused what this rank refused: otherwise it is in an operation that can't end."""
         while self._num_settled < len(self._refusals):
             number, name, _ = self._refusals[self._num_settled]
-            seconds = min(SETTLE_SECONDS, self.timeout_seconds)
+            seconds = self.timeout_seconds  # a peer may be late; one that is waiting was told why it waits in vain
             deadline = time.monotonic() + seconds
             for peer, (room, work) in self._peer_refusals.items():
                 try:

@@ -120,6 +120,13 @@ class Watch:
             if not wait.done:
                 time.sleep(2e-4)
 
+    def drain(self) -> None:
+        """Let the host wait for everything noted. Raises CommunicationError where it does not pass."""
+        with self._changed:
+            waits = list(self._waits)
+        for wait in waits:
+            self.finish(wait)
+
     def repeat(self, chore: Callable[[], bool]) -> None:
         """Let the thread call `chore` now and then until it returns True."""
         with self._changed:
@@ -199,8 +206,10 @@ class Watch:
                         self._release(heads)
                     continue
                 for chore in chores:
-                    if chore():
+                    with self._changed:  # before the call: what comes up during it asks for another
                         self._chores.remove(chore)
+                    if not chore():
+                        self.repeat(chore)
                 if time.monotonic() > self._next_look:
                     self._look_into(heads)
                     self._next_look = time.monotonic() + _PATIENCE
