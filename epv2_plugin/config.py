@@ -132,7 +132,25 @@ class Timeouts(Section):
     host_seconds: int = Field(default=300, ge=1)
 
 
-class PluginConfig(Section):
+class Document(Section):
+    """A whole file, whose errors name it."""
+
+    _source: str = PrivateAttr("<defaults>")
+
+    @property
+    def source(self) -> str:
+        """Where it came from, for messages."""
+        return self._source
+
+    def fail(self, key: str, allowed: str) -> ConfigError:
+        """The error for `key` (dotted), with the value that is there."""
+        value: Any = self
+        for part in key.split("."):
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
+        return ConfigError(self.source, key, value, allowed)
+
+
+class PluginConfig(Document):
     """The whole plugin configuration."""
 
     parallel: Parallel = Parallel()
@@ -144,19 +162,6 @@ class PluginConfig(Section):
     fsdp: Fsdp = Fsdp()
     network: Network = Network()
     timeouts: Timeouts = Timeouts()
-    _source: str = PrivateAttr("<defaults>")
-
-    @property
-    def source(self) -> str:
-        """Where this configuration came from, for messages."""
-        return self._source
-
-    def fail(self, key: str, allowed: str) -> ConfigError:
-        """The error for `key` (dotted), with the value that this configuration holds there."""
-        value: Any = self
-        for part in key.split("."):
-            value = getattr(value, part)
-        return ConfigError(self.source, key, value, allowed)
 
     def check_degrees(self, framework: str, **degrees: int) -> None:
         """Check that what is configured of `parallel` is what `framework` was started with.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr
 
-from epv2_plugin.config import ConfigError, PluginConfig, Section, parse, parse_config, read_yaml
+from epv2_plugin.config import ConfigError, Document, PluginConfig, Section, parse, parse_config, read_yaml
 
 DISPATCHERS = ("alltoall", "allgather", "epv2")
 
@@ -89,7 +89,7 @@ class Train(Section):
     checkpoint_every: int = Field(0, ge=0)
 
 
-class Recipe(Section):
+class Recipe(Document):
     """A whole recipe.
 
     `megatron` holds any further field of Megatron-Core's `TransformerConfig`, by its name there (for example
@@ -104,18 +104,6 @@ class Recipe(Section):
     megatron: dict[str, Any] = Field(default_factory=dict)
     plugin: PluginConfig = PluginConfig()
     _source: str = PrivateAttr("<recipe>")
-
-    @property
-    def source(self) -> str:
-        """The file that this recipe came from."""
-        return self._source
-
-    def fail(self, key: str, allowed: str) -> ConfigError:
-        """The error for `key` (dotted), with the value that this recipe holds there."""
-        value: Any = self
-        for part in key.split("."):
-            value = value[part] if isinstance(value, dict) else getattr(value, part)
-        return ConfigError(self.source, key, value, allowed)
 
     def degree(self, name: Literal["expert", "pipeline", "context", "tensor", "virtual_pipeline"]) -> int:
         """A parallel degree of this run; `auto` is 1 here, because no framework says otherwise."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
 
 from pydantic import Field, PrivateAttr
 
-from epv2_plugin.config import ConfigError, PluginConfig, Section, parse, parse_config, read_yaml
+from epv2_plugin.config import ConfigError, Document, PluginConfig, Section, parse, parse_config, read_yaml
 from epv2_plugin.training.recipe import Data
 
 ARMS = ("alltoall", "epv2")
@@ -51,7 +50,7 @@ class TitanTrain(Section):
     seed: int = 1234
 
 
-class TitanRecipe(Section):
+class TitanRecipe(Document):
     """A whole recipe for torchtitan."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -62,18 +61,6 @@ class TitanRecipe(Section):
     train: TitanTrain
     plugin: PluginConfig = PluginConfig()
     _source: str = PrivateAttr("<recipe>")
-
-    @property
-    def source(self) -> str:
-        """The file that this recipe came from."""
-        return self._source
-
-    def fail(self, key: str, allowed: str) -> ConfigError:
-        """The error for `key` (dotted), with the value that this recipe holds there."""
-        value: Any = self
-        for part in key.split("."):
-            value = getattr(value, part)
-        return ConfigError(self.source, key, value, allowed)
 
     @property
     def expert(self) -> int:
