@@ -197,6 +197,24 @@ def test_processes_that_build_at_once_get_one_and_the_same(machine, broken):
         assert len(seen) == 1
 
 
+def test_a_whole_entry_that_replaced_a_broken_one_stays(machine, monkeypatch):
+    """Two find the same broken entry; the first has replaced it when the second comes to take it away."""
+    path = compiler.build(PEEK, "sm_90a").path
+    path.write_bytes(b"")
+    flock = compiler.fcntl.flock
+    first = []
+
+    def after_the_first(file, how):
+        monkeypatch.setattr(compiler.fcntl, "flock", flock)
+        first.append((compiler.build(PEEK, "sm_90a").path.stat().st_ino, path.read_bytes()))
+        flock(file, how)
+
+    monkeypatch.setattr(compiler.fcntl, "flock", after_the_first)
+    second = compiler.build(PEEK, "sm_90a")
+    assert [(second.path.stat().st_ino, second.path.read_bytes())] == first
+    assert machine.leftovers() == []
+
+
 def as_nobody(function: Callable[[], str]) -> str:
     """What `function` returns in a process without root's right to write anywhere."""
 

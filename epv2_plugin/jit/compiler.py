@@ -1,14 +1,16 @@
 """Builds kernels into a cache that many processes and machines may share.
 
 An entry of the cache is a folder `NAME-ARCH-KEY-nvccVERSION` with `kernel.cubin` and `kernel.json` (its resources and
-how it was built). It is made under another name and renamed: whoever is first wins, the others use his, and nobody ever
-sees a part of it. The nvcc version stands outside of the key: a machine without nvcc can use what another one built.
+how it was built). It is made under another name and renamed: whoever is first wins, the others use his, nobody ever
+sees a part of it, and a whole one is never taken away. The nvcc version stands outside of the key: a machine without
+nvcc can use what another one built.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -32,6 +34,7 @@ MIN_ARCH = 90
 _SECONDS = 900  # a build takes a few; a compiler that sits on a dead file system must not hang the job
 _LINES = 40  # of the compiler's output that an error repeats
 _LAYOUT_CHECK = "epv2_layout_check.h"
+_LOCK = "lock"  # in the cache's folder; held while a broken entry is taken away
 
 
 class CompileError(RuntimeError):
@@ -205,15 +208,19 @@ def _publish(temporary: Path, place: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        if _read(place):
-            return
-        broken = Path(tempfile.mkdtemp(prefix="tmp-", dir=place.parent))
-        try:
-            os.rename(place, broken)  # onto an empty folder, which rename allows
-        except FileNotFoundError:
-            pass  # somebody else took it away
-        finally:
-            shutil.rmtree(broken, ignore_errors=True)
+        # Looked at and taken away under a lock: the broken entry may by now be another process's whole one, which that
+        # process is about to load.
+        with (place.parent / _LOCK).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _read(place):
+                return
+            broken = Path(tempfile.mkdtemp(prefix="tmp-", dir=place.parent))
+            try:
+                os.rename(place, broken)  # onto an empty folder, which rename allows
+            except FileNotFoundError:
+                pass  # removed by hand
+            finally:
+                shutil.rmtree(broken, ignore_errors=True)
     raise OSError(errno.EAGAIN, "others keep writing broken entries", str(place))
 
 
