@@ -101,9 +101,10 @@ class Pipeline(Section):
 
 
 class Context(Section):
-    """Keys and values between context-parallel ranks."""
+    """Keys and values between context-parallel ranks. `auto` = the plugin's for local specs, whose attention has none;
+    `all_gather` = for Transformer Engine's `cp_comm_type` "all_gather", too."""
 
-    kv_exchange: Literal["all_gather", "stock"] = "all_gather"
+    kv_exchange: Literal["auto", "all_gather", "stock"] = "auto"
 
 
 class Fsdp(Section):

@@ -90,9 +90,9 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
 
 def _adapters() -> tuple[Any, ...]:
     """The modules that put the plugin under Megatron."""
-    from epv2_plugin.megatron import context_parallel, dispatcher, pipeline
+    from epv2_plugin.megatron import context_parallel, dispatcher, pipeline, te_context_parallel
 
-    return dispatcher, pipeline, context_parallel
+    return dispatcher, pipeline, context_parallel, te_context_parallel
 
 
 def _proved(config: PluginConfig, backend: str) -> PluginConfig:

@@ -200,7 +200,7 @@ class ContextParallelAttention(LocalAttention):
         tensor_group = pg_collection.tp if has_groups else parallel_state.get_tensor_model_parallel_group()
         self.rank, self.size = self.group.rank(), self.group.size()
         self.tensor_rank = tensor_group.rank()
-        self.buffer = _buffer_for(self.group, config) if self.size > 1 else None
+        self.buffer = buffer_for(self.group, config.context_parallel_size) if self.size > 1 else None
 
     def forward(
         self,
@@ -493,9 +493,13 @@ def causal_attention(
     return _Attention.apply(query_SBAD, key_SBGD, value_SBGV, exchange)
 
 
-def _buffer_for(group: dist.ProcessGroup, config: TransformerConfig) -> ElasticBuffer:
-    """The buffer that all layers of a group share, made by the first of them."""
-    _config.check_degrees("Megatron", context=config.context_parallel_size)
+def buffer_for(group: dist.ProcessGroup, degree: int) -> ElasticBuffer:
+    """The buffer that all layers of a group share, made by the first of them.
+
+    Raises:
+        ConfigError: the configuration names another context-parallel degree than Megatron's, `degree`.
+    """
+    _config.check_degrees("Megatron", context=degree)
     if group not in _buffers:
         _buffers[group] = ElasticBuffer(
             group,
@@ -507,7 +511,7 @@ def _buffer_for(group: dist.ProcessGroup, config: TransformerConfig) -> ElasticB
             what = _buffers[group].describe()
             logger.info(
                 "epv2: context group of %d ranks (first: global rank %d): %s backend over %s, keys and values gathered "
-                "in parts by 0 SMs, their gradients summed by %d",
+                "by 0 SMs, their gradients summed by %d",
                 dist.get_world_size(group),
                 dist.get_rank(),
                 what["backend"],
