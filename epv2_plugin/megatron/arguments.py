@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from epv2_plugin.megatron.patches import Patches
+from epv2_plugin.patches import Patches
 
 DISPATCHER_FLAGS = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend epv2"
 

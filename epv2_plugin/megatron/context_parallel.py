@@ -36,7 +36,7 @@ from epv2_plugin.elastic import ElasticBuffer
 from epv2_plugin.elastic.sizing import REDUCE_SCATTER_SMS
 from epv2_plugin.megatron.block_attention import Block, attend, attend_backward, dropout_factors, merge
 from epv2_plugin.megatron.local_attention import LocalAttention
-from epv2_plugin.megatron.patches import Patches
+from epv2_plugin.patches import Patches
 
 AHEAD = 2  # gathers under way
 ROWS_PER_PART = 128  # fewer are not worth a message of their own

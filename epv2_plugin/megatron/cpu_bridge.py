@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from epv2_plugin.megatron.patches import Patches
+from epv2_plugin.patches import Patches
 
 logger = logging.getLogger("epv2_plugin")
 
@@ -217,22 +217,20 @@ def install() -> bool:
     """
     if torch.cuda.is_available():
         return False
-    if _patches.names:
-        return True
-    try:
-        # torch.compile would spend 15 s on a C++ build of what runs in 0.1 s as it is.
-        _patches.item("os.environ", os.environ, "TORCHDYNAMO_DISABLE", "1")
-        if (dynamo := sys.modules.get("torch._dynamo.config")) is not None:
-            _patches.attribute(dynamo, "disable", True)
-        _without_triton()
-        # Megatron first: importing it imports torch._dynamo, which wants to find torch's functions as they were.
-        for owner, name, replacement in [*_megatron_replacements(), *_torch_replacements()]:
-            _patches.attribute(owner, name, replacement)
-    except BaseException:
-        uninstall()
-        raise
-    logger.info("no CUDA device: Megatron-Core runs on the CPU, %d names bridged", len(_patches.names))
+    if _patches.once(_replace):
+        logger.info("no CUDA device: Megatron-Core runs on the CPU, %d names bridged", len(_patches.names))
     return True
+
+
+def _replace() -> None:
+    # torch.compile would spend 15 s on a C++ build of what runs in 0.1 s as it is.
+    _patches.item("os.environ", os.environ, "TORCHDYNAMO_DISABLE", "1")
+    if (dynamo := sys.modules.get("torch._dynamo.config")) is not None:
+        _patches.attribute(dynamo, "disable", True)
+    _without_triton()
+    # Megatron first: importing it imports torch._dynamo, which wants to find torch's functions as they were.
+    for owner, name, replacement in [*_megatron_replacements(), *_torch_replacements()]:
+        _patches.attribute(owner, name, replacement)
 
 
 def uninstall() -> None:

@@ -24,7 +24,7 @@ from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic import ElasticBuffer, EPHandle, EventOverlap, autograd
 from epv2_plugin.elastic.buffer import resolve_backend
 from epv2_plugin.elastic.sizing import align
-from epv2_plugin.megatron.patches import Patches
+from epv2_plugin.patches import Patches
 
 BACKEND = "epv2"
 # 0.17 moved the overlapped schedule's helper.

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from epv2_plugin.megatron.patches import Patches
+from epv2_plugin.patches import Patches
 
 _patches = Patches()
 

@@ -24,7 +24,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic import CommunicationError, ElasticBuffer, EventOverlap
 from epv2_plugin.elastic.errors import UnavailableError
-from epv2_plugin.megatron.patches import Patches
+from epv2_plugin.patches import Patches
 
 FORWARD, BACKWARD = 0, 1  # channels
 UNLIMITED = 1 << 40  # bytes; the host backend sets nothing aside for a tensor before it comes

@@ -23,7 +23,7 @@ from megatron.core import parallel_state
 from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic import ElasticBuffer
 from epv2_plugin.megatron.context_parallel import allow_session, buffer_for
-from epv2_plugin.megatron.patches import Patches
+from epv2_plugin.patches import Patches
 
 SEAM = "transformer_engine.pytorch.attention.dot_product_attention.context_parallel"
 OLDEST = "2.3"

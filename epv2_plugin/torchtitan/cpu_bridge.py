@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from epv2_plugin.megatron.patches import Patches
+from epv2_plugin.patches import Patches
 
 logger = logging.getLogger("epv2_plugin")
 
@@ -118,14 +118,8 @@ def install() -> bool:
     """
     if torch.cuda.is_available():
         return False
-    if _patches.names:
-        return True
-    try:
-        _replace()
-    except BaseException:
-        uninstall()
-        raise
-    logger.info("epv2: no CUDA device: torchtitan runs on the CPU, %d names bridged", len(_patches.names))
+    if _patches.once(_replace):
+        logger.info("epv2: no CUDA device: torchtitan runs on the CPU, %d names bridged", len(_patches.names))
     return True
 
 

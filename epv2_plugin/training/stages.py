@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from epv2_plugin.megatron.patches import Patches
+from epv2_plugin.patches import Patches
 from epv2_plugin.training import devices
 
 # The brackets in the order in which the forward pass meets them, and the stage that ends at each.

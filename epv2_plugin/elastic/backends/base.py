@@ -31,6 +31,11 @@ def machine_name() -> str:
     return os.environ.get(NODE) or socket.gethostname()
 
 
+def describe(tensor: torch.Tensor) -> str:
+    """Shape and dtype of a tensor as text: "[4, 8] bfloat16"."""
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
 @dataclass
 class Traffic:
     """Bytes that went to other ranks (host: sent, counted where they leave; cuda: pulled, counted where they arrive).
@@ -120,13 +125,28 @@ class Sessions(Protocol):
         """Start summing `[ranks, *shape]` over ranks; returns `scale` times this rank's sums, and the wait for them."""
 
 
-class SessionLimits:
-    """Whether there is a session, and what it may still take."""
+class SessionState:
+    """Whether there is a session, what it has started, and what it may still take."""
 
     def __init__(self) -> None:
         self.active = False
         self._max_bytes = self._max_operations = 0
         self._bytes = self._operations = 0
+        self._waits: list[Callable[[], None]] = []  # for what was started; a second one does no harm
+        self._slots: dict[int, Any] = {}  # where parts of this rank belong that it writes itself, by their address
+
+    def end(self) -> None:
+        """See `Sessions`."""
+        self._check_active(True, "destroy_agrs_session")
+        waits = self._waits
+        self.abandon()
+        for wait in waits:
+            wait()
+
+    def abandon(self) -> None:
+        """See `Sessions`."""
+        self.active, self._waits = False, []
+        self._slots.clear()
 
     def _open(self) -> None:
         """Begin a session, empty."""

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 
 from epv2_plugin.elastic import sizing
-from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic
+from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic, describe
 from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window
-from epv2_plugin.elastic.backends.host_p2p import describe
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
 from epv2_plugin.elastic.sizing import RingLayout, align

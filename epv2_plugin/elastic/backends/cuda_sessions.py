@@ -17,17 +17,15 @@ import math
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 from epv2_plugin.elastic import sizing
-from epv2_plugin.elastic.backends.base import SessionLimits, Traffic
+from epv2_plugin.elastic.backends.base import SessionState, Traffic, describe
 from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word, same_turn
 from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window
-from epv2_plugin.elastic.backends.host_p2p import describe
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import CommunicationError
 from epv2_plugin.elastic.sizing import SessionLayout, align, session_bytes
@@ -38,15 +36,7 @@ _THREADS, _VECTORS_OF_A_THREAD, _VECTOR_BYTES = 512, 4, 16
 _EXPLANATION_SECONDS = 2.0
 
 
-@dataclass
-class _Operation:
-    """An operation of a session, started. `wait` makes the current stream wait for it."""
-
-    wait: Callable[[], None]
-    waited: Any = None  # the event behind the first wait
-
-
-class CudaSessions(SessionLimits):
+class CudaSessions(SessionState):
     """See `base.Sessions`.
 
     Args:
@@ -62,8 +52,6 @@ class CudaSessions(SessionLimits):
         self._runtime, self._watch, self._traffic = runtime, watch, traffic
         self._window: Window | None = None
         self._configured = self._session = 0
-        self._pending: list[_Operation] = []
-        self._slots: dict[int, tuple[torch.Tensor, int]] = {}  # whole tensors and offsets, by the address of our part
         self._begun_on: set[str] = set()  # streams that have waited for everybody to begin this session
         self._peers = [peer for peer in range(runtime.size) if peer != runtime.rank]
         self._streams: dict[str, Any] = {}
@@ -141,18 +129,6 @@ class CudaSessions(SessionLimits):
         with runtime.on_stream(scatter):
             runtime.wait(begun)
 
-    def end(self) -> None:
-        self._check_active(True, "destroy_agrs_session")
-        pending = self._pending
-        self.abandon()
-        for operation in pending:
-            if operation.waited is None:
-                operation.wait()
-
-    def abandon(self) -> None:
-        self.active, self._pending = False, []
-        self._slots.clear()
-
     def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
         self._check_active(True, "agrs_get_inplace_tensor")
         slots = []
@@ -200,10 +176,13 @@ class CudaSessions(SessionLimits):
         if copied:
             kept = [torch.empty_like(whole) for whole in gathered] if out is None else list(out)
 
+        waited: Any = None  # the event behind the first wait
+
         def wait() -> None:
+            nonlocal waited
             self._watch.check()
-            if operation.waited is not None:  # the words may be another session's by now
-                runtime.wait(operation.waited)
+            if waited is not None:  # the words may be another session's by now
+                runtime.wait(waited)
                 return
             runtime.wait(pushed)
             self._await_parts("all_gather", number, text, word, spoil, ("current", runtime.current_stream()))
@@ -212,10 +191,9 @@ class CudaSessions(SessionLimits):
                 with torch.no_grad():
                     for target, whole in zip(kept, gathered, strict=True):
                         target.copy_(whole)
-            operation.waited = runtime.record()
+            waited = runtime.record()
 
-        operation = _Operation(wait)
-        self._pending.append(operation)
+        self._waits.append(wait)
         return kept, wait
 
     def reduce_scatter(
@@ -252,10 +230,8 @@ class CudaSessions(SessionLimits):
             self._watch.check()
             runtime.wait(done)
             self._watch.check()
-            operation.waited = done
 
-        operation = _Operation(wait)
-        self._pending.append(operation)
+        self._waits.append(wait)
         return reduced, wait
 
     # ---- pieces of an operation -------------------------------------------------------------------------------------

@@ -13,15 +13,12 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from epv2_plugin.elastic.backends.base import EngramTable, Traffic
+from epv2_plugin.elastic.backends.host_transport import Operation, Transport
 from epv2_plugin.elastic.event import HostEvent
-
-if TYPE_CHECKING:
-    from epv2_plugin.elastic.backends.host import Operation, Transport
 
 _HEADER, _INDICES, _ROWS = range(3)  # steps of an operation
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)

@@ -16,47 +16,20 @@ import zlib
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from epv2_plugin.elastic.backends.base import Traffic, describe
+from epv2_plugin.elastic.backends.host_transport import Transport, byte_view, message_text, text_message
 from epv2_plugin.elastic.errors import CommunicationError
 from epv2_plugin.elastic.event import HostEvent
-
-if TYPE_CHECKING:
-    from epv2_plugin.elastic.backends.host import Traffic, Transport
 
 # A tag: a bit that no collective operation's tag has, then kind of message, channel, tensor number, hash of the header.
 _POINT_TO_POINT = 1 << 30
 _HASH_BITS, _NUMBER_BITS, _CHANNEL_BITS = 18, 8, 2
 _HEADER, _BYTES = range(2)
-_TEXT_BYTES = 256
 _REFUSAL_SECONDS = 1.0  # the peer has made room for it; this only bounds what a dead peer costs
-
-
-def describe(tensor: torch.Tensor) -> str:
-    """Shape and dtype of a tensor as text: "[4, 8] bfloat16"."""
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def text_message(text: str) -> torch.Tensor:
-    """uint8 `[256]`: `text`, with its checksum in the place of what is too long."""
-    encoded = text.encode()
-    if len(encoded) > _TEXT_BYTES:
-        checksum = f"... {zlib.crc32(encoded):08x}".encode()
-        encoded = encoded[: _TEXT_BYTES - len(checksum)] + checksum
-    return torch.frombuffer(bytearray(encoded.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8)
-
-
-def message_text(message: torch.Tensor) -> str:
-    """The text of a `text_message`."""
-    return bytes(message.tolist()).rstrip(b"\0").decode(errors="replace")
-
-
-def byte_view(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a contiguous tensor, uint8 `[N]`, in the same memory."""
-    return tensor.detach().view(-1).view(torch.uint8)
 
 
 def _tag(kind: int, channel: int = 0, number: int = 0, header: torch.Tensor | None = None) -> int:

@@ -7,31 +7,25 @@ operations may be under way; each has its own tags.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from epv2_plugin.elastic.backends.base import SessionLimits
-from epv2_plugin.elastic.backends.host_p2p import byte_view, describe, message_text, text_message
+from epv2_plugin.elastic.backends.base import SessionState, Traffic, describe
+from epv2_plugin.elastic.backends.host_transport import Transport, byte_view, message_text, text_message
 from epv2_plugin.elastic.event import HostEvent
 from epv2_plugin.elastic.sizing import session_bytes
-
-if TYPE_CHECKING:
-    from epv2_plugin.elastic.backends.host import Traffic, Transport
 
 _HEADER, _DATA = range(2)
 
 Wait = Callable[[], None]
 
 
-class HostSessions(SessionLimits):
+class HostSessions(SessionState):
     """See `base.Sessions`."""
 
     def __init__(self, transport: Transport, traffic: Traffic):
         super().__init__()
         self._transport, self._traffic = transport, traffic
-        self._pending: list[HostEvent] = []
-        self._slots: dict[int, torch.Tensor] = {}  # whole gathered tensors, by the address of this rank's part
 
     def configure(self, max_session_bytes: int, max_operations: int, num_sms: int) -> None:
         """Collective; raises CommunicationError where another rank came with other values."""
@@ -45,18 +39,6 @@ class HostSessions(SessionLimits):
 
     def begin(self) -> None:
         self._open()
-        self._pending = []
-
-    def end(self) -> None:
-        self._check_active(True, "destroy_agrs_session")
-        pending = self._pending
-        self.abandon()
-        for event in pending:
-            event.current_stream_wait()
-
-    def abandon(self) -> None:
-        self.active, self._pending = False, []
-        self._slots.clear()
 
     def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
         self._check_active(True, "agrs_get_inplace_tensor")
@@ -118,9 +100,8 @@ class HostSessions(SessionLimits):
         return reduced, self._start(finish)
 
     def _start(self, finish: Wait) -> Wait:
-        event = HostEvent(finish)
-        self._pending.append(event)
-        return event.current_stream_wait
+        self._waits.append(HostEvent(finish).current_stream_wait)
+        return self._waits[-1]
 
     def _exchange(
         self, name: str, text: str, sent: dict[int, list[torch.Tensor]], received: dict[int, list[torch.Tensor]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 _ABSENT: Any = object()
@@ -19,6 +19,17 @@ class Patches:
     def names(self) -> tuple[str, ...]:
         """Dotted names of what is replaced."""
         return tuple(name for name, *_ in self._undo)
+
+    def once(self, replace: Callable[[], None]) -> bool:
+        """Let `replace` make its replacements, all or none of them; False if there are some already."""
+        if self._undo:
+            return False
+        try:
+            replace()
+        except BaseException:
+            self.undo()
+            raise
+        return True
 
     def attribute(self, owner: Any, name: str, replacement: Any) -> None:
         """Set `owner.name`; what the owner only inherited is deleted again by `undo`."""
