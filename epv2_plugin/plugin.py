@@ -124,15 +124,19 @@ def _unused(config: PluginConfig, backend: str) -> list[str]:
 
 
 def disable() -> None:
-    """Put every replaced symbol back and release the buffers; nothing if the plugin is not enabled."""
+    """Put every replaced symbol back and release the buffers; nothing if the plugin is not enabled.
+
+    Raises:
+        CommunicationError: see `ElasticBuffer.destroy`. Every symbol is back; a second call releases what is left.
+    """
     global _enabled
     if _enabled is None:
         return
     from epv2_plugin.megatron import arguments, cpu_bridge
 
-    adapters: tuple[Any, ...] = (arguments, *reversed(_adapters()), cpu_bridge)
-    for adapter in adapters:
-        adapter.uninstall()
+    with ExitStack() as undo:  # one that fails must not keep the others from it
+        for adapter in (cpu_bridge, *_adapters(), arguments):
+            undo.callback(adapter.uninstall)
     _enabled = None
 
 

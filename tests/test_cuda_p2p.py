@@ -171,19 +171,13 @@ def test_killed_peer() -> None:
         assert "seen nothing within 4 s" in results[rank].value
 
 
-def destroyed_with_waits(rank: int, size: int) -> float:
-    buffer = make_buffer("cuda", num_cpu_timeout_secs=60)
-    buffer.pp_set_config(1 << 10, 1)
-    t = torch.zeros(5, device=buffer.device)
-    for _ in range(3):
-        buffer.pp_send(t, 1 - rank, async_with_compute_stream=True)
-    begin = time.monotonic()
-    buffer.destroy()
-    return time.monotonic() - begin
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_buffer_can_be_destroyed_at_any_time(dropped: bool) -> None:
+    assert max(harness.run(2, p2p.destroyed, "cuda", dropped, timeout=90)) < 20
 
 
-def test_a_buffer_can_be_destroyed_at_any_time() -> None:
-    assert max(harness.run(2, destroyed_with_waits, timeout=90)) < 20
+def test_destroying_a_buffer_waits_for_its_transfers() -> None:
+    harness.run(2, p2p.late_receiver, "cuda", timeout=90)
 
 
 # ---- sessions --------------------------------------------------------------------------------------------------------

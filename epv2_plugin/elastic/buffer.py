@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar
@@ -25,9 +26,12 @@ from epv2_plugin.elastic.event import Event, EventOverlap
 from epv2_plugin.elastic.handle import EPHandle, Route
 from epv2_plugin.elastic.model import num_qps
 
+logger = logging.getLogger("epv2_plugin")
+
 FP8 = torch.float8_e4m3fn
 # What the model of SMs assumes of a buffer that was made by bytes: DeepSeek-V3's layer.
 _USUAL_HIDDEN, _USUAL_TOKENS = 7168, 4096
+_DROPPED_SECONDS = 1.0  # for transfers of a buffer that is garbage: what dropped it may have been an error
 _WIDEST = 4  # bytes per value of the widest dtype that the host backend takes
 
 Fp8Rows = tuple[torch.Tensor, torch.Tensor]
@@ -260,14 +264,26 @@ class ElasticBuffer:
         return self._open().traffic
 
     def destroy(self) -> None:
-        """Release the buffer; calling it again does nothing. Operations in flight must have been waited for."""
-        backend, self._backend = getattr(self, "_backend", None), None
-        if backend is not None:
-            backend.close()
+        """Release the buffer; calling it again does nothing. Operations in flight must have been waited for; transfers
+        that a GPU's streams still have to make are waited for here.
+
+        Raises:
+            CommunicationError: such a transfer did not end within the timeout. The buffer is released all the same.
+        """
+        self._release(None)
 
     def __del__(self) -> None:
-        if dist.is_initialized():
-            self.destroy()
+        if not dist.is_initialized():
+            return
+        try:
+            self._release(_DROPPED_SECONDS)
+        except CommunicationError as error:
+            logger.warning("epv2: an ElasticBuffer was dropped before its transfers had ended: %s", error)
+
+    def _release(self, seconds: float | None) -> None:
+        backend, self._backend = getattr(self, "_backend", None), None
+        if backend is not None:
+            backend.close(seconds)
 
     def _open(self) -> Backend:
         if self._backend is None:

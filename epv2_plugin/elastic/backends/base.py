@@ -341,5 +341,9 @@ class Backend(Protocol):
     def comm_stream(self) -> Any:
         """The stream that asynchronous operations run on, None on the host."""
 
-    def close(self) -> None:
-        """Release everything."""
+    def close(self, seconds: float | None = None) -> None:
+        """Release everything, after what the streams of transfers were given; `seconds` = for that, None = the timeout.
+
+        Raises:
+            CommunicationError: that did not end; everything is released all the same.
+        """

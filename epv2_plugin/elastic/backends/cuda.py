@@ -239,13 +239,16 @@ class CudaBackend:
     def comm_stream(self) -> Any:
         return self.runtime.comm_stream()
 
-    def close(self) -> None:
-        if "_watch" in self.__dict__:
-            self._watch.close()
-            self._failure = self._failure or self._watch.failure
-        self._error_words = self._error_words.copy()  # events may outlive the mapped memory
-        # After a failure some peer does not take part in anything that all must take part in.
-        self.runtime.close(abandon=self._failure is not None or bool(self._error_words[0]))
+    def close(self, seconds: float | None = None) -> None:
+        try:
+            if "_watch" in self.__dict__:
+                self._watch.close(seconds)
+        finally:
+            if "_watch" in self.__dict__:
+                self._failure = self._failure or self._watch.failure
+            self._error_words = self._error_words.copy()  # events may outlive the mapped memory
+            # After a failure some peer does not take part in anything that all must take part in.
+            self.runtime.close(abandon=self._failure is not None or bool(self._error_words[0]))
 
     def check(self) -> None:
         """Raise what made this rank give up, if anything did.

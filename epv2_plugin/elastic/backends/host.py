@@ -369,7 +369,8 @@ class HostBackend:
     def refuse(self, call: str, error: BaseException) -> None:
         self.transport.refuse(call, error)
 
-    def close(self) -> None:
+    def close(self, seconds: float | None = None) -> None:
+        del seconds  # whoever waits does so himself
         if "engram" in self.__dict__:
             self.engram.close()
         self.transport.close()

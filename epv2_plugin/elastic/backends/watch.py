@@ -155,18 +155,28 @@ class Watch:
         """This rank can't go on: tell the others, end every wait."""
         self._give_up(error, tell=True)
 
-    def close(self) -> None:
-        """End the thread. Waits that are still under way are ended as after a failure."""
+    def close(self, seconds: float | None = None) -> None:
+        """End the thread once every wait has passed, for which there are `seconds`, None = the watch's own timeout.
+
+        Raises:
+            CommunicationError: one did not pass; then all that are left have been ended as after any failure.
+        """
+        seconds = self.timeout_seconds if seconds is None else seconds
+        failed_before = self.failure is not None
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(1.0)
-        if self._thread.is_alive() and self._waits:
-            first = self._waits[0]
-            arguments = (self._runtime.rank, first.peer, first.phase, first.expected, "the end of the buffer")
-            self._give_up(CommunicationError(*arguments), tell=False)
+        self._thread.join(seconds)
+        with self._changed:
+            first = next(iter(self._waits), None)
+        if first is not None:
+            phase, expected = first.phase or "the end of the buffer", first.expected or "the end of its streams' work"
+            seen = f"nothing within {seconds:g} s"
+            self.give_up(CommunicationTimeout(self._runtime.rank, first.peer, phase, expected, seen))
         self._thread.join(30.0)
         self._words = self._words.copy()  # whoever still asks must not read memory that is gone
+        if self.failure is not None and not failed_before:
+            raise self.failure
 
     @property
     def _nothing(self) -> str:
