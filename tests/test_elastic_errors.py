@@ -109,7 +109,11 @@ def bad_input(rank: int, size: int) -> list[str]:
         ),
         (ValueError, "hidden = -1", lambda: ElasticBuffer(dist.group.WORLD, hidden=-1)),
         (ValueError, "num_bytes = 0", lambda: ElasticBuffer(dist.group.WORLD, num_bytes=0)),
-        (ValueError, "num_cpu_timeout_secs = 0", lambda: ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=0)),
+        (
+            ValueError,
+            "num_cpu_timeout_secs = 0: must be positive",
+            lambda: ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=0),
+        ),
         (ValueError, "backend = 'mpi'", lambda: ElasticBuffer(dist.group.WORLD, backend="mpi")),
         (RuntimeError, "cuda backend", lambda: ElasticBuffer(dist.group.WORLD, backend="cuda")),
     ]
@@ -241,6 +245,33 @@ def test_buffer_that_not_every_rank_creates() -> None:
     assert "within 2 s" in harness.run(2, not_everyone_creates, timeout=60)[0]
 
 
+def refused_creation(rank: int, size: int, options: dict[str, Any]) -> str:
+    """Rank 1 is refused its buffer, catches that, and all make another one."""
+    begin = time.monotonic()
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
+        ElasticBuffer(dist.group.WORLD, **(options if rank == 1 else {}))  # waits for 300 s
+    assert time.monotonic() - begin < 20
+    ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=20).barrier()
+    return f"{error.typename}: {error.value}"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"hidden": -1}, "hidden = -1: must be 0 or more"),
+        ({"num_cpu_timeout_secs": "3"}, "num_cpu_timeout_secs = '3': must be a number, got str"),
+        ({"backend": "cuda"}, "the cuda backend needs a CUDA device"),
+    ],
+)
+def test_a_creation_that_only_one_rank_refused_is_an_error_everywhere(
+    pool: Callable[[int], Pool], options: dict[str, Any], text: str
+) -> None:
+    zero, one, two = pool(3).run(refused_creation, options)
+    assert text in one
+    for other in (zero, two):
+        assert other.startswith(f"RuntimeError: rank 1 of the group can't take part: {text}")
+
+
 REFUSED = ("dispatch", "combine", "autograd", "engram_fetch", "engram_update", "engram", "all_gather", "keyword")
 
 
@@ -316,6 +347,7 @@ def refused_on_all_ranks(rank: int, size: int) -> None:
         event.current_stream_wait()
         combined, _, _ = buffer.combine(rows, handle)
         torch.testing.assert_close(combined, x * (idx // (EXPERTS // size)).sort(1).values.diff(dim=1).ne(0).add(1))
+        assert not buffer._backend.transport._refusals
     buffer.destroy()
 
 

@@ -19,7 +19,7 @@ from epv2_plugin.elastic.backends.base import (
     Traffic,
 )
 from epv2_plugin.elastic.backends.cuda import CudaBackend
-from epv2_plugin.elastic.backends.device import CudaRuntime
+from epv2_plugin.elastic.backends.device import CudaRuntime, Meeting
 from epv2_plugin.elastic.backends.host import HostBackend
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError
 from epv2_plugin.elastic.event import Event, EventOverlap
@@ -85,8 +85,10 @@ class ElasticBuffer:
         num_rdma_ranks, num_nvlink_ranks: physical domain (machines x ranks per machine).
 
     Raises:
-        ValueError, TypeError: an argument is out of range. RuntimeError: the backend is not available here.
-        CommunicationTimeout: not every rank created the buffer in time.
+        ValueError, TypeError: an argument is out of range. RuntimeError: the backend is not available here; or another
+            rank raised any of these, then the message names it.
+        CommunicationError: another rank's backend is another. CommunicationTimeout: not every rank created the buffer
+            in time.
     """
 
     def __init__(
@@ -119,26 +121,13 @@ class ElasticBuffer:
             "num_topk": num_topk,
             "num_allocated_qps": num_allocated_qps,
         }
-        for name, value in (sizes | {"num_bytes": 1 if num_bytes is None else num_bytes}).items():
-            if not isinstance(value, SupportsIndex):
-                raise TypeError(f"{name} = {value!r}: must be a whole number, got {type(value).__name__}")
         timeouts = {"num_cpu_timeout_secs": num_cpu_timeout_secs, "num_gpu_timeout_secs": num_gpu_timeout_secs}
-        for name, seconds in timeouts.items():
-            if not isinstance(seconds, SupportsFloat):
-                raise TypeError(f"{name} = {seconds!r}: must be a number, got {type(seconds).__name__}")
-        for name, value in sizes.items():
-            if value < 0:
-                raise ValueError(f"{name} = {value}: must be 0 or more")
-        if num_bytes is not None and num_bytes <= 0:
-            raise ValueError(f"num_bytes = {num_bytes}: must be positive")
-        if num_cpu_bytes and (num_bytes is None or num_cpu_bytes > num_bytes):
-            raise ValueError(f"num_cpu_bytes = {num_cpu_bytes}: must be a part of num_bytes, which is {num_bytes}")
-        if num_cpu_timeout_secs <= 0 or num_gpu_timeout_secs <= 0:
-            raise ValueError(
-                f"num_cpu_timeout_secs = {num_cpu_timeout_secs}, num_gpu_timeout_secs = {num_gpu_timeout_secs}: "
-                "must be positive"
-            )
-        kind = resolve_backend(backend)
+
+        def check() -> str:
+            _check_sizes(num_bytes, sizes, timeouts)
+            return resolve_backend(backend)
+
+        kind = _agreed(group, num_cpu_timeout_secs, check)
         self.group = group
         self.rank_idx, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
@@ -1150,6 +1139,35 @@ class ElasticBuffer:
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} has shape {list(tensor.shape)} and strides {tensor.stride()}: must be dense")
         return tensors
+
+
+def _agreed(group: dist.ProcessGroup, timeout_seconds: float, check: Callable[[], str]) -> str:
+    """The backend that `check` finds, on every rank the same; what it raises on one rank, every rank hears of."""
+    rank, phase = dist.get_rank(group), "creation of the buffer"
+    kinds = Meeting(group, timeout_seconds).agree("arguments", check, phase)
+    for peer, kind in enumerate(kinds):
+        if kind != kinds[rank]:
+            raise CommunicationError(rank, peer, phase, f"backend {kinds[rank]} as on this rank", f"backend {kind}")
+    return kinds[rank]
+
+
+def _check_sizes(num_bytes: int | None, sizes: dict[str, int], timeouts: dict[str, float]) -> None:
+    for name, value in (sizes | {"num_bytes": 1 if num_bytes is None else num_bytes}).items():
+        if not isinstance(value, SupportsIndex):
+            raise TypeError(f"{name} = {value!r}: must be a whole number, got {type(value).__name__}")
+    for name, seconds in timeouts.items():
+        if not isinstance(seconds, SupportsFloat):
+            raise TypeError(f"{name} = {seconds!r}: must be a number, got {type(seconds).__name__}")
+        if seconds <= 0:
+            raise ValueError(f"{name} = {seconds}: must be positive")
+    for name, value in sizes.items():
+        if value < 0:
+            raise ValueError(f"{name} = {value}: must be 0 or more")
+    if num_bytes is not None and num_bytes <= 0:
+        raise ValueError(f"num_bytes = {num_bytes}: must be positive")
+    num_cpu_bytes = sizes["num_cpu_bytes"]
+    if num_cpu_bytes and (num_bytes is None or num_cpu_bytes > num_bytes):
+        raise ValueError(f"num_cpu_bytes = {num_cpu_bytes}: must be a part of num_bytes, which is {num_bytes}")
 
 
 def _check_positive(**values: int) -> None:

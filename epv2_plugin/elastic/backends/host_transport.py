@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -60,8 +61,8 @@ class Transport:
         self._sequence = 0
         self._failure: CommunicationError | None = None
         self._gloo: Any = None  # torch's stubs leave out send and recv of a ProcessGroupGloo
-        # Of this rank: number, name and messages; and how many of them all peers are known to have refused, too.
-        self._refusals: list[tuple[int, str, list[tuple[torch.Tensor, dist.Work]]]] = []
+        # Of this rank: number, name, and the messages that each peer gets; and how many all ranks have settled.
+        self._refusals: deque[tuple[int, str, dict[int, tuple[torch.Tensor, dist.Work]]]] = deque()
         self._num_settled = 0
         self._peer_refusals: dict[int, tuple[torch.Tensor, dist.Work]] = {}  # each peer's next one
         if self.size > 1:
@@ -115,7 +116,7 @@ class Transport:
         name = f"{call} #{self._sequence}"
         text = f"#{self._sequence} {call}: on rank {self.rank}: {type(error).__name__}: {error}"
         try:
-            sent = [self.post_refusal(text, peer, name) for peer in self.peers]
+            sent = {peer: self.post_refusal(text, peer, name) for peer in self.peers}
         except RuntimeError:
             return  # the group was given up or closed: the next call says so
         self._refusals.append((self._sequence, name, sent))
@@ -123,7 +124,7 @@ class Transport:
     def post_refusal(self, text: str, peer: int, phase: str) -> tuple[torch.Tensor, dist.Work]:
         """Start telling `peer` why it waits in vain; the tensor must be kept until the work is done."""
         message = text_message(text)
-        return message, self.post_send(message, peer, _REFUSAL + len(self._refusals), phase)
+        return message, self.post_send(message, peer, _REFUSAL + self._num_settled + len(self._refusals), phase)
 
     def _make_room_for_refusals(self) -> None:
         for peer in self.peers:
@@ -133,8 +134,8 @@ class Transport:
 
     def _settle_refusals(self) -> None:
         """See to it that every peer refused what this rank refused: otherwise it is in an operation that can't end."""
-        while self._num_settled < len(self._refusals):
-            number, name, _ = self._refusals[self._num_settled]
+        while self._refusals:
+            number, name, sent = self._refusals[0]
             seconds = self.timeout_seconds  # a peer may be late; one that is waiting was told why it waits in vain
             deadline = time.monotonic() + seconds
             for peer, (room, work) in self._peer_refusals.items():
@@ -146,6 +147,9 @@ class Transport:
                 if not seen.startswith(f"#{number} "):
                     expected = f"rank {peer} to refuse it as this rank did"
                     raise self.abandon(CommunicationError(self.rank, peer, name, expected, seen))
+            for peer, (_, work) in sent.items():  # it makes room for this one when it has settled the one before
+                self.wait(work, peer, name, f"rank {peer} to settle its refusals", deadline - time.monotonic())
+            self._refusals.popleft()
             self._num_settled += 1
             self._make_room_for_refusals()
 
