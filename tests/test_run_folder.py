@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,10 +32,10 @@ def _recipe(folder: Path, **train: Any) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def _train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "epv2_plugin.cli", "train", "recipe.yaml", "--folder", "run", *words]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+def _train(folder: Path, *words: str, command: str = "train", **env: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "epv2_plugin.cli", command, "recipe.yaml", "--folder", "run", *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_a_folder_from_its_first_training_to_a_damaged_checkpoint(tmp_path: Path) -> None:
@@ -71,14 +72,20 @@ def _one_line(done: subprocess.CompletedProcess[str], text: str) -> None:
     assert text in done.stderr.splitlines()[-2], done.stderr  # the last one says that the rank failed
 
 
-def test_a_folder_in_use_is_refused_with_who_uses_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["train", "ab", "ab of torchtitan"])
+def test_a_folder_in_use_is_refused_with_who_uses_it(tmp_path: Path, command: str) -> None:
     _recipe(tmp_path)
-    with taken(tmp_path / "run", resume=False):
-        done = _train(tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert f"epv2: --folder = 'run': process {os.getpid()} on {os.uname().nodename} is training there" in done.stderr
-    with taken(tmp_path / "run", resume=False):  # free again, and nothing was left there
+    if "titan" in command:
+        pytest.importorskip("torchtitan")
+        shutil.copy(ROOT / "recipes" / "deepseek_v3_tiny_fsdp.yaml", tmp_path / "recipe.yaml")
+    with taken(tmp_path / "run", reuse=False):
+        # The command, and the rank that would hold the folder.
+        tried = [_train(tmp_path, command=command.split()[0], **env) for env in ({}, {"RANK": "0"})]
+    for done in tried:
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert f"epv2: --folder = 'run': process {os.getpid()} on {os.uname().nodename} is training" in done.stderr
+    with taken(tmp_path / "run", reuse=False):  # free again, and nothing was left there
         pass
 
 
@@ -87,10 +94,10 @@ def test_what_a_training_leaves(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.touch()
-    with taken(tmp_path, resume=False):  # it made no step
+    with taken(tmp_path, reuse=False):  # it made no step
         pass
     path.write_text("something")
-    with pytest.raises(ConfigError, match=name), taken(tmp_path, resume=False):
+    with pytest.raises(ConfigError, match=name), taken(tmp_path, reuse=False):
         pass
-    with taken(tmp_path, resume=True):
+    with taken(tmp_path, reuse=True):
         pass

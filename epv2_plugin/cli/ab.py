@@ -15,6 +15,7 @@ from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import check_arms, load_recipe
 from epv2_plugin.training.report import OURS
+from epv2_plugin.training.run_folder import taken, taken_by_rank_0
 from epv2_plugin.training.titan_recipe import SEED_FOLDER, check_titan_arms, is_titan, load_titan_recipe
 
 DEFAULT_ARMS = "alltoall,epv2"
@@ -44,7 +45,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the comparison; 0 = done, 130 = interrupted (with a report of what was done)."""
+    """Run the comparison; 0 = done, 130 = interrupted (with a report of what was done).
+
+    Raises:
+        ConfigError: the recipe can't be used, or the folder is in use. What an earlier comparison left is overwritten.
+    """
     if is_titan(args.recipe):
         return _titan(args)
     overrides = {} if args.steps is None else {"train": {"steps": args.steps}}
@@ -60,10 +65,13 @@ def main(args: argparse.Namespace) -> int:
             plugin.check(recipe.plugin)
         TokenStream(recipe)  # what is wrong with the data is said once, and before anything was started
         make_folder(folder)
+        with taken(folder, reuse=True):
+            pass  # so that nothing is started in vain; rank 0 holds the folder while it trains
         return run_ranks("epv2_plugin.cli", words, recipe.train.processes)
-    from epv2_plugin.training.ab import run
+    with taken_by_rank_0(folder, reuse=True):
+        from epv2_plugin.training.ab import run
 
-    return run(recipe, folder, arms, skew=args.skew, command=shlex.join(["epv2", *words]))
+        return run(recipe, folder, arms, skew=args.skew, command=shlex.join(["epv2", *words]))
 
 
 def _words(args: argparse.Namespace, folder: Path) -> list[str]:
@@ -80,11 +88,13 @@ def _titan(args: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
         check_titan_arms(recipe, arms, args.skew)
         make_folder(folder)
-        # An older seed checkpoint may be of another model.
-        shutil.rmtree(folder / SEED_FOLDER, ignore_errors=True)
         on_cpu = {"CUDA_VISIBLE_DEVICES": ""}
-        code = run_ranks("epv2_plugin.training.titan_ab", [args.recipe, str(folder)], 1, on_cpu)
+        with taken(folder, reuse=True):
+            # An older seed checkpoint may be of another model.
+            shutil.rmtree(folder / SEED_FOLDER, ignore_errors=True)
+            code = run_ranks("epv2_plugin.training.titan_ab", [args.recipe, str(folder)], 1, on_cpu)
         return code or run_ranks("epv2_plugin.cli", words, recipe.train.processes, on_cpu)
-    from epv2_plugin.training.titan_ab import run
+    with taken_by_rank_0(folder, reuse=True):
+        from epv2_plugin.training.titan_ab import run
 
-    return run(recipe, folder, arms, command=shlex.join(["epv2", *words]))
+        return run(recipe, folder, arms, command=shlex.join(["epv2", *words]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from epv2_plugin import plugin
@@ -14,7 +13,7 @@ from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import Recipe, load_recipe
-from epv2_plugin.training.run_folder import taken
+from epv2_plugin.training.run_folder import taken, taken_by_rank_0
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -46,13 +45,13 @@ def main(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe)
     folder = Path(args.folder or f"runs/{recipe.name}")
     if "RANK" in os.environ:
-        with taken(folder, resume=args.resume) if os.environ["RANK"] == "0" else nullcontext():
+        with taken_by_rank_0(folder, reuse=args.resume):
             return _run_rank(args, recipe, folder)
     usable_gpus(recipe)
     plugin.check(recipe.plugin)
     TokenStream(recipe)  # what is wrong with the data is said once, and before anything was started
     make_folder(folder)
-    with taken(folder, resume=args.resume):
+    with taken(folder, reuse=args.resume):
         pass  # so that nothing is started in vain; rank 0 holds the folder while it trains
     command = ["train", args.recipe]
     command += ["--folder", args.folder] if args.folder else []

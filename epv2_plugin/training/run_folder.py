@@ -1,4 +1,4 @@
-"""The folder that a training writes to: one training at a time, and none begins over what another has left there.
+"""The folder that a training writes to: one at a time, and none begins unasked over what another has left there.
 
 Imports no torch: the command looks before it starts ranks.
 """
@@ -9,7 +9,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from epv2_plugin.config import ConfigError
@@ -19,11 +19,11 @@ _LOCK = ".lock"
 
 
 @contextmanager
-def taken(folder: Path, *, resume: bool) -> Iterator[None]:
+def taken(folder: Path, *, reuse: bool) -> Iterator[None]:
     """Make `folder` and hold it until the block or this process ends, so that nobody else trains there.
 
     Raises:
-        ConfigError: somebody does; or, without `resume`, it holds what an earlier training has left.
+        ConfigError: somebody does; or, without `reuse`, it holds what an earlier training has left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "a+") as file:
@@ -36,9 +36,14 @@ def taken(folder: Path, *, resume: bool) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        if not resume:
+        if not reuse:
             _check_unused(folder)
         yield
+
+
+def taken_by_rank_0(folder: Path, *, reuse: bool) -> AbstractContextManager[None]:
+    """As `taken`, for processes that `RANK` numbers: only the first holds it."""
+    return taken(folder, reuse=reuse) if os.environ["RANK"] == "0" else nullcontext()
 
 
 def _check_unused(folder: Path) -> None:
