@@ -4,11 +4,13 @@
 // signal, which only its owner can (NCCL's signals can't be shared), then tells the peer, all in order on one stream of
 // the highest priority. A get is carried out by the rank that wants the bytes.
 //
-// In order, operations become visible as they were posted, which a network does not promise. With chaos, only what GIN
-// promises holds: copies are cut into pieces that arrive late and in any order, a put may be complete (its source may
-// be written again) long before its bytes have arrived, signals are late, contexts overtake each other. What still
-// holds: a signal comes after the bytes of its put, a strong one after those of every earlier put of its context and
-// rank.
+// Without chaos, operations go out in batches, each rank's as they were posted: the copies of a batch in any order, then
+// its signals, then its completions. So a signal comes after the bytes of every earlier operation of its rank, whatever
+// its strength and context, and bytes may overtake each other only within a batch. No network promises as much. Chaos
+// takes it away: copies are cut into pieces that arrive late and in any order, a put may be complete (its source may be
+// written again) long before its bytes have arrived, signals are late, contexts overtake each other. What still holds is
+// what GIN promises: a signal comes after the bytes of its put, a strong one after those of every earlier put of its
+// context and rank.
 #pragma once
 
 #include <cuda.h>
