@@ -14,9 +14,7 @@ import torch
 
 from tests.harness import Pool
 from tests.test_plugin_training import ROOT, epv2
-from tests.test_training import BF16, EP, FULL, MTP, OVERLAP, SELECTIVE, VPP2, WAIT, _apart, _arm, alone, train
-
-__all__ = ["alone", "train"]  # fixtures of that module, used here by name
+from tests.test_training import BF16, EP, FULL, MTP, OVERLAP, SELECTIVE, VPP2, WAIT, _apart, _arm
 
 RECIPE_3D = str(ROOT / "recipes" / "deepseek_v3_tiny_3d.yaml")
 PP = {size: {"plugin.parallel.pipeline": size} for size in (2, 4)}
@@ -101,20 +99,27 @@ def gradients(rank: int, size: int, overrides: dict[str, Any], dispatcher: str) 
     return found
 
 
+@pytest.fixture(scope="module")
+def gradients_alone(pool: Callable[[int], Pool]) -> dict[str, Any]:
+    """`gradients` of one process."""
+    return pool(1).run(gradients, {}, "alltoall", timeout=WAIT)[0]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [PP[2] | VPP2 | EP[2] | OVERLAPPED, PP[4], CP[2] | EP[2], CP[4] | EP[2], PP[2] | CP[2] | EP[2]],
     ids=["PP2 VPP2 EP2", "PP4", "CP2 EP2", "CP4 EP2", "PP2 CP2 EP2"],
 )
-def test_gradients_of_every_parameter(pool: Callable[[int], Pool], overrides: dict[str, Any]) -> None:
-    expected = pool(1).run(gradients, {}, "alltoall", timeout=WAIT)[0]
+def test_gradients_of_every_parameter(
+    pool: Callable[[int], Pool], gradients_alone: dict[str, Any], overrides: dict[str, Any]
+) -> None:
     seen = set()
     for found in pool(4).run(gradients, overrides, "epv2", timeout=WAIT):
         for name, value in found.items():
-            want = torch.from_numpy(expected[name])
+            want = torch.from_numpy(gradients_alone[name])
             assert (torch.from_numpy(value) - want).abs().max() <= 1e-4 * want.abs().max(), name
             seen.add(name)
-    assert seen == set(expected)
+    assert seen == set(gradients_alone)
 
 
 def explicit(rank: int, size: int) -> list[float]:

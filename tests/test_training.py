@@ -68,31 +68,9 @@ def _steps(arm: Any, stream: Any, count: int) -> list[Any]:
     return [arm.step(stream.sequences(arm.steps_done)) for _ in range(count)]
 
 
-def _train(rank: int, size: int, overrides: dict[str, Any], dispatcher: str, count: int) -> list[Any]:
+def run_steps(rank: int, size: int, overrides: dict[str, Any], dispatcher: str, count: int) -> list[Any]:
+    """What `count` steps of a training gave on this rank."""
     return _steps(*_arm(size, overrides, dispatcher), count)
-
-
-def _same_on_all_ranks(results: list[Any]) -> list[Any]:
-    assert all(result == results[0] for result in results[1:])
-    return results[0]
-
-
-@pytest.fixture(scope="module")
-def train(pool: Callable[[int], Pool]) -> Callable[..., list[Any]]:
-    """`train(ranks, overrides, dispatcher, steps)`: the steps' results."""
-
-    def call(ranks: int, overrides: dict[str, Any], dispatcher: str = "alltoall", steps: int = 4) -> list[Any]:
-        return _same_on_all_ranks(pool(ranks).run(_train, overrides, dispatcher, steps, timeout=WAIT))
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def alone(train: Callable[..., list[Any]]) -> list[Any]:
-    """20 steps of one process."""
-    results = train(1, {}, steps=20)
-    assert results[-1].loss < results[0].loss - 0.5
-    return results
 
 
 def _apart(results: list[Any], expected: list[Any]) -> float:
@@ -140,8 +118,9 @@ def test_capacity_with_padding_trains(train: Callable[..., list[Any]]) -> None:
     assert results[-1].loss < results[0].loss
 
 
-def test_two_runs_are_bit_equal(train: Callable[..., list[Any]]) -> None:
-    assert train(4, EP[4]) == train(4, EP[4])
+def test_two_runs_are_bit_equal(train: Callable[..., list[Any]], pool: Callable[[int], Pool]) -> None:
+    again = pool(4).run(run_steps, EP[4], "alltoall", 4, timeout=WAIT)
+    assert again == [train(4, EP[4])] * 4
 
 
 def _released(rank: int, size: int) -> tuple[int, int, list[Any], list[Any]]:
@@ -246,7 +225,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(pool: Callable[[int], Pool], 
         assert str(tmp_path) in message
 
 
-def _half_written(rank: int, size: int, folder: str) -> tuple[int, str, str]:
+DAMAGE = {  # file of the checkpoint, what stands in it, what the error says
+    "metadata": (".metadata", b"\x80\x04nonsense", "step_00000001 can't be loaded: UnpicklingError"),
+    "state": ("state.json", b"[1]", "step_00000001/state.json is damaged"),
+    "latest": ("../latest", b"step_00000009", "names 'step_00000009', which is not a complete checkpoint"),
+    "no state": ("state.json", None, "'step_00000001', which is not a complete checkpoint"),
+}
+
+
+def _half_written(rank: int, size: int, folder: str) -> tuple[int, str, dict[str, str]]:
     import torch.distributed as dist
 
     from epv2_plugin.training import checkpoint
@@ -261,23 +248,31 @@ def _half_written(rank: int, size: int, folder: str) -> tuple[int, str, str]:
     dist.barrier()
     _steps(arm, stream, 1)
     loaded = arm.load(folder)
-    step = arm.steps_done
-    dist.barrier()
-    if rank == 0:
-        (good / checkpoint.STATE).unlink()
-    dist.barrier()
-    try:
-        arm.load(folder)
-    except checkpoint.CheckpointError as error:
-        return step, str(loaded), str(error)
-    return step, str(loaded), ""
+    step, messages = arm.steps_done, {}
+    for name, (file, content, _) in DAMAGE.items():
+        path = good / file
+        before = path.read_bytes()
+        dist.barrier()
+        if rank == 0:
+            path.unlink() if content is None else path.write_bytes(content)
+        dist.barrier()
+        try:
+            arm.load(folder)
+        except checkpoint.CheckpointError as error:
+            messages[name] = str(error)
+        dist.barrier()
+        if rank == 0:
+            path.write_bytes(before)
+        dist.barrier()
+    return step, str(loaded), messages
 
 
-def test_a_half_written_checkpoint_is_not_taken(pool: Callable[[int], Pool], tmp_path: Path) -> None:
-    for step, loaded, message in pool(2).run(_half_written, str(tmp_path), timeout=WAIT):
+def test_a_half_written_or_damaged_checkpoint_is_not_taken(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    for step, loaded, messages in pool(2).run(_half_written, str(tmp_path), timeout=WAIT):
         assert step == 1
         assert loaded == str(tmp_path / "step_00000001")
-        assert "not a complete checkpoint" in message
+        for name, (_, _, text) in DAMAGE.items():
+            assert text in messages[name]
 
 
 def _not_finite(rank: int, size: int) -> str:
