@@ -420,7 +420,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_continue_from(tmp_path: Path) -> None:
     recipe = yaml.safe_load(Path(RECIPE).read_text())
     recipe["train"] |= {"processes": 2, "steps": 1000, "micro_batch_size": 1, "global_batch_size": 2}
     recipe["plugin"]["parallel"]["expert"] = 2
-    recipe["model"] |= {"seq_length": 32}
+    recipe["model"] |= {"seq_length": 32, "num_layers": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "epv2_plugin.cli", "train", "recipe.yaml", "--folder", "run"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
