@@ -168,6 +168,7 @@ class Watch:
             self._changed.notify_all()
         self._thread.join(seconds)
         with self._changed:
+            self._collect()
             first = next(iter(self._waits), None)
         if first is not None:
             phase, expected = first.phase or "the end of the buffer", first.expected or "the end of its streams' work"
