@@ -236,6 +236,17 @@ uint64_t global_nanoseconds();
 void pause();
 uint8_t* peer_pointer(uint64_t window, uint64_t offset, int peer);
 
+struct Network {
+  uint64_t communicator;
+  int context;
+  int rail;
+};
+void network_put(Network network, int peer, uint64_t window, uint64_t to, uint64_t from, uint32_t bytes);
+void network_put_value(Network network, int peer, uint64_t window, uint64_t to, uint64_t value);
+void network_signal(Network network, int peer, uint32_t signal, uint64_t value);
+uint64_t network_signal_value(Network network, uint32_t signal);
+void network_flush(Network network);
+
 namespace emulator {
 
 // Round to nearest even into a sign, an exponent with `bias` and `mantissa` bits; no special values.
