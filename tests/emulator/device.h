@@ -230,6 +230,8 @@ uint32_t load_acquire_system(const uint32_t* address);
 void store_release_system(uint32_t* address, uint32_t value);
 uint32_t atomic_add_acq_rel(uint32_t* address, uint32_t value);
 uint32_t load_relaxed(const uint32_t* address);
+inline void publish(uint32_t* word, uint32_t value) { store_release_system(word, value); }
+inline uint32_t published(const uint32_t* word) { return load_acquire_system(word); }
 __forceinline__ uint4 load_streaming(const void* address) { return *static_cast<const uint4*>(address); }
 __forceinline__ void store_streaming(void* address, uint4 value) { *static_cast<uint4*>(address) = value; }
 uint64_t global_nanoseconds();

@@ -110,6 +110,17 @@ __device__ __forceinline__ void store_release_system(uint32_t* pointer, uint32_t
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
 
+// A word of shared memory that says what its writer has done, to threads of the same CTA.
+__device__ __forceinline__ void publish(uint32_t* word, uint32_t value) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(word)), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t published(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(shared_address(word)) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* pointer) {
   uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
