@@ -21,7 +21,8 @@ from epv2_plugin.training.recipe import (
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TINY, SMALL, V3, PROXY, TINY_3D, TINY_3D_GPU = (
-    RECIPES / f"deepseek_v3_{name}.yaml" for name in ("tiny", "small", "671b", "proxy_1gpu", "tiny_3d", "tiny_3d_1gpu")
+    RECIPES / f"deepseek_v3_{name}.yaml"
+    for name in ("tiny", "small", "671b", "proxy_1gpu", "proxy_2x2", "tiny_3d", "tiny_3d_1gpu")
 )
 
 

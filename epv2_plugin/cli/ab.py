@@ -10,6 +10,7 @@ from pathlib import Path
 
 from epv2_plugin import plugin
 from epv2_plugin.cli.values import make_folder, positive, share
+from epv2_plugin.emulation.start import run_recipe
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.launcher import run_ranks
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
             plugin.check(recipe.plugin)
         TokenStream(recipe)  # what is wrong with the data is said once, and before anything was started
         make_folder(folder)
-        return run_ranks("epv2_plugin.cli", words, recipe.train.processes)
+        return run_recipe(recipe, words)
     from epv2_plugin.training.ab import run
 
     return run(recipe, folder, arms, skew=args.skew, command=shlex.join(["epv2", *words]))

@@ -125,8 +125,8 @@ class CudaRoute:
         self.metadata = counts.new_empty(0, 2 + topk_idx_TK.shape[1])
         self.num_expanded_rows = 0
         self.recv_topk_idx: torch.Tensor | None = None  # int64 [rows, K], compact layout only
-        # Between nodes only, int32: which arrival each row is; what arrived here, [A, 1 + K]; where this rank's rows went,
-        # [T, J].
+        # Between nodes only, int32: which arrival each row is; what arrived here, [A, 1 + K]; where this rank's rows
+        # went, [T, J].
         self.origin = self.relayed = self.sent_slots = counts.new_empty(0)
         self.in_window = False  # whether expert output was asked to be written into the window
 
