@@ -10,6 +10,7 @@ from pathlib import Path
 
 from epv2_plugin import plugin
 from epv2_plugin.cli.values import make_folder, positive
+from epv2_plugin.emulation.start import run_recipe
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.recipe import Recipe, load_recipe
