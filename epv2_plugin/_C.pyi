@@ -138,11 +138,19 @@ class Window:
 
 @final
 class DeviceCommunicator:
-    """`ncclDevComm`: kernels take it by value."""
+    """`ncclDevComm`: kernels take it by value, or read it from device memory."""
 
     @property
     def data(self) -> bytes:
         """The struct's bytes."""
+
+    @property
+    def pointer(self) -> int:
+        """Address of a copy in device memory; 0 once closed."""
+
+    @property
+    def gin_contexts(self) -> int:
+        """How many there are, which may differ from the wish."""
 
     def close(self) -> None:
         """Destroy it. Nothing if closed."""

@@ -193,8 +193,8 @@ def check(config: PluginConfig) -> str:
         raise config.fail(
             "backend", "the host backend trains on the CPU; hide the GPU (CUDA_VISIBLE_DEVICES=) to use it"
         )
-    if config.expert.mode == "hybrid":
-        raise config.fail("expert.mode", f"the {backend} backend makes one hop in this version: 'auto' or 'direct'")
+    if config.expert.mode == "hybrid" and backend == "host":
+        raise config.fail("expert.mode", "the host backend makes one hop: 'auto' or 'direct'")
     if not config.expert.host_sync:
         raise config.fail("expert.host_sync", "must be true for Megatron, whose experts take exact counts")
     return backend

@@ -18,11 +18,11 @@ _ROOM = 48 << 20
 
 
 class EmulatedBuffer(ElasticBuffer):
-    """An `ElasticBuffer` of the cuda backend whose device is the emulator: `runtime`."""
+    """An `ElasticBuffer` of the cuda backend whose device is the emulator: `runtime`; nodes of `per_node` ranks."""
 
-    def __init__(self, group: dist.ProcessGroup, *, seed: int = 0, **options: Any):
+    def __init__(self, group: dist.ProcessGroup, *, seed: int = 0, per_node: int = 0, **options: Any):
         def make(group: dist.ProcessGroup, timeout_seconds: float) -> EmulatedRuntime:
-            self.runtime = EmulatedRuntime(group, seed=seed, num_sms=SMS)
+            self.runtime = EmulatedRuntime(group, seed=seed, num_sms=SMS, lsa_size=per_node or None)
             return self.runtime
 
         real = buffer.CudaRuntime, buffer.resolve_backend

@@ -33,6 +33,8 @@ class Case:
     overlap: bool = False
     col_major: bool = False
     seed: int = 0
+    per_node: int = 0  # ranks of a node; 0 = all are in one
+    hybrid: bool = False  # between nodes sums of a node's ranks travel
 
     @property
     def ranks(self) -> int:
@@ -159,7 +161,7 @@ def expected(case: Case, rank: int) -> dict[str, Any]:
             row: torch.where(torch.tensor(local[row]) >= 0, every[s].topk_weights[t], 0.0)
             for row, (s, t) in enumerate(rows)
         }
-    out["combined"] = _combined(case, every[rank])
+    out["combined"] = _combined(case, every[rank], rank)
     out["combined_weights"] = every[rank].topk_weights.masked_fill(every[rank].topk_idx < 0, 0.0)
     out["sent_rows"] = sum(
         len({e // case.local_experts for e in every[rank].topk_idx[t].tolist() if e >= 0} - {rank})
@@ -168,27 +170,34 @@ def expected(case: Case, rank: int) -> dict[str, Any]:
     return out
 
 
-def _combined(case: Case, mine: Inputs) -> torch.Tensor:
-    """Sums of `y` in fp32 in top-k order, rounded once per rank on the way where that is asked for."""
+def _combined(case: Case, mine: Inputs, owner: int) -> torch.Tensor:
+    """Sums of `y` in fp32 in top-k order, rounded once per rank, and in hybrid mode per node of others, on the way."""
     dtype = DTYPES[case.dtype]
+    per_node = case.per_node if case.hybrid else 0
     result = torch.zeros(mine.y.shape[0], case.hidden)
     for token in range(mine.y.shape[0]):
         total = sum((b[token].float() for b in mine.biases), torch.zeros(case.hidden))
         experts = mine.topk_idx[token].tolist()
         ranks = [e // case.local_experts if e >= 0 else -1 for e in experts]
+        whole = case.expand and not case.multiple_reduction  # every row travels as it is
+        nodes: dict[int, torch.Tensor] = {}
         for position, rank in enumerate(ranks):
-            if rank < 0:
+            if rank < 0 or not (whole or rank not in ranks[position + 1 :]):
                 continue
-            if case.expand and not case.multiple_reduction:
-                total += mine.y[token, position].float()
-            elif rank not in ranks[position + 1 :]:
-                same = [k for k in range(case.topk) if ranks[k] == rank]
-                if case.expand:
-                    partial = torch.zeros(case.hidden)
-                    for k in same:
-                        partial += mine.y[token, k].float()
-                    total += partial.to(dtype).float()
-                else:
-                    total += mine.y[token, same[0]].float()
+            same = [position] if whole else [k for k in range(case.topk) if ranks[k] == rank]
+            if case.expand:
+                partial = torch.zeros(case.hidden)
+                for k in same:
+                    partial += mine.y[token, k].float()
+            else:
+                partial = mine.y[token, same[0]].float()
+            partial = partial.to(dtype).float()
+            if not per_node or rank // per_node == owner // per_node:
+                total += partial
+                continue
+            node = rank // per_node
+            nodes[node] = nodes[node] + partial if node in nodes else partial
+            if not any(r >= 0 and r // per_node == node for r in ranks[position + 1 :]):
+                total += nodes[node].to(dtype).float()
         result[token] = total
     return result.to(dtype)

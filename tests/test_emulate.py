@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from epv2_plugin import environment
 from epv2_plugin.cli import main
@@ -297,3 +298,21 @@ def test_an_interrupt_reaches_the_ranks(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
+
+
+def test_a_recipe_has_its_ranks_play_nodes(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes/deepseek_v3_tiny.yaml").read_text())
+    recipe["train"] |= {"nodes": 2, "steps": 1, "warmup_steps": 0}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe))
+    recipe["train"]["nodes"] = 3
+    (tmp_path / "three.yaml").write_text(yaml.safe_dump(recipe))
+
+    def train(name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "epv2_plugin.cli", "train", name]
+        return subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
+
+    run = train("two.yaml")
+    assert run.returncode == 0, run.stderr
+    half = recipe["train"]["processes"] // 2
+    assert f"epv2: playing 2 nodes x {half} ranks on the CPU" in run.stderr
+    assert "train.nodes = 3: must divide train.processes" in train("three.yaml").stderr

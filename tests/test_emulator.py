@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,7 +239,7 @@ MISTAKES = {
     11: "nobody has waited for the last bulk_load on mbarrier 0",
     12: "in use by a bulk_load of thread|race: bulk_load writes .* a bulk_load on the mbarrier at 0 wrote",
     13: "thread 3 at .*misuse.cu:\\d+: segmentation fault: bad access at 0x40",
-    14: "peer 1; the window has 1",
+    14: "peer 1; the LSA team has 1",
     15: "offset 1099511627776 in a window of 4096 bytes",
     16: "12345 is no window",
     17: r"still running after 0.5 s:(.|\n)*spins with pause\(\)",
@@ -336,6 +337,128 @@ def test_windows_must_be_equal(pool):
     assert (
         pool(2).run(window_of_unequal_size) == ["window sizes of the ranks are [0, 64]; must be equal and positive"] * 2
     )
+
+
+class NetworkArgs(ctypes.Structure):
+    """`NetworkArgs` of emulator/kernels/args.h."""
+
+    _fields_ = (
+        ("window", ctypes.c_uint64),
+        ("communicator", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("mode", "count", "rank", "ranks", "lsa_size", "rail")),
+    )
+
+
+ROW, TURNS = 4096, 3
+NETWORK = Kernel("network", "network.cu", "NetworkArgs")
+
+
+def send_over_network(rank: int, size: int, rail: bool, modes: list[int], seed: int) -> list[object]:
+    """The sums of each turn, or the error, of each mode in 2 nodes."""
+    device = EmulatedRuntime(dist.group.WORLD, seed, sources=SOURCES, limit_seconds=60, lsa_size=size // 2)
+    results: list[object] = []
+    for mode in modes:
+        window, out = device.window((2 + size) * ROW), torch.zeros(TURNS, dtype=torch.int32)
+        args = NetworkArgs(window.handle, device.network(2, 2, rail), out.data_ptr(), mode, TURNS, rank, size)
+        args.lsa_size, args.rail = device.lsa_size, rail
+        try:
+            device.launch(NETWORK, bytes(args), ctas=1, threads=64, shared_bytes=2 * ROW)
+            results.append(out.tolist())
+        except RuntimeError as error:
+            results.append(str(error))
+        dist.barrier()
+    with pytest.raises(ValueError, match=f"rank {(rank + size // 2) % size} is on another node: this one has ranks"):
+        window.peer_pointer((rank + size // 2) % size, 0)
+    assert window.peer_pointer(rank, 8) == window.tensor.data_ptr() + 8
+    device.close()
+    return results
+
+
+def network_sums(rank: int, size: int, rail: bool) -> list[int]:
+    peers = [peer for peer in range(size) if peer // (size // 2) != rank // (size // 2)]
+    peers = [peer for peer in peers if not rail or peer % (size // 2) == rank % (size // 2)]
+    words = ROW // 4
+    return [
+        sum(words * turn * (peer + 1) + words * (words - 1) // 2 + 1000 * turn + peer for peer in peers)
+        for turn in range(1, TURNS + 1)
+    ]
+
+
+@pytest.mark.parametrize(("size", "rail"), [(2, False), (4, False), (4, True)])
+def test_signals_order_puts_between_nodes(pool, size, rail):
+    for seed in range(SEEDS):
+        results = pool(size).run(send_over_network, rail, [0], seed)
+        assert results == [[network_sums(rank, size, rail)] for rank in range(size)]
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+def test_without_a_signal_of_their_context_puts_come_late(pool, mode):
+    wrong = 0
+    for seed in range(SEEDS):
+        results = pool(4).run(send_over_network, False, [mode], seed)
+        wrong += any(result != [network_sums(rank, 4, False)] for rank, result in enumerate(results))
+    assert wrong > SEEDS // 4
+
+
+UNORDERED = {
+    3: r"the CTA's last thread returned, and a network_put of thread 0 at tests/\S+/network.cu:\d+ is not flushed",
+    4: r"race: a store writes global memory 0x\w+, which a network_put of thread 0 read at tests/\S+/network.cu:\d+;",
+    5: r"race: (network_put reads global .* which thread \d+ wrote|a store .* a network_put of thread 0 read)",
+    6: "a network_put of thread 0 at .* is not flushed",
+    7: "bulk_load: reads a window after thread 0 acquired a flag there at .*network.cu:\\d+, without fence_proxy_async",
+    8: "network_put: its source is being written by a bulk_store of CTA 0 thread 0 in flight",
+}
+
+
+@pytest.mark.parametrize("mode", UNORDERED)
+def test_an_unordered_put_is_an_error(pool, mode):
+    for seed in range(SEEDS // 2):
+        for (error,) in pool(2).run(send_over_network, False, [mode], seed):
+            assert re.search(UNORDERED[mode], str(error)), error
+
+
+WRONG_CALLS = {
+    20: r"network_put: peer \d is on this node \(ranks [02] to [13]\), where the network does not lead",
+    21: r"network_signal: peer \d is not on the rail of rank \d: its LSA rank is [01], not [01]",
+    22: "network_put_value: peer 4; the group has 4 ranks",
+    23: "network_signal_value: context 2; the network has 2",
+    24: "network_signal: signal 2; the network has 2",
+    25: "network_put: 64 bytes at offset 24520 in a window of 24576 bytes",
+    26: "network_put: 64 bytes at offset 24520 in a window of 24576 bytes",
+    27: "network_put_value: offset 12 is not a multiple of 8",
+    28: "network_flush: rail = 0, but the network was made with RAIL connections",
+    29: "network_flush: 12345 is no communicator of a network",
+    30: "peer_pointer: peer 2; the LSA team has 2",
+    31: "network_put: 0 bytes; must be at least 1",
+}
+
+
+def test_wrong_calls_of_the_network_are_errors(pool):
+    for errors in pool(4).run(send_over_network, True, list(WRONG_CALLS), 0):
+        for error, (mode, expected) in zip(errors, WRONG_CALLS.items(), strict=True):
+            assert re.search(expected, str(error)), (mode, error)
+
+
+def network_of_unequal_shape(rank: int, size: int, *shape: int) -> str:
+    device = EmulatedRuntime(dist.group.WORLD, sources=SOURCES, lsa_size=1)
+    try:
+        device.network(shape[rank], 1, True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_networks_must_be_equal(pool):
+    for shape in [(1, 2), (0, 0)]:
+        wishes = [(signals, 1, True) for signals in shape]
+        expected = f"networks (signals, contexts, rail) of the ranks are {wishes}; must be equal and positive"
+        assert pool(2).run(network_of_unequal_shape, *shape) == [expected] * 2
+
+
+def test_nodes_must_be_of_equal_size(group):
+    with pytest.raises(ValueError, match="lsa_size = 2: must divide the 1 ranks of the group"):
+        EmulatedRuntime(group, lsa_size=2)
 
 
 def test_seeds_repeat_a_launch_and_time_is_short(group):

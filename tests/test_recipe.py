@@ -20,8 +20,9 @@ from epv2_plugin.training.recipe import (
 )
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-TINY, SMALL, V3, PROXY, TINY_3D, TINY_3D_GPU = (
-    RECIPES / f"deepseek_v3_{name}.yaml" for name in ("tiny", "small", "671b", "proxy_1gpu", "tiny_3d", "tiny_3d_1gpu")
+TINY, SMALL, V3, PROXY, PROXY_2X2, TINY_3D, TINY_3D_GPU = (
+    RECIPES / f"deepseek_v3_{name}.yaml"
+    for name in ("tiny", "small", "671b", "proxy_1gpu", "proxy_2x2", "tiny_3d", "tiny_3d_1gpu")
 )
 
 
@@ -37,7 +38,7 @@ def arguments(recipe: Recipe, **kwargs: str) -> dict[str, list[str]]:
     return result
 
 
-@pytest.mark.parametrize("path", [TINY, SMALL, V3, PROXY, TINY_3D, TINY_3D_GPU], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [TINY, SMALL, V3, PROXY, PROXY_2X2, TINY_3D, TINY_3D_GPU], ids=lambda path: path.stem)
 def test_the_recipes_load(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem

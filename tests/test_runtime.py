@@ -24,7 +24,10 @@ import torch
 import torch.distributed as dist
 
 from epv2_plugin.elastic.backends import device
-from epv2_plugin.elastic.backends.device import CudaRuntime
+from epv2_plugin.elastic.backends.base import Traffic
+from epv2_plugin.elastic.backends.cuda_p2p import CudaPointToPoint
+from epv2_plugin.elastic.backends.cuda_sessions import CudaSessions
+from epv2_plugin.elastic.backends.device import CudaRuntime, _CudaWindow
 from epv2_plugin.jit import Kernel
 from tests import harness
 
@@ -301,8 +304,8 @@ def test_close_goes_on_after_a_failure(fakes: Fakes) -> None:
     script = "comm = own(); a = comm.allocate(64); a.register(); comm.device_communicator(1); refused(comm.close)"
     lines, calls = fakes.run(OWN + script, FAKE_FAIL="ncclCommWindowDeregister")
     assert lines[0].startswith("Error: ncclCommWindowDeregister: invalid usage")
-    order = ["ncclDevCommDestroy", "ncclCommWindowDeregister", "ncclMemFree", "ncclCommFinalize", "ncclCommDestroy"]
-    assert calls[-5:] == order
+    order = ["ncclDevCommDestroy", "cuMemFree", "ncclCommWindowDeregister", "ncclMemFree"]
+    assert calls[-6:] == [*order, "ncclCommFinalize", "ncclCommDestroy"]
     lines, calls = fakes.run(OWN + "comm = own(0.05); refused(comm.close)", FAKE_NEVER="ncclCommFinalize")
     assert lines[0].startswith("Error: ncclCommFinalize: not every rank came within 0.05 s")
     assert calls[-2:] == ["ncclCommFinalize", "ncclCommAbort"]
@@ -379,7 +382,8 @@ a.close(); device.close(); refused(lambda: device.data)
     lines, calls = fakes.run(OWN + script)
     assert lines == ["0 0 0", "Error: the device communicator is closed"]
     window = ["ncclCommWindowDeregister", "ncclMemFree"]
-    assert calls[-8:] == ["ncclDevCommDestroy", "ncclMemFree", *window, *window, "ncclCommFinalize", "ncclCommDestroy"]
+    ends = ["ncclCommFinalize", "ncclCommDestroy"]
+    assert calls[-9:] == ["ncclDevCommDestroy", "cuMemFree", "ncclMemFree", *window, *window, *ends]
 
 
 @pytest.mark.parametrize(
@@ -413,8 +417,10 @@ def test_device_communicator(fakes: Fakes) -> None:
 import struct
 comm = own()
 device = comm.device_communicator(2, 4, 8, 16, "rail")
-print(struct.unpack_from("i", device.data, 8)[0], len(device.data) % 8)
+print(struct.unpack_from("i", device.data, 8)[0], len(device.data) % 8, device.gin_contexts)
+print(ctypes.string_at(device.pointer, len(device.data)) == device.data)
 device.close(); device.close()
+print(device.pointer)
 comm.device_communicator(lsa_barriers=3).close()
 refused(comm.device_communicator, -1); refused(comm.device_communicator, gin_contexts=1)
 refused(comm.device_communicator, gin_connection="star")
@@ -422,16 +428,25 @@ comm.close()
 """
     lines, calls = fakes.run(OWN + script, FAKE_LATE="ncclDevCommCreate")
     assert lines == [
-        "5 0",
+        "5 0 4",
+        "True",
+        "0",
         "ValueError: lsa_barriers = -1: must be 0 or more",
         'ValueError: gin_contexts, gin_signals and gin_counters need gin_connection "full" or "rail"',
         'ValueError: gin_connection = "star": must be "none", "full" or "rail"',
     ]
-    assert calls[2:6] == [
+    calls = [call.split(" ", 1)[0] if call.startswith("cuMem") else call for call in calls if "cuStream" not in call]
+    assert calls[2:12] == [
         "ncclDevCommCreate lsa=2 contexts=4 signals=8 counters=16 connection=2",
+        "cuMemAlloc",
+        "cuMemcpyHtoDAsync",
         "ncclDevCommDestroy",
+        "cuMemFree",
         "ncclDevCommCreate lsa=3 contexts=0 signals=0 counters=0 connection=0",
+        "cuMemAlloc",
+        "cuMemcpyHtoDAsync",
         "ncclDevCommDestroy",
+        "cuMemFree",
     ]
     lines, calls = fakes.run(
         OWN + "c = own(); refused(c.device_communicator); c.close()", FAKE_FAIL="ncclDevCommCreate"
@@ -630,7 +645,7 @@ def _pretend_cuda(cuda: str, **cuda_functions: Any) -> Iterator[None]:
 def runtime_case(rank: int, size: int, cuda: str, case: str) -> Any:
     """One case on one rank; the stand-in for NCCL is found through NCCL_HOME."""
     os.environ["FAKE_LOG"] += f".{rank}"
-    os.environ["FAKE_RANKS"] = str(size)
+    os.environ["FAKE_RANK"], os.environ["FAKE_RANKS"] = str(rank), str(size)
     changes: dict[str, Any] = {}
     if case == "old device" and rank == 1:
         changes["get_device_capability"] = lambda *_: (8, 0)
@@ -642,13 +657,17 @@ def runtime_case(rank: int, size: int, cuda: str, case: str) -> Any:
         os.environ["FAKE_FAIL"] = "ncclMemAlloc"
     if case == "init fails" and rank == 1:
         os.environ["FAKE_FAIL"] = "ncclCommInitRankConfig"
-    if case == "lsa":
+    if case in ("no network", "nodes", "unequal networks", "no contexts") or (case == "uneven nodes" and rank == 1):
         os.environ["FAKE_LSA"] = "1"
+    if case == "no network":
+        os.environ["FAKE_NO_GIN"] = "1"
+    if case == "no contexts":
+        os.environ["FAKE_CONTEXTS"] = "1"
     if case == "no windows":
         os.environ["FAKE_NO_WINDOWS"] = "1"
     pointers = {0: 4096, 1: 4096 if case.startswith("torch") else 0}
     communicator = mock.patch.object(device, "_torch_communicator", side_effect=lambda *_: pointers[rank])
-    window_type = mock.patch.object(device, "_CudaWindow", lambda raw, _: raw)
+    window_type = mock.patch.object(device, "_CudaWindow", lambda raw, *_: raw)
     with _pretend_cuda(cuda, **changes), communicator, window_type:
         runtime = CudaRuntime(dist.group.WORLD, 1 if case == "late" else 20)
         result: Any = runtime.description
@@ -661,6 +680,12 @@ def runtime_case(rank: int, size: int, cuda: str, case: str) -> Any:
         assert window.num_bytes == 1024
         if case == "launch":
             result = _launch_twice(runtime)
+        if case == "nodes":
+            result = _networks(runtime)
+        if case == "unequal networks":
+            runtime.network(3 + rank, 2, False)
+        if case == "no contexts":
+            runtime.network(3, 2, False)
         if case == "torch's, destroyed":
             pointers[rank] = 0
         runtime.close()
@@ -686,6 +711,29 @@ def _launch_twice(runtime: CudaRuntime) -> list[str]:
             runtime.launch(kernel, bytes(Args(number, 0, 9)), ctas=4, threads=64, shared_bytes=256)
     assert built == [("kernel_a", "sm_90a")]
     return [line for line in Path(os.environ["FAKE_LOG"]).read_text().splitlines() if "Launch" in line]
+
+
+def _networks(runtime: CudaRuntime) -> list[str]:
+    """What is said of networks, of addresses on another node, and of transfers that need them."""
+    said = [str(runtime.lsa_size), str(runtime.network(3, 2, False) != 0)]
+    watch, traffic = mock.Mock(), Traffic()
+    node = range(runtime.rank, runtime.rank + 1)
+    raw = types.SimpleNamespace(handle=1, num_bytes=8, pointer=0, lsa_pointer=lambda *place: place)
+    with mock.patch("torch.as_tensor", return_value=None):
+        window = _CudaWindow(raw, node, runtime.device)
+    assert window.peer_pointer(runtime.rank, 5) == (0, 5)
+    for call in (
+        lambda: runtime.network(3, 2, True),
+        lambda: runtime.network(0, 2, False),
+        lambda: window.peer_pointer(1 - runtime.rank, 5),
+        lambda: CudaPointToPoint(runtime, watch, traffic, None).configure(64, 2),
+        lambda: CudaSessions(runtime, watch, traffic, 0).configure(64, 2, 0),
+    ):
+        try:
+            call()
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
 def _ranks(fakes: Fakes, case: str, tmp_path: Path) -> tuple[list[harness.Outcome], list[list[str]]]:
@@ -739,6 +787,25 @@ def test_runtime_launches(fakes: Fakes, tmp_path: Path) -> None:
     assert [r.value for r in results] == [lines, lines]
 
 
+def test_runtime_across_nodes(fakes: Fakes, tmp_path: Path) -> None:
+    results, logs = _ranks(fakes, "nodes", tmp_path)
+    assert not any(r.error for r in results), results
+    for rank, result in enumerate(results):
+        assert result.value[:2] == ["1", "True"]
+        messages = [
+            r"UnavailableError: NCCL has no RAIL connections .* \(ginType proxy, railedGinType none\)",
+            r"ValueError: num_signals = 0: must be positive",
+            rf"ValueError: rank {1 - rank} is on another node: this one has ranks {rank} to {rank}",
+            r"UnavailableError: pp_send and pp_recv of the cuda backend .* 2 ranks of this group are on 2 nodes of 1:",
+            r"UnavailableError: all-gather sessions of the cuda backend .* 2 nodes of 1: put the group inside a node",
+        ]
+        for said, message in zip(result.value[2:], messages, strict=True):
+            assert re.match(message, said), said
+    for log in logs:
+        created = [call for call in log if call.startswith("ncclDevComm")]
+        assert created == ["ncclDevCommCreate lsa=0 contexts=2 signals=3 counters=0 connection=1", "ncclDevCommDestroy"]
+
+
 @pytest.mark.parametrize(
     ("case", "messages"),
     [
@@ -758,9 +825,16 @@ def test_runtime_launches(fakes: Fakes, tmp_path: Path) -> None:
             (r"RuntimeError: the ranks of this group have loaded different versions of NCCL \(2\.30\.\d, 2\.32",) * 2,
         ),
         (
-            "lsa",
-            (r"UnavailableError: the cuda backend needs all 2 ranks .* only 1 that do \(LSA size 1, 2 teams\).*hybrid",)
+            "no network",
+            (
+                r"UnavailableError: of the 2 ranks of this group only 1 reach each other's memory \(LSA size 1, 2 "
+                r"teams\), and NCCL has no network .* \(ginType none\).*InfiniBand.*NCCL_RMA_PLUGIN.*epv2 emulate",
+            )
             * 2,
+        ),
+        (
+            "uneven nodes",
+            (r"UnavailableError: the nodes of a group must have consecutive ranks.* LSA teams: 0/2, 0/1\. Start",) * 2,
         ),
         (
             "no windows",
@@ -803,6 +877,21 @@ def test_runtime_refuses_on_every_rank(
         allocated = [call for call in log if call.startswith("ncclMemAlloc")]
         assert log.count("ncclMemFree") == len(allocated) or case == "no memory"
         assert "ncclCommWindowRegister 1024 flags=1" not in log or case == "late"
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "unequal networks",
+            r"ValueError: a network must be the same on all ranks, got by rank: 3 signals .*; 4 signals",
+        ),
+        ("no contexts", r"UnavailableError: NCCL gave 1 contexts of the 2 asked for"),
+    ],
+)
+def test_networks_are_refused_on_every_rank(fakes: Fakes, tmp_path: Path, case: str, message: str) -> None:
+    for result in _ranks(fakes, case, tmp_path)[0]:
+        assert re.match(message, f"{result.error_type}: {result.error}"), result
 
 
 def test_capture_is_refused_later_too() -> None:

@@ -140,6 +140,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<DeviceCommunicator, std::shared_ptr<DeviceCommunicator>>(m, "DeviceCommunicator")
       .def_property_readonly("data", [](const DeviceCommunicator& self) { return py::bytes(self.data()); })
+      .def_property_readonly("pointer", &DeviceCommunicator::pointer)
+      .def_property_readonly("gin_contexts", &DeviceCommunicator::gin_contexts)
       .def("close", &DeviceCommunicator::close, Unlocked());
 
   py::class_<Mapped>(m, "Mapped")

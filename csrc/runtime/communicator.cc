@@ -21,15 +21,17 @@ std::string seconds_text(double seconds) {
   return text.str();
 }
 
-// Zero device memory on a stream of its own: the legacy stream would wait for kernels that may be waiting for peers.
-void zero(void* memory, size_t num_bytes) {
+// Do `start`, a call on a stream, on one of its own: the legacy stream would wait for kernels that may be waiting for
+// peers.
+template <typename Start>
+void do_apart(const char* call, const char* what, Start start) {
   const Driver& cuda = driver_api();
   CUstream stream = nullptr;
   cuda.check(cuda.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
-  const CUresult filled = cuda.cuMemsetD8Async(reinterpret_cast<CUdeviceptr>(memory), 0, num_bytes, stream);
-  const CUresult done = filled == CUDA_SUCCESS ? cuda.cuStreamSynchronize(stream) : filled;
+  const CUresult started = start(stream);
+  const CUresult done = started == CUDA_SUCCESS ? cuda.cuStreamSynchronize(stream) : started;
   cuda.cuStreamDestroy(stream);
-  cuda.check(done, filled == CUDA_SUCCESS ? "cuStreamSynchronize" : "cuMemsetD8Async", "zeroing a window");
+  cuda.check(done, started == CUDA_SUCCESS ? "cuStreamSynchronize" : call, what);
 }
 
 }  // namespace
@@ -151,6 +153,13 @@ std::shared_ptr<DeviceCommunicator> Communicator::device_communicator(const nccl
     throw;
   }
   made->open_ = true;
+  try {
+    made->copy_to_device();
+  } catch (const Error&) {
+    drop(made.get());
+    made->release();
+    throw;
+  }
   return made;
 }
 
@@ -227,7 +236,9 @@ void Window::allocate() {
     throw Error(api.describe(result, "ncclMemAlloc", nullptr) + "; a window of " + std::to_string(num_bytes_) +
                 " bytes was asked for");
   try {
-    zero(memory_, num_bytes_);
+    do_apart("cuMemsetD8Async", "zeroing a window", [&](CUstream stream) {
+      return driver_api().cuMemsetD8Async(reinterpret_cast<CUdeviceptr>(memory_), 0, num_bytes_, stream);
+    });
   } catch (const Error&) {
     forget();
     throw;
@@ -312,17 +323,30 @@ std::string DeviceCommunicator::data() const {
   return std::string(reinterpret_cast<const char*>(&device_), sizeof(device_));
 }
 
+void DeviceCommunicator::copy_to_device() {
+  const Driver& cuda = driver_api();
+  cuda.check(cuda.cuMemAlloc(&copy_, sizeof(device_)), "cuMemAlloc", "a device communicator");
+  do_apart("cuMemcpyHtoDAsync", "a device communicator",
+           [&](CUstream stream) { return cuda.cuMemcpyHtoDAsync(copy_, &device_, sizeof(device_), stream); });
+}
+
 void DeviceCommunicator::close() {
   Lock lock(communicator_->mutex_);
   release();
 }
 
 void DeviceCommunicator::release() {
-  if (!std::exchange(open_, false)) return;
+  if (!open_) return;
   const Nccl& api = nccl_api();
-  api.check(api.ncclDevCommDestroy(communicator_->comm_, &device_), "ncclDevCommDestroy", communicator_->comm_);
+  const ncclResult_t result = api.ncclDevCommDestroy(communicator_->comm_, &device_);
+  forget();
+  api.check(result, "ncclDevCommDestroy", communicator_->comm_);
 }
 
-void DeviceCommunicator::forget() { open_ = false; }
+void DeviceCommunicator::forget() {
+  open_ = false;
+  const CUdeviceptr copy = std::exchange(copy_, 0);
+  if (copy != 0) driver_api().check(driver_api().cuMemFree(copy), "cuMemFree");
+}
 
 }  // namespace epv2

@@ -107,8 +107,12 @@ class DeviceCommunicator : public Resource {
  public:
   explicit DeviceCommunicator(std::shared_ptr<Communicator> communicator) : communicator_(std::move(communicator)) {}
 
-  // The ncclDevComm, as kernels take it.
+  // The ncclDevComm, as kernels take it by value.
   std::string data() const;
+  // Address of the same in device memory; 0 once closed.
+  uintptr_t pointer() const { return static_cast<uintptr_t>(copy_); }
+  // May be other than was asked for.
+  uint32_t gin_contexts() const { return device_.ginContextCount; }
   void close();
 
   void release() override;
@@ -118,7 +122,10 @@ class DeviceCommunicator : public Resource {
   friend class Communicator;
 
   std::shared_ptr<Communicator> communicator_;
+  void copy_to_device();
+
   ncclDevComm_t device_ = {};
+  CUdeviceptr copy_ = 0;
   bool open_ = false;
 };
 

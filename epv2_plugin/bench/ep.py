@@ -345,12 +345,13 @@ def _whole_rows_bytes(setup: Setup) -> int:
     """
     ranks, tokens, topk = setup.ranks, setup.tokens, setup.topk
     rows = min(ranks * tokens * min(topk, setup.local_experts), 2 * tokens * topk + ranks * tokens)
-    _, dispatch = sizing.window_bytes(ranks, tokens, setup.hidden, topk, setup.dtype == "fp8")
+    nodes = sizing.Nodes(ranks, ranks)
+    window = sizing.WindowLayout(nodes, tokens, setup.hidden, topk, setup.dtype == "fp8")
     layout = sizing.CombineLayout(
-        0, num_ranks=ranks, max_tokens=tokens, num_topk=topk, row_bytes=setup.shape.row, num_rows=rows
+        0, nodes=nodes, max_tokens=tokens, num_topk=topk, row_bytes=setup.shape.row, num_rows=rows
     )
     # A buffer made by bytes keeps one of ranks + 1 equal parts for what is dispatched.
-    return (ranks + 1) * sizing.align(max(dispatch, -(-layout.end // ranks)), sizing.BUFFER_ALIGNMENT)
+    return (ranks + 1) * sizing.align(max(window.split, -(-layout.end // ranks)), sizing.BUFFER_ALIGNMENT)
 
 
 def measured_rows(pairs: torch.Tensor, rank: int) -> model.Rows:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from epv2_plugin import plugin
 from epv2_plugin.cli.values import make_folder, positive, share
+from epv2_plugin.emulation.start import run_recipe
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.launcher import run_ranks
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
         make_folder(folder)
         with taken(folder, reuse=True):
             pass  # so that nothing is started in vain; rank 0 holds the folder while it trains
-        return run_ranks("epv2_plugin.cli", words, recipe.train.processes)
+        return run_recipe(recipe, words)
     with taken_by_rank_0(folder, reuse=True):
         from epv2_plugin.training.ab import run
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from epv2_plugin import plugin
 from epv2_plugin.cli.values import make_folder, positive
+from epv2_plugin.emulation.start import run_recipe
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.devices import usable_gpus
-from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import Recipe, load_recipe
 from epv2_plugin.training.run_folder import taken, taken_by_rank_0
 
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     command += ["--steps", str(args.steps)] if args.steps is not None else []
     command += ["--resume"] if args.resume else []
     command += ["--megatron-throughput"] if args.megatron_throughput else []
-    return run_ranks("epv2_plugin.cli", command, recipe.train.processes)
+    return run_recipe(recipe, command)
 
 
 def _run_rank(args: argparse.Namespace, recipe: Recipe, folder: Path) -> int:

@@ -25,6 +25,7 @@ from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError
 from epv2_plugin.elastic.event import Event, EventOverlap
 from epv2_plugin.elastic.handle import EPHandle, Route
 from epv2_plugin.elastic.model import num_qps
+from epv2_plugin.elastic.modes import ranks_of_a_node
 
 logger = logging.getLogger("epv2_plugin")
 
@@ -70,7 +71,9 @@ class ElasticBuffer:
         hidden, num_topk: largest values per token and top-k; 0 = no limit set.
         use_fp8_dispatch: size the buffer for FP8 rows in dispatch.
         deterministic: accepted for compatibility; every operation is deterministic.
-        allow_hybrid_mode: use two hops across nodes where that is faster (unused by the host backend: one hop always).
+        allow_hybrid_mode: between nodes, on the cuda backend, send a row once to each node that wants it and pass it on
+            there, and add up what a node returns before it travels (another rounding), which takes
+            `allow_multiple_reduction`. False = one hop, as always on the host backend; `elastic.modes` chooses.
         allow_multiple_reduction: True = the expert's rank sums its rows of a token first and rounds to the row's dtype
             before it sends them; False = all rows travel and are rounded once.
         prefer_overlap_with_compute, sl_idx, num_allocated_qps: GPU and network tuning (unused by the host backend).
@@ -152,12 +155,15 @@ class ElasticBuffer:
                 num_topk=num_topk,
                 use_fp8_dispatch=use_fp8_dispatch,
                 allow_multiple_reduction=allow_multiple_reduction,
+                # Hybrid mode adds up the rows of a node before they travel.
+                hybrid=allow_hybrid_mode and allow_multiple_reduction,
                 host_timeout_seconds=num_cpu_timeout_secs,
                 gpu_timeout_seconds=num_gpu_timeout_secs,
             )
             self.num_bytes = self._backend.num_bytes
-        self.num_scaleout_ranks, self.num_scaleup_ranks = 1, self.num_ranks
-        self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
+        self.num_scaleout_ranks = self._backend.num_nodes if self._backend.hybrid else 1
+        self.num_scaleup_ranks = self.num_ranks // self.num_scaleout_ranks
+        self.scaleout_rank_idx, self.scaleup_rank_idx = divmod(self.rank_idx, self.num_scaleup_ranks)
         self.num_rdma_ranks, self.num_nvlink_ranks = self._find_machines()
 
     # ---- sizes and topology -------------------------------------------------------------------------------------
@@ -174,12 +180,13 @@ class ElasticBuffer:
     ) -> int:
         """Bytes that a buffer for these sizes needs, a multiple of 2 MiB; `num_topk` 0 = unknown, sized for 32.
 
-        For the backend that "auto" takes on this machine, with rows of at most 2 bytes per value on the cuda backend.
+        For the backend that "auto" takes on this machine, with rows of at most 2 bytes per value on the cuda backend,
+        and nodes as `torchrun` started them (LOCAL_WORLD_SIZE).
         """
-        del allow_hybrid_mode, allow_multiple_reduction  # both backends need the same either way
         size = dist.get_world_size(group)
         if resolve_backend("auto") == "cuda":
-            return sizing.window_bytes(size, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch)[0]
+            nodes = sizing.Nodes(size, ranks_of_a_node(group), allow_hybrid_mode and allow_multiple_reduction)
+            return sizing.WindowLayout(nodes, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch).num_bytes
         return sizing.buffer_bytes(size, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch, _WIDEST)
 
     def get_physical_domain_size(self) -> tuple[int, int]:
@@ -203,14 +210,17 @@ class ElasticBuffer:
         """SMs that an operation should hold by the model (`elastic.model`): even, 4 or more; 0 on the host backend.
 
         Args:
-            num_scaleout_topk, rdma_gbs: of a second hop across nodes (unused: this version makes one hop in a node).
+            num_scaleout_topk: unused: the model knows how many nodes hold a token's experts.
+            rdma_gbs: what one GPU reaches over the network in one direction; 0 = as the machine's ports say.
             nvlink_gbs: what one GPU reaches in one direction; 0 = what is known of this model of GPU.
             sm_read_gbs, sm_write_gbs: what one of few busy SMs copies; 0 = what `epv2 bench sm` measured, or an H200's.
 
         Raises:
-            ValueError: a rate is negative, or the bandwidth between GPUs is neither given nor known.
+            ValueError: a rate is negative, or the bandwidth between GPUs, or (between nodes) of the network, is neither
+                given nor known.
         """
-        rates = {"nvlink_gbs": nvlink_gbs, "sm_read_gbs": sm_read_gbs, "sm_write_gbs": sm_write_gbs}
+        rates = {"nvlink_gbs": nvlink_gbs, "rdma_gbs": rdma_gbs}
+        rates |= {"sm_read_gbs": sm_read_gbs, "sm_write_gbs": sm_write_gbs}
         for name, rate in rates.items():
             if rate < 0:
                 raise ValueError(f"{name} = {rate}: must be 0 (as known) or more")
@@ -228,15 +238,19 @@ class ElasticBuffer:
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Queue pairs for `num_sms` SMs: 0 where all ranks reach each other by load and store, or on the host."""
-        return num_qps(num_sms, self.num_scaleout_ranks, self.num_allocated_qps)
+        return num_qps(num_sms, self._open().num_nodes, self.num_allocated_qps)
 
     def describe(self) -> dict[str, Any]:
         """What runs: `backend`, `mode` (direct = one hop), `transport`, `qps`, and what the backend tells of itself."""
         backend = self._open()
-        return {"backend": backend.name, "mode": "direct", "qps": 0, **backend.describe()}
+        mode = "hybrid" if backend.hybrid else "direct"
+        return {"backend": backend.name, "mode": mode, "qps": 0, **backend.describe()}
 
     def _find_machines(self) -> tuple[int, int]:
-        machines = self._open().machines()
+        backend = self._open()
+        if backend.num_nodes > 1:  # also those of an emulated cluster, which are one machine
+            return backend.num_nodes, self.num_ranks // backend.num_nodes
+        machines = backend.machines()
         counts = {machines.count(machine) for machine in machines}
         return (len(set(machines)), counts.pop()) if len(counts) == 1 else (self.num_ranks, 1)
 

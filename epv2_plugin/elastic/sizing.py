@@ -117,7 +117,7 @@ def engram_row_bytes(hidden: int, itemsize: int, use_fp8: bool) -> int:
 # ---- the cuda backend's window and shared memory ------------------------------------------------------------------
 
 CHUNK_TOKENS = 32  # tokens whose expert counts a kernel keeps together
-FLAG_KINDS, ARGUMENT_WORDS = 6, 10  # see csrc/kernels/ep/protocol.cuh
+FLAG_KINDS, ARGUMENT_WORDS, SIGNAL_KINDS = 7, 10, 7  # see csrc/kernels/ep/protocol.cuh
 SHARED_BYTES = 227 << 10  # dynamic shared memory of a CTA on Hopper and Blackwell
 # With less, the CTAs of two ranks that share a GPU could share an SM, and a budget of SMs would be none.
 LEAST_SHARED_BYTES = 117 << 10
@@ -139,8 +139,83 @@ class _Sections:
 
 
 def control_bytes(num_ranks: int) -> int:
-    """Flags, failure words and the running operation's arguments at the start of the window."""
-    return align(FLAG_KINDS * num_ranks * 8 + align(num_ranks, 2) * 4 + ARGUMENT_WORDS * 4, SECTION_ALIGNMENT)
+    """Flags, failure words, records of the running operation, and answers of relays at the start of the window."""
+    records = (1 + num_ranks) * (2 + ARGUMENT_WORDS) * 4
+    return align(FLAG_KINDS * num_ranks * 8 + align(num_ranks, 2) * 4 + records + num_ranks * 8 + 4, SECTION_ALIGNMENT)
+
+
+CAPACITY_FACTOR = 1.5  # rows that a rank has room for, over those it gets when routing is balanced
+_LEAST_TARGETS = 8  # up to so many ranks or nodes there is room for all their tokens at once
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """How the ranks of a group lie in nodes, and what goes between these.
+
+    Rows that arrive over the network have places of their own, handed out by the receiver before any is sent. So a rank
+    needs room for those that it gets, not for each token of each rank: `capacity_factor` times those of balanced
+    routing, where every token goes to as many places as it has experts; small groups have room for the worst case.
+
+    Args:
+        num_ranks: of the group. per_node: of each node, consecutive; `num_ranks` = there is one node.
+        hybrid: a row crosses the network once for each node, not for each rank.
+
+    Raises:
+        ValueError: `capacity_factor` is below 1.
+    """
+
+    num_ranks: int
+    per_node: int
+    hybrid: bool = False
+    capacity_factor: float = CAPACITY_FACTOR
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor = {self.capacity_factor}: must be 1 or more")
+
+    @property
+    def remotes(self) -> int:
+        """Ranks of other nodes that a rank exchanges messages with."""
+        return self.num_ranks // self.per_node - 1 if self.hybrid else self.num_ranks - self.per_node
+
+    @property
+    def others(self) -> int:
+        """Ranks of other nodes."""
+        return self.num_ranks - self.per_node
+
+    def returns(self, num_topk: int) -> int:
+        """Rows of a token that come back over the network at most."""
+        return min(num_topk, self.remotes) if self.hybrid else num_topk * (self.others > 0)
+
+    def arrivals(self, max_tokens: int, num_topk: int) -> int:
+        """Rows from other nodes that a relay has room for."""
+        return max_tokens * self._with_room(self.remotes, num_topk)
+
+    def remote_rows(self, max_tokens: int, num_topk: int) -> int:
+        """Rows of other nodes' ranks for which a rank has room when they go back."""
+        return max_tokens * self._with_room(self.others, num_topk)
+
+    def slots(self, max_tokens: int, num_topk: int) -> int:
+        """Rows that a rank can send back, one per token and rank."""
+        return self.per_node * max_tokens + self.remote_rows(max_tokens, num_topk)
+
+    def mirror_words(self, num_local_experts: int) -> int:
+        """int32 words of what a rank of another node counted."""
+        return align(self.per_node * (num_local_experts + 1), 2) + 2
+
+    def count_width(self, num_local_experts: int) -> int:
+        """Columns of the counts of a chunk of tokens."""
+        columns = self.num_ranks * (num_local_experts + 1)
+        return columns + (self.num_ranks // self.per_node if self.hybrid else 0)
+
+    def _with_room(self, sources: int, num_topk: int) -> int:
+        """As many times the tokens of a rank as there is room for, of rows from so many others."""
+        return min(sources, max(_LEAST_TARGETS, math.ceil(self.capacity_factor * min(num_topk, sources))))
+
+
+def trailer_bytes(num_topk: int) -> int:
+    """What follows a row on its way to another node, see csrc/kernels/ep/protocol.cuh."""
+    return align(4 * (4 + 4 * num_topk), ROW_ALIGNMENT)
 
 
 class DispatchLayout:
@@ -149,27 +224,35 @@ class DispatchLayout:
     Args:
         start: of the window's dispatch part. data_bytes: of a token as it travels, a multiple of 16.
         scale_words: scale factors of a token. num_local_experts: experts of each rank.
+
+    Attributes:
+        max_arrivals: rows from other nodes that there is room for. trailer: where it lies in a row.
     """
 
     def __init__(
         self,
         start: int,
         *,
-        num_ranks: int,
+        nodes: Nodes,
         max_tokens: int,
         num_topk: int,
         num_local_experts: int,
         data_bytes: int,
         scale_words: int,
     ):
-        columns = num_ranks * (num_local_experts + 1)
+        columns = nodes.count_width(num_local_experts)
         sections = _Sections(start)
-        self.row_stride = data_bytes + align(4 * scale_words, ROW_ALIGNMENT)
+        self.trailer = data_bytes + align(4 * scale_words, ROW_ALIGNMENT)
+        self.row_stride = self.trailer + (trailer_bytes(num_topk) if nodes.others else 0)
+        self.max_arrivals = nodes.arrivals(max_tokens, num_topk)
         self.topk = sections.take(2 * max_tokens * num_topk)
         self.weights = sections.take(4 * max_tokens * num_topk)
         self.prefix = sections.take(4 * columns * -(-max_tokens // CHUNK_TOKENS))
         self.totals = sections.take(4 * (columns + 1))
+        mirrors = nodes.num_ranks if nodes.others else 0
+        self.mirror = sections.take(4 * mirrors * nodes.mirror_words(num_local_experts))
         self.rows = sections.take(max_tokens * self.row_stride)
+        self.arrivals = sections.take(self.max_arrivals * self.row_stride)
         self.end = sections.end
 
 
@@ -179,46 +262,74 @@ class CombineLayout:
     Args:
         start: of the window's combine part. row_bytes: of a row, a multiple of 16.
         num_rows: expert rows that lie there as they are; None = one sum per (source rank, token).
+
+    Attributes:
+        return_stride: bytes of a row, and its weights, on the way back to another node.
     """
 
     def __init__(
-        self, start: int, *, num_ranks: int, max_tokens: int, num_topk: int, row_bytes: int, num_rows: int | None = None
+        self, start: int, *, nodes: Nodes, max_tokens: int, num_topk: int, row_bytes: int, num_rows: int | None = None
     ):
-        slots = max_received_rows(num_ranks, max_tokens)
+        slots, arrivals = nodes.slots(max_tokens, num_topk), nodes.arrivals(max_tokens, num_topk)
         sections = _Sections(start)
+        self.return_stride = row_bytes + align(4 * num_topk, ROW_ALIGNMENT)
         self.weights = sections.take(4 * slots * num_topk)
         self.table = sections.take(4 * slots * num_topk)
+        self.slots = sections.take(4 * arrivals * nodes.per_node)
+        self.outgoing = sections.take(arrivals * self.return_stride if nodes.hybrid else 0)
+        self.returned = sections.take(max_tokens * nodes.returns(num_topk) * self.return_stride)
+        # Last: where expert rows lie there as they are, their number is what differs.
         self.rows = sections.take((slots if num_rows is None else num_rows) * row_bytes)
         self.end = sections.end
 
 
-def window_bytes(
-    num_ranks: int, max_tokens: int, hidden: int, num_topk: int, use_fp8_dispatch: bool, itemsize: int = 2
-) -> tuple[int, int]:
-    """(bytes of the window in all, bytes up to its combine part) that dispatch and combine need on the cuda backend.
+def window_split(nodes: Nodes, num_topk: int) -> tuple[int, int]:
+    """How many rows dispatch and combine have in the window for each token that a rank may dispatch."""
+    arrivals, returns = nodes.arrivals(1, num_topk), nodes.returns(num_topk)
+    return 1 + arrivals, nodes.slots(1, num_topk) + returns + (arrivals if nodes.hybrid else 0)
+
+
+class WindowLayout:
+    """The window that dispatch and combine need on the cuda backend.
 
     Args:
         num_topk: 0 = unknown, sized for 32. itemsize: bytes per value in combine (and in dispatch unless FP8).
+
+    Attributes:
+        split: bytes up to its combine part. num_bytes: in all.
     """
-    topk = num_topk or MAX_TOPK
-    # Even where rows are meant to travel in FP8, gradients of combine are dispatched as they are.
-    dispatch = DispatchLayout(
-        control_bytes(num_ranks),
-        num_ranks=num_ranks,
-        max_tokens=max_tokens,
-        num_topk=topk,
-        num_local_experts=-(-EXPECTED_EXPERTS // num_ranks),
-        data_bytes=align(hidden * itemsize, ROW_ALIGNMENT),
-        scale_words=scale_columns(hidden, packed=False) if use_fp8_dispatch else 0,
-    )
-    combine = CombineLayout(
-        dispatch.end,
-        num_ranks=num_ranks,
-        max_tokens=max_tokens,
-        num_topk=topk,
-        row_bytes=align(hidden * itemsize, ROW_ALIGNMENT),
-    )
-    return align(combine.end, BUFFER_ALIGNMENT), dispatch.end
+
+    def __init__(
+        self, nodes: Nodes, max_tokens: int, hidden: int, num_topk: int, use_fp8_dispatch: bool, itemsize: int = 2
+    ):
+        topk, row_bytes = num_topk or MAX_TOPK, align(hidden * itemsize, ROW_ALIGNMENT)
+        # Even where rows are meant to travel in FP8, gradients of combine are dispatched as they are.
+        self._dispatch = DispatchLayout(
+            control_bytes(nodes.num_ranks),
+            nodes=nodes,
+            max_tokens=max_tokens,
+            num_topk=topk,
+            num_local_experts=-(-EXPECTED_EXPERTS // nodes.num_ranks),
+            data_bytes=row_bytes,
+            scale_words=scale_columns(hidden, packed=False) if use_fp8_dispatch else 0,
+        )
+        self.split = self._dispatch.end
+        self._combine = CombineLayout(
+            self.split, nodes=nodes, max_tokens=max_tokens, num_topk=topk, row_bytes=row_bytes
+        )
+        self.num_bytes = align(self._combine.end, BUFFER_ALIGNMENT)
+
+    def sections(self) -> dict[str, int]:
+        """Bytes of the sections with rows, and of all the rest as "metadata"."""
+        dispatch, combine = self._dispatch, self._combine
+        rows = {
+            "tokens": dispatch.arrivals - dispatch.rows,
+            "arrivals": dispatch.end - dispatch.arrivals,
+            "rank sums": combine.end - combine.rows,
+            "node sums": combine.returned - combine.outgoing,
+            "returned": combine.rows - combine.returned,
+        }
+        return rows | {"metadata": self.num_bytes - sum(rows.values())}
 
 
 RING_ALIGNMENT = 256  # bytes; slots of a ring, and the tensors behind a session's words, begin at multiples of it
@@ -288,159 +399,9 @@ class SessionLayout:
         return self._outbox + 4 * operation
 
 
-# ---- a window for many ranks: sizes for the plan; no kernel uses this layout yet ------------------------------------
-
-CAPACITY_FACTOR = 1.5  # rows that a rank has room for, over those it gets when routing is balanced
-
-
-class CapacityError(ValueError):
-    """More rows came than a window has room for; the message names the factor with which they fit."""
-
-
-def chunk_tokens(destinations: int) -> int:
-    """Tokens whose counts per destination are kept together: more for more destinations, so that the table of counts
-    stays as it is at 64."""
-    return CHUNK_TOKENS * -(-destinations // 64)
-
-
-@dataclass(frozen=True)
-class CapacityLayout:
-    """Bytes of a window whose rows are those that a rank gets, not one for each token of each rank.
-
-    No kernel uses this layout yet: the cuda backend has `window_bytes`, with a sum slot for each (source rank, token),
-    which is linear in the ranks. Here:
-
-    - A row's slot is its place in (source rank, source token) order among the rows that are there, handed out before
-      any row moves: the sender tells its count, the receiver answers with the first slot. So a rank needs room for
-      `capacity_factor` times the rows of balanced routing, and at most for the worst case, which small groups keep.
-    - Where more come, the receiver knows from the counts. It answers every sender with the error (`check`) instead of
-      a slot, nothing is sent, and every rank raises with the factor that is needed.
-    - `arrivals` (dispatch) and the sums that the NIC sends (combine) share memory: a combine writes after every
-      rank of the node has finished its pull, and the next dispatch's answers come after that combine's puts are
-      complete and, between two dispatches, after the node's pulls.
-    - A token returns at most once from each of the top-k ranks (nodes in hybrid mode): `returned` never overflows.
-    - Hybrid mode counts per node along the rail, and per chunk of arrived rows inside the node.
-
-    Args:
-        nodes, gpus_per_node: of the ranks that share the experts. max_tokens: that a rank may dispatch at once.
-        hidden: values of a token. num_topk: experts of a token. num_local_experts: of a rank.
-        ranks_per_token, nodes_per_token: expected distinct ones that hold a token's experts
-            (`model.distinct_ranks`, `model.distinct_nodes`).
-        itemsize: bytes of a value; FP8 rows need less, but gradients of combine are dispatched as they are.
-
-    Raises:
-        ValueError: `capacity_factor` is below 1.
-    """
-
-    hybrid: bool
-    nodes: int
-    gpus_per_node: int
-    max_tokens: int
-    hidden: int
-    num_topk: int
-    num_local_experts: int
-    ranks_per_token: float
-    nodes_per_token: float
-    use_fp8_dispatch: bool = False
-    itemsize: int = 2
-    capacity_factor: float = CAPACITY_FACTOR
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor = {self.capacity_factor}: must be 1 or more")
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.gpus_per_node
-
-    @property
-    def balanced_rows(self) -> float:
-        """Rows, one per token and rank, that a rank gets when routing is balanced."""
-        return self.max_tokens * self.ranks_per_token
-
-    @property
-    def received_rows(self) -> int:
-        """Rows, one per token and rank, that there is room for."""
-        worst = max_received_rows(self.ranks, self.max_tokens)
-        return min(worst, math.ceil(self.capacity_factor * self.balanced_rows))
-
-    @property
-    def balanced_arrivals(self) -> float:
-        """Rows that come over the network when routing is balanced."""
-        per_token = self.nodes_per_token if self.hybrid else self.ranks_per_token
-        return self.max_tokens * per_token * (self.nodes - 1) / self.nodes
-
-    @property
-    def arrivals(self) -> int:
-        """Rows that there is room for when they come over the network, one per token and rank or (hybrid) node."""
-        worst = (self.nodes - 1) * self.max_tokens * (1 if self.hybrid else self.gpus_per_node)
-        return min(worst, math.ceil(self.capacity_factor * self.balanced_arrivals))
-
-    @property
-    def returned_rows(self) -> int:
-        """Most sums that come back to a rank over the network."""
-        sources = (self.nodes - 1) * (1 if self.hybrid else self.gpus_per_node)
-        return self.max_tokens * min(self.num_topk, sources)
-
-    def rows(self) -> dict[str, int]:
-        """Bytes of the sections with rows."""
-        scales = 4 * scale_columns(self.hidden, packed=False) if self.use_fp8_dispatch else 0
-        token = RowLayout(self.hidden * self.itemsize, scales, self.num_topk, self.num_topk).stride
-        summed = RowLayout(self.hidden * self.itemsize, num_topk_weights=self.num_topk).stride
-        sections = {"tokens": self.max_tokens * token, "returned": self.returned_rows * summed}
-        if self.hybrid:
-            sections["rank sums"] = self.received_rows * summed
-            sections["arrivals, node sums"] = self.arrivals * max(token, summed)
-        else:
-            # What arrives is a part of what is received.
-            sections["arrivals, rank sums"] = max(self.arrivals * token, self.received_rows * summed)
-        return sections
-
-    def metadata(self) -> dict[str, int]:
-        """Bytes of the sections without rows. Those linear in the ranks are flags and counts: some bytes a rank."""
-        columns = self.num_local_experts + 1  # rows of each expert, and of the rank
-        node = self.gpus_per_node * columns
-        if self.hybrid:
-            chunks = -(-self.max_tokens // CHUNK_TOKENS) + -(-self.arrivals // CHUNK_TOKENS) + self.nodes
-            sent = -(-self.max_tokens // chunk_tokens(self.nodes)) * self.nodes
-            return {
-                "flags": control_bytes(self.gpus_per_node + self.nodes),
-                "counts": 4 * (2 * self.nodes + self.ranks),
-                "histograms": 4 * (chunks * node + sent),
-                "tables": 4 * (self.arrivals * self.gpus_per_node + self.returned_rows),
-            }
-        chunks = -(-self.max_tokens // chunk_tokens(self.ranks))
-        return {
-            "flags": control_bytes(self.ranks),
-            "counts": 4 * 2 * self.ranks * columns,
-            "histograms": 4 * chunks * self.ranks * columns,
-            "tables": 4 * self.max_tokens * min(self.num_topk, self.ranks),
-        }
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the window in all."""
-        sections = [*self.rows().values(), *self.metadata().values()]
-        return align(sum(align(size, SECTION_ALIGNMENT) for size in sections), BUFFER_ALIGNMENT)
-
-    def check(self, received_rows: int, arrivals: int) -> None:
-        """Whether so many rows fit.
-
-        Raises:
-            CapacityError: they do not; the message names what is needed.
-        """
-        for name, seen, room, balanced in (
-            ("received rows", received_rows, self.received_rows, self.balanced_rows),
-            ("rows from the network", arrivals, self.arrivals, self.balanced_arrivals),
-        ):
-            if seen > room:
-                needed = f"a capacity factor of {math.ceil(100 * seen / balanced) / 100:g}" if balanced else "a network"
-                raise CapacityError(f"{seen} {name}: there is room for {room}; {needed} is needed")
-
-
 def counts_words(num_ranks: int, num_local_experts: int) -> int:
     """int32 words of what a dispatch counts, see `Counts` in csrc/kernels/ep/protocol.cuh."""
-    return (2 * num_ranks + 1) * (num_local_experts + 1) + num_ranks
+    return (2 * num_ranks + 1) * (num_local_experts + 1) + num_ranks + 1
 
 
 @dataclass(frozen=True)
@@ -460,14 +421,26 @@ def _shape(threads: int, shared_bytes: int, **parts: int) -> LaunchShape:
 
 
 @functools.cache
-def stage_shape(num_ranks: int, num_local_experts: int) -> LaunchShape:
+def stage_shape(nodes: Nodes, num_local_experts: int) -> LaunchShape:
     """Of dispatch_stage."""
     warps = 28
-    fixed, per_warp = 16 + 4 * 32 * warps, 4 * num_ranks * (num_local_experts + 1)
+    fixed, per_warp = 16 + 4 * 32 * warps, 4 * nodes.count_width(num_local_experts)
     counting = min(warps, (SHARED_BYTES - fixed) // per_warp)
     if counting < 1:
-        raise ValueError(f"num_experts = {num_ranks * num_local_experts}: more than a kernel can count")
+        raise ValueError(f"num_experts = {nodes.num_ranks * num_local_experts}: more than a kernel can count")
     return _shape(32 * warps, fixed + counting * per_warp, counting_warps=counting)
+
+
+@functools.cache
+def send_shape(nodes: Nodes, num_local_experts: int, num_topk: int) -> LaunchShape:
+    """Of dispatch_send: a warp keeps a chunk's experts, a counter for each expert, and who goes where."""
+    experts, num_nodes = nodes.num_ranks * num_local_experts, nodes.num_ranks // nodes.per_node
+    fixed = SCRATCH_BYTES + 4 * align(num_local_experts + 1, 4)
+    per_warp = 4 * align(24 * num_topk + experts + nodes.num_ranks + num_nodes, 4)
+    warps = min(16, (SHARED_BYTES - fixed) // per_warp)
+    if warps < 3:  # two tell and hear what comes
+        raise ValueError(f"num_experts = {experts}: more than a kernel can send to from 32 tokens at once")
+    return _shape(32 * warps, fixed + warps * per_warp)
 
 
 @functools.cache
@@ -493,11 +466,21 @@ def pull_shape(num_ranks: int, data_bytes: int, scale_words: int) -> LaunchShape
 @functools.cache
 def sum_shape(num_ranks: int, row_bytes: int) -> LaunchShape:
     """Of combine_stage and combine_pull: groups of one producer and up to 7 consumer warps of 2 KiB each."""
-    most_warps, consumer_bytes = 24, 2048
+    return _ring_shape(row_bytes, addresses=num_ranks, others=1, most_warps=24)
+
+
+@functools.cache
+def relay_shape(per_node: int, row_bytes: int) -> LaunchShape:
+    """Of combine_relay: the same with a warp more in each group, which sends, and a word for each warp."""
+    return _ring_shape(row_bytes, addresses=per_node, others=2, most_warps=27, words=27)
+
+
+def _ring_shape(row_bytes: int, *, addresses: int, others: int, most_warps: int, words: int = 0) -> LaunchShape:
+    consumer_bytes = 2048
     piece = _piece(row_bytes, 7 * consumer_bytes)
-    group_warps = 1 + -(-piece // consumer_bytes)
+    group_warps = others + -(-piece // consumer_bytes)
     groups = most_warps // group_warps
-    fixed = SCRATCH_BYTES + 8 * num_ranks
+    fixed = SCRATCH_BYTES + 8 * addresses + 4 * words
     stages = min(8, (SHARED_BYTES - fixed) // (groups * (piece + 24)))
     return _shape(
         32 * groups * group_warps,

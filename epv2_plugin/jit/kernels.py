@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,17 +89,49 @@ def _ep(name: str, struct: str, **defines: str) -> Kernel:
     return Kernel(f"epv2_{name}", f"ep/{name}.cu", struct, tuple(defines.items()))
 
 
-# By the dtype that rows are cast from, "" = they are copied.
-DISPATCH_STAGE = {
-    dtype: _ep("dispatch_stage", "DispatchStageArgs", EPV2_CAST=code) for dtype, code in {"": "0", **_DTYPES}.items()
-}
-DISPATCH_ROUTE = _ep("dispatch_route", "DispatchRouteArgs")
-DISPATCH_PULL = _ep("dispatch_pull", "DispatchPullArgs")
-# By the dtype of rows.
-COMBINE_STAGE = {dtype: _ep("combine_stage", "CombineArgs", EPV2_DTYPE=code) for dtype, code in _DTYPES.items()}
-COMBINE_PULL = {dtype: _ep("combine_pull", "CombineArgs", EPV2_DTYPE=code) for dtype, code in _DTYPES.items()}
-COMBINE_IDLE = _ep("combine_idle", "BareArgs")
-BARRIER = _ep("barrier", "BareArgs")
+@dataclass(frozen=True)
+class ExpertKernels:
+    """The kernels of expert parallelism that any group of ranks runs. `dispatch_stage`: by the dtype that rows are cast
+    from, "" = they are copied; `combine_stage`, `combine_pull`: by the dtype of rows."""
+
+    dispatch_stage: Mapping[str, Kernel]
+    dispatch_route: Kernel
+    dispatch_pull: Kernel
+    combine_stage: Mapping[str, Kernel]
+    combine_pull: Mapping[str, Kernel]
+    combine_idle: Kernel
+    barrier: Kernel
+
+    def all(self) -> Iterator[Kernel]:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            yield from [value] if isinstance(value, Kernel) else value.values()
+
+
+def _summing(name: str, **defines: str) -> Mapping[str, Kernel]:
+    return {dtype: _ep(name, "CombineArgs", EPV2_DTYPE=code, **defines) for dtype, code in _DTYPES.items()}
+
+
+def _expert_kernels(**defines: str) -> ExpertKernels:
+    return ExpertKernels(
+        dispatch_stage={
+            dtype: _ep("dispatch_stage", "DispatchStageArgs", EPV2_CAST=code, **defines)
+            for dtype, code in {"": "0", **_DTYPES}.items()
+        },
+        dispatch_route=_ep("dispatch_route", "DispatchRouteArgs", **defines),
+        dispatch_pull=_ep("dispatch_pull", "DispatchPullArgs", **defines),
+        combine_stage=_summing("combine_stage", **defines),
+        combine_pull=_summing("combine_pull", **defines),
+        combine_idle=_ep("combine_idle", "BareArgs", **defines),
+        barrier=_ep("barrier", "BareArgs", **defines),
+    )
+
+
+IN_NODE = _expert_kernels()
+BETWEEN_NODES = _expert_kernels(EPV2_NODES="1")
+DISPATCH_SEND = _ep("dispatch_send", "DispatchSendArgs", EPV2_NODES="1")
+COMBINE_PUT = _ep("combine_put", "CombineArgs", EPV2_NODES="1")
+COMBINE_RELAY = _summing("combine_relay", EPV2_NODES="1")
 # By the dtype that is summed.
 REDUCE_SCATTER = {
     dtype: Kernel("epv2_reduce_scatter", "sessions/reduce_scatter.cu", "ReduceScatterArgs", (("EPV2_DTYPE", code),))
@@ -106,13 +140,11 @@ REDUCE_SCATTER = {
 SM_COPY = Kernel("epv2_sm_copy", "bench/sm_copy.cu", "SmCopyArgs")
 
 KERNELS: tuple[Kernel, ...] = (
-    *DISPATCH_STAGE.values(),
-    DISPATCH_ROUTE,
-    DISPATCH_PULL,
-    *COMBINE_STAGE.values(),
-    *COMBINE_PULL.values(),
-    COMBINE_IDLE,
-    BARRIER,
+    *IN_NODE.all(),
+    *BETWEEN_NODES.all(),
+    DISPATCH_SEND,
+    COMBINE_PUT,
+    *COMBINE_RELAY.values(),
     *REDUCE_SCATTER.values(),
     SM_COPY,
 )

@@ -10,6 +10,8 @@ import importlib
 import importlib.util
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -23,6 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic import ElasticBuffer, EPHandle, EventOverlap, autograd
 from epv2_plugin.elastic.buffer import resolve_backend
+from epv2_plugin.elastic.model import Shape
+from epv2_plugin.elastic.modes import allow_hybrid
 from epv2_plugin.elastic.sizing import align
 from epv2_plugin.patches import Patches
 
@@ -429,7 +433,7 @@ def _make_shared(group: dist.ProcessGroup, sizes: _Sizes, limit: int) -> _Shared
         hidden=sizes.hidden,
         num_topk=sizes.num_topk,
         use_fp8_dispatch=fp8,
-        allow_hybrid_mode=options.mode != "direct",
+        allow_hybrid_mode=_allow_hybrid(group, sizes, limit),
         num_allocated_qps=0 if qps == "auto" else qps,
         num_cpu_timeout_secs=_config.timeouts.host_seconds,
         num_gpu_timeout_secs=_config.timeouts.gpu_seconds,
@@ -454,19 +458,44 @@ def _make_shared(group: dist.ProcessGroup, sizes: _Sizes, limit: int) -> _Shared
     return _Shared(buffer, num_sms)
 
 
+def _allow_hybrid(group: dist.ProcessGroup, sizes: _Sizes, limit: int) -> bool:
+    options, rates = _config.expert, _config.network
+    if resolve_backend(_config.backend) == "host":
+        return False
+    fp8 = options.dispatch_dtype == "fp8"
+    shape = Shape(limit, sizes.hidden, sizes.num_topk, sizes.num_experts, dist.get_world_size(group), fp8=fp8)
+    with _naming_rates():
+        return allow_hybrid(
+            options.mode,
+            group,
+            shape,
+            nvlink_gbs=rates.scale_up_gbytes_per_s,
+            rdma_gbs=rates.rdma_gbytes_per_s,
+        )
+
+
 def _num_sms(buffer: ElasticBuffer, sizes: _Sizes) -> int:
     """SMs that an operation may hold: as configured, else by the analytic model; none on the host."""
-    budget, rate, key = _config.sm_budget.expert, _config.network.scale_up_gbytes_per_s, "network.scale_up_gbytes_per_s"
+    budget, rates = _config.sm_budget.expert, _config.network
     if budget != "auto" and buffer.describe()["backend"] != "host":
         return budget
+    nvlink, rdma = (0 if rate == "auto" else rate for rate in (rates.scale_up_gbytes_per_s, rates.rdma_gbytes_per_s))
+    with _naming_rates():
+        return buffer.get_theoretical_num_sms(sizes.num_experts, sizes.num_topk, nvlink_gbs=nvlink, rdma_gbs=rdma)
+
+
+@contextmanager
+def _naming_rates() -> Iterator[None]:
+    """A rate that is neither given nor known is a mistake of the configuration."""
     try:
-        return buffer.get_theoretical_num_sms(
-            sizes.num_experts, sizes.num_topk, nvlink_gbs=0 if rate == "auto" else rate
-        )
+        yield
     except ValueError as error:
-        if key not in str(error):
-            raise
-        raise _config.fail(key, str(error).removeprefix(f"{key} = {rate!r}: ")) from None
+        for key in ("scale_up_gbytes_per_s", "rdma_gbytes_per_s"):
+            name = f"network.{key}"
+            if name in str(error):
+                value = getattr(_config.network, key)
+                raise _config.fail(name, str(error).removeprefix(f"{name} = {value!r}: ")) from None
+        raise
 
 
 def _accept_backend(post_init: Any) -> Any:

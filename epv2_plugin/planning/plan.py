@@ -361,38 +361,25 @@ class _Planner:
         found = model.choices(shape, place, self.rank, self.budget)
         wanted = self.config.expert.mode
         found.sort(key=lambda choice: wanted not in ("auto", choice.mode))  # stable: what is asked for comes first
-        per_token = model.distinct_ranks(shape), model.distinct_nodes(shape, place.nodes)
-        now, _ = sizing.window_bytes(place.ranks, work.tokens, work.hidden, work.topk, shape.fp8)
+        # One node has room for every token of every rank.
+        linear = sizing.Nodes(place.ranks, place.ranks)
         return {
             "ep": place.ranks,
             "nodes": place.nodes,
             "gpus_per_node": place.gpus_per_node,
             "expert_slots": slots,
-            "ranks_per_token": per_token[0],
-            "nodes_per_token": per_token[1],
-            "linear_window_bytes": now,
-            "modes": [self._mode(choice, shape, place, per_token) for choice in found],
+            "ranks_per_token": model.distinct_ranks(shape),
+            "nodes_per_token": model.distinct_nodes(shape, place.nodes),
+            "linear_window_bytes": _window(linear, shape).num_bytes,
+            "modes": [self._mode(choice, shape, place) for choice in found],
         }
 
-    def _mode(
-        self, choice: model.Choice, shape: model.Shape, place: model.Topology, per_token: tuple[float, float]
-    ) -> dict[str, Any]:
+    def _mode(self, choice: model.Choice, shape: model.Shape, place: model.Topology) -> dict[str, Any]:
         qps = model.num_qps(choice.num_sms, place.nodes)
         if qps and self.config.network.qps != "auto":
             qps = self.config.network.qps
-        layout = sizing.CapacityLayout(
-            choice.mode == "hybrid",
-            place.nodes,
-            place.gpus_per_node,
-            shape.tokens,
-            shape.hidden,
-            shape.topk,
-            shape.experts // shape.ranks,
-            *per_token,
-            use_fp8_dispatch=shape.fp8,
-            capacity_factor=self.capacity_factor,
-        )
-        metadata = layout.metadata()
+        nodes = sizing.Nodes(place.ranks, place.gpus_per_node, choice.mode == "hybrid", self.capacity_factor)
+        window = _window(nodes, shape)
         return {
             "mode": choice.mode,
             "num_sms": choice.num_sms,
@@ -401,11 +388,15 @@ class _Planner:
             "us": choice.us,
             "dispatch": _operation(choice.dispatch, choice.num_sms),
             "combine": _operation(choice.combine, choice.num_sms),
-            "buffer_bytes": layout.num_bytes,
-            "metadata_bytes": sum(metadata.values()),
-            "received_rows": layout.received_rows,
-            "sections": layout.rows() | metadata,
+            "buffer_bytes": window.num_bytes,
+            "metadata_bytes": window.sections()["metadata"],
+            "network_rows": nodes.arrivals(shape.tokens, shape.topk),
+            "sections": window.sections(),
         }
+
+
+def _window(nodes: sizing.Nodes, shape: model.Shape) -> sizing.WindowLayout:
+    return sizing.WindowLayout(nodes, shape.tokens, shape.hidden, shape.topk, shape.fp8)
 
 
 def _operation(operation: model.Operation, num_sms: int) -> dict[str, Any]:

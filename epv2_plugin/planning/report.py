@@ -23,8 +23,8 @@ def text(document: dict[str, Any]) -> str:
     lines += _wrap(
         "Per EP size (* = as configured). MB and microseconds of a rank for one dispatch and one combine. QPs = queue "
         "pairs to each network peer x peers. other = time of the other mode. buffer = GiB per rank with room for "
-        "capacity_factor x the balanced rows; linear = with a slot for each (rank, token), as today's single-node "
-        "window has."
+        "capacity_factor x as many rows from other nodes as tokens have experts; linear = with a slot for each "
+        "(rank, token), as in one node."
     )
     lines += [*_sizes(document), ""]
     if left_out := document["left_out"]:
@@ -50,7 +50,7 @@ def text(document: dict[str, Any]) -> str:
         "",
         *_wrap(
             "Routing is uniform over the experts that a token may use; a rank with popular experts takes longer and "
-            "needs more room. Kernels across nodes and the capacity buffer are planned here, not yet run by a backend."
+            "needs more room. Kernels between nodes have not run on a network yet."
         ),
     ]
     return "\n".join(lines)
@@ -179,7 +179,7 @@ def _buffer(point: dict[str, Any]) -> str:
     parts = [f"{name} {_size(size)}" for name, size in best["sections"].items() if size]
     return (
         f"Buffer of EP{point['ep']}, {best['mode']}: " + ", ".join(parts) + f"; {_size(best['metadata_bytes'])} of it "
-        f"metadata. Room for {best['received_rows']} received rows; more is an error that names the factor needed."
+        f"metadata. Room for {best['network_rows']} rows from other nodes; more is an error that says so on every rank."
     )
 
 

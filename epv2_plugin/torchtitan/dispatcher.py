@@ -232,8 +232,8 @@ def check(config: PluginConfig) -> None:
         raise config.fail(
             "backend", "the host backend trains on the CPU; hide the GPU (CUDA_VISIBLE_DEVICES=) to use it"
         )
-    if config.expert.mode == "hybrid":
-        raise config.fail("expert.mode", f"the {backend} backend makes one hop in this version: 'auto' or 'direct'")
+    if config.expert.mode == "hybrid" and backend == "host":
+        raise config.fail("expert.mode", "the host backend makes one hop: 'auto' or 'direct'")
     if config.expert.layout != "expanded":
         raise config.fail("expert.layout", "torchtitan's experts take rows in expert order: 'expanded'")
     if not config.expert.host_sync:

@@ -23,7 +23,12 @@ AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # by which torchrun says that it k
 ERROR_LINES = 25
 
 
-def run_ranks(module: str, args: Sequence[str], processes: int, env: Mapping[str, str] | None = None) -> int:
+def run_ranks(
+    module: str,
+    args: Sequence[str],
+    processes: int,
+    env: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
+) -> int:
     """Run `python -m module args` as `processes` ranks of this machine and wait for all of them.
 
     Ranks find RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in their environment, and one thread to compute
@@ -32,7 +37,7 @@ def run_ranks(module: str, args: Sequence[str], processes: int, env: Mapping[str
     them. When a rank fails, the others are killed, and its last lines are printed.
 
     Args:
-        env: further environment variables.
+        env: further environment variables, of all ranks or of each.
 
     Returns:
         0, the exit code of the rank that failed first (128 + signal number if a signal ended it), or 130 if
@@ -42,7 +47,8 @@ def run_ranks(module: str, args: Sequence[str], processes: int, env: Mapping[str
     with _listen(processes) as listener:
         listener.set_inheritable(True)
         shared = {"LOCAL_WORLD_SIZE": str(processes), LISTENER: str(listener.fileno())}
-        ranks = [{**shared, "LOCAL_RANK": str(rank), **(env or {})} for rank in range(processes)]
+        each = [env or {}] * processes if env is None or isinstance(env, Mapping) else env
+        ranks = [{**shared, "LOCAL_RANK": str(rank), **more} for rank, more in enumerate(each)]
         group = _Ranks([sys.executable, "-m", module, *args], ranks, listener, (listener.fileno(),))
     with group:
         return group.wait()

@@ -68,9 +68,13 @@ class Data(Section):
 
 
 class Train(Section):
-    """The run. Batch sizes count sequences; the global batch is split over data-parallel ranks and micro-batches."""
+    """The run. Batch sizes count sequences; the global batch is split over data-parallel ranks and micro-batches.
+
+    `nodes`: among which `epv2 train` and `epv2 ab` divide the processes of this machine as `epv2 emulate` does.
+    """
 
     processes: int = Field(ge=1)
+    nodes: int = Field(1, ge=1)
     steps: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
     micro_batch_size: int = Field(1, ge=1)
@@ -241,6 +245,8 @@ def _check(recipe: Recipe) -> None:
         raise recipe.fail("train.min_lr", f"at most train.lr ({train.lr})")
     if train.overlap_param_gather and not (train.distributed_optimizer and train.overlap_grad_reduce):
         raise recipe.fail("train.overlap_param_gather", "needs distributed_optimizer and overlap_grad_reduce")
+    if train.processes % train.nodes:
+        raise recipe.fail("train.nodes", f"must divide train.processes ({train.processes})")
     recipe.plugin.check(num_experts=moe.num_experts, world_size=train.processes)
     tensor, context = recipe.degree("tensor"), recipe.degree("context")
     split_by_tensor = ["model.num_attention_heads", "model.ffn_hidden_size", "model.vocab_size"]

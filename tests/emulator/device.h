@@ -230,11 +230,24 @@ uint32_t load_acquire_system(const uint32_t* address);
 void store_release_system(uint32_t* address, uint32_t value);
 uint32_t atomic_add_acq_rel(uint32_t* address, uint32_t value);
 uint32_t load_relaxed(const uint32_t* address);
+inline void publish(uint32_t* word, uint32_t value) { store_release_system(word, value); }
+inline uint32_t published(const uint32_t* word) { return load_acquire_system(word); }
 __forceinline__ uint4 load_streaming(const void* address) { return *static_cast<const uint4*>(address); }
 __forceinline__ void store_streaming(void* address, uint4 value) { *static_cast<uint4*>(address) = value; }
 uint64_t global_nanoseconds();
 void pause();
 uint8_t* peer_pointer(uint64_t window, uint64_t offset, int peer);
+
+struct Network {
+  uint64_t communicator;
+  int context;
+  int rail;
+};
+void network_put(Network network, int peer, uint64_t window, uint64_t to, uint64_t from, uint32_t bytes);
+void network_put_value(Network network, int peer, uint64_t window, uint64_t to, uint64_t value);
+void network_signal(Network network, int peer, uint32_t signal, uint64_t value);
+uint64_t network_signal_value(Network network, uint32_t signal);
+void network_flush(Network network);
 
 namespace emulator {
 

@@ -12,7 +12,8 @@
 
 namespace epv2::emulator {
 
-// What somebody knows. An agent is a thread, or the loads of one mbarrier, or the stores of one thread; everything that
+// What somebody knows. An agent is a thread, or the loads of one mbarrier, or the stores of one thread, or what one
+// thread puts into a context of the network; everything that
 // an agent did up to its clock value `seen[agent]` has happened before, and up to `fenced[agent]` bulk copies see it.
 struct Clock {
   std::vector<uint32_t> seen, fenced;
@@ -37,7 +38,7 @@ struct Channel {
   Clock collected;
   Known last;       // already in `collected`
   Known published;  // what an acquire gets
-  uint32_t value = 0;  // of a flag, when last acquired here
+  uint64_t value = 0;  // of a flag, when last acquired here
 };
 
 struct Access {
@@ -108,6 +109,16 @@ class Order {
         overwrite(word, access);
       else
         remember_read(word, access, thread);
+      return false;
+    });
+  }
+
+  // The network's reading of what `thread` puts; `agent` will have done it at `clock`. It sees what the thread sees.
+  bool put(int thread, uint64_t address, uint64_t bytes, uint16_t agent, uint32_t clock, int32_t place,
+           Conflict& conflict) {
+    return each_word(Memory::global, address, bytes, [&](Word& word, uint8_t mask, uint64_t at) {
+      if (find(word.writes, thread, mask, false, conflict)) return found(at, true, conflict);
+      remember_read(word, {clock, place, agent, mask, false}, thread);
       return false;
     });
   }

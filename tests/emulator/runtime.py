@@ -76,9 +76,16 @@ class Window:
     handle: int
     num_bytes: int
     mappings: list[torch.Tensor]  # every rank's part, in this process
+    node: range  # the ranks that may be reached by address
 
     def peer_pointer(self, rank: int, offset: int) -> int:
-        """Where byte `offset` of a rank's part lies in this process."""
+        """Where byte `offset` of a rank's part lies in this process.
+
+        Raises:
+            ValueError: the rank is on another node.
+        """
+        if rank not in self.node:
+            raise ValueError(f"rank {rank} is on another node: this one has ranks {self.node[0]} to {self.node[-1]}")
         return self.mappings[rank].data_ptr() + offset
 
 
@@ -129,6 +136,7 @@ class EmulatedRuntime:
         num_sms: SMs of the pretended device; a launch with more CTAs is refused.
         sources: folder that kernels' `source` is relative to.
         limit_seconds: wall time after which a launch, or a wait of a stream, is an error.
+        lsa_size: ranks of a node, which are consecutive; all of the group unless given.
         launches: every launch so far, in order.
     """
 
@@ -139,16 +147,21 @@ class EmulatedRuntime:
         num_sms: int = 8,
         sources: Path = SOURCES,
         limit_seconds: float = 120,
+        lsa_size: int | None = None,
     ):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.lsa_size = lsa_size or self.size
+        if self.size % self.lsa_size:
+            raise ValueError(f"lsa_size = {lsa_size}: must divide the {self.size} ranks of the group")
         self.device = torch.device("cpu")
         self.num_sms = num_sms
         self.description: dict[str, Any] = {"transport": "emulated", "device": "emulated H200", "ranks_on_device": 1}
-        self.machines = ["emulated"] * self.size
+        self.machines = [f"emulated node {rank // self.lsa_size}" for rank in range(self.size)]
         self.launches: list[Launch] = []
         self._group, self._sources, self._limit_seconds = group, sources, limit_seconds
         self._random = random.Random(f"{seed}/{self.rank}")
         self._windows: list[Window] = []
+        self._signals: dict[int, list[torch.Tensor]] = {}  # by handle of the network
         self._mapped: list[Mapped] = []
         self._streams: list[Stream] = []
         self._of_thread = threading.local()
@@ -161,29 +174,50 @@ class EmulatedRuntime:
         Raises:
             ValueError: ranks ask for different sizes, or for less than a byte.
         """
+        parts = self._share(num_bytes, "window sizes", num_bytes)
+        first = self.rank // self.lsa_size * self.lsa_size
+        node = range(first, first + self.lsa_size)
+        window = Window(parts[self.rank], _next_handle(), num_bytes, parts, node)
+        place = (self.size, self.rank, self.lsa_size)
+        _scheduler().epv2_emulator_window(window.handle, _addresses(parts), num_bytes, *place)
+        self._windows.append(window)
+        return window
+
+    def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:
+        """Collective. What kernels need as `Network::communicator`, with `num_signals` zeroed signals in each context.
+
+        Raises:
+            ValueError: ranks ask for different things, or for less than one.
+        """
+        num_bytes = 8 * max(num_signals, 0) * max(num_contexts, 0)
+        parts = self._share(num_bytes, "networks (signals, contexts, rail)", (num_signals, num_contexts, rail))
+        handle = _next_handle()
+        self._signals[handle] = parts
+        shape = (num_contexts, num_signals, int(rail))
+        _scheduler().epv2_emulator_network(handle, _addresses(parts), *shape, self.size, self.rank, self.lsa_size)
+        return handle
+
+    def _share(self, num_bytes: int, what: str, wish: object) -> list[torch.Tensor]:
+        """Zeroed memory of every rank (uint8), by rank, if all have the same wish."""
         # A memfd has no name, so nothing can be left behind; peers open it through /proc.
         file = os.memfd_create("epv2-window")
         os.ftruncate(file, max(num_bytes, 1))
         everybody: list[Any] = [None] * self.size
-        dist.all_gather_object(everybody, (num_bytes, f"/proc/{os.getpid()}/fd/{file}"), group=self._group)
-        sizes = [size for size, _ in everybody]
-        if min(sizes) < 1 or min(sizes) != max(sizes):
+        dist.all_gather_object(everybody, (num_bytes, wish, f"/proc/{os.getpid()}/fd/{file}"), group=self._group)
+        wishes = [wish for _, wish, _ in everybody]
+        if min(size for size, _, _ in everybody) < 1 or any(each != wish for each in wishes):
             os.close(file)
-            raise ValueError(f"window sizes of the ranks are {sizes}; must be equal and positive")
+            raise ValueError(f"{what} of the ranks are {wishes}; must be equal and positive")
         # Processes from one fork server would map at the same addresses, and a wrong pointer would work by chance.
         padding = mmap.mmap(-1, mmap.PAGESIZE * (1 + int.from_bytes(os.urandom(2), "little")))
-        tensors = []
-        for _, path in everybody:
+        parts = []
+        for *_, path in everybody:
             with open(path, "r+b") as peer:
-                tensors.append(torch.frombuffer(mmap.mmap(peer.fileno(), num_bytes), dtype=torch.uint8))
+                parts.append(torch.frombuffer(mmap.mmap(peer.fileno(), num_bytes), dtype=torch.uint8))
         dist.barrier(group=self._group)
         os.close(file)
         padding.close()
-        handle = _next_handle()
-        bases = (ctypes.c_void_p * self.size)(*[tensor.data_ptr() for tensor in tensors])
-        _scheduler().epv2_emulator_window(handle, self.size, bases, num_bytes)
-        self._windows.append(Window(tensors[self.rank], handle, num_bytes, tensors))
-        return self._windows[-1]
+        return parts
 
     def mapped(self, num_bytes: int) -> Mapped:
         """Zeroed host memory of `num_bytes` that kernels can write."""
@@ -323,13 +357,13 @@ class EmulatedRuntime:
         self._do(run)
 
     def close(self, abandon: bool = False) -> None:
-        """End the streams and forget the windows; kernels that use their handles fail from now on."""
+        """End the streams and forget windows and networks; kernels that use their handles fail from now on."""
         self._closing = abandon
         for stream in self._streams:
             stream.close()
-        for window in self._windows:
-            _scheduler().epv2_emulator_window(window.handle, 0, None, 0)
-        self._windows, self._streams = [], []
+        for handle in [*(window.handle for window in self._windows), *self._signals]:
+            _scheduler().epv2_emulator_forget(handle)
+        self._windows, self._signals, self._streams = [], {}, []
 
 
 _one_kernel = threading.Lock()  # the scheduler has one set of fibers
@@ -338,6 +372,10 @@ _handles = iter(range(0x7001, 1 << 30))
 
 def _next_handle() -> int:
     return next(_handles)
+
+
+def _addresses(parts: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(parts))(*[part.data_ptr() for part in parts])
 
 
 def _includes(*folders: Path) -> list[Path]:
@@ -389,9 +427,12 @@ def _scheduler() -> ctypes.CDLL:
     library = ctypes.CDLL(
         str(_compile("scheduler", here / "scheduler.cc", ["-O3"], _includes(here))), mode=ctypes.RTLD_GLOBAL
     )
-    library.epv2_emulator_window.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64]
-    library.epv2_emulator_window.restype = None
-    library.epv2_emulator_limit_seconds.restype = None
+    number, address = ctypes.c_uint64, ctypes.c_void_p
+    library.epv2_emulator_window.argtypes = [number, address, number, *[ctypes.c_int] * 3]
+    library.epv2_emulator_network.argtypes = [number, address, *[ctypes.c_int] * 6]
+    library.epv2_emulator_forget.argtypes = [number]
+    for function in ("window", "network", "forget", "limit_seconds"):
+        getattr(library, f"epv2_emulator_{function}").restype = None
     return library
 
 

@@ -15,8 +15,11 @@
 #include <cstdio>
 #include <deque>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "emulator/races.h"
@@ -41,7 +44,9 @@ const char* const kCollectiveNames[] = {"__syncwarp",       "__shfl_sync",   "__
 struct Cta;
 struct Warp;
 
-enum class Wait { nothing, collective, barrier, mbarrier, store_reads, store_writes };
+enum class Wait { nothing, collective, barrier, mbarrier, store_reads, store_writes, network_reads };
+
+struct Put;
 
 struct StoreGroup {
   int unread = 0, unwritten = 0;  // bulk stores whose source was not yet read, whose destination not yet written
@@ -58,6 +63,7 @@ struct Fiber {
   bool started = false, done = false;
   Wait wait = Wait::nothing;
   uint32_t wait_object = 0, wait_value = 0;  // barrier and threads; mbarrier and parity; -, groups that may be pending
+  std::vector<std::shared_ptr<Put>> flushes;  // what it waits for in network_flush
   uint64_t result = 0;                       // of the last collective
   std::deque<StoreGroup> groups;             // the last is not yet committed
   uint64_t first_group = 0;                  // number of groups.front()
@@ -96,6 +102,51 @@ struct Mbarrier {
   std::vector<Fiber*> waiters;
 };
 
+// A window, or the signals of a network, as this process sees them.
+struct Symmetric {
+  std::vector<uint8_t*> parts;  // by rank
+  uint64_t bytes = 0;           // of each
+  int rank = 0, lsa_size = 0;
+
+  int first() const { return rank / lsa_size * lsa_size; }  // rank of this node
+};
+
+struct Communicator {
+  Symmetric signals;  // uint64 [contexts][signals]
+  int num_contexts = 0, num_signals = 0;
+  bool rail = false;
+};
+
+// The source of a network_put.
+struct Put {
+  int thread = 0;
+  uint32_t issued = 0;  // the thread's clock
+  uint64_t communicator = 0;
+  int context = 0;
+  uint16_t agent = 0;  // in `order`, with a clock of its own
+  uint32_t clock = 0;
+  bool read = false, flushed = false;  // by a thread that knows of it
+  const void* place = nullptr;
+};
+
+// What the network was given and has not done yet.
+struct Message {
+  enum class Kind { put, value, signal } kind{};
+  uint64_t communicator = 0;
+  int context = 0, peer = 0;
+  uint64_t number = 0;  // they are not kept in order
+  std::shared_ptr<Put> put;
+  const uint8_t* source = nullptr;
+  uint8_t* target = nullptr;
+  uint64_t value = 0;
+  size_t begin = 0, end = 0;  // bytes of a put that are not yet written
+  std::vector<uint8_t> data;  // of a put that was read
+
+  bool same_way(const Message& other) const {
+    return communicator == other.communicator && context == other.context && peer == other.peer;
+  }
+};
+
 struct Cta {
   int index = 0, alive = 0;
   uint8_t* shared = nullptr;
@@ -103,6 +154,9 @@ struct Cta {
   Barrier barriers[kBarriers];
   std::vector<Mbarrier> mbarriers;
   std::unique_ptr<Order> order;
+  std::vector<std::shared_ptr<Put>> puts;
+  // Agent in `order` and its clock, by thread, communicator and context.
+  std::map<std::tuple<int, uint64_t, int>, std::pair<uint16_t, uint32_t>> putting;
 };
 
 struct Copy {
@@ -129,6 +183,10 @@ struct Launch {
   std::vector<Warp*> ready;
   std::vector<Warp*> paused;
   std::vector<Copy> copies;
+  std::vector<Message> messages;
+  uint64_t num_messages = 0;
+  uint32_t message_one_in = 0;  // 0: only when no thread is ready
+  std::vector<Fiber*> flushing;
   Warp* current_warp = nullptr;
   Fiber* current = nullptr;
   const Copy* copying = nullptr;
@@ -155,7 +213,8 @@ std::mutex launching;
 pthread_t owner;
 volatile sig_atomic_t active = 0;
 double limit_seconds = 120;
-std::map<uint64_t, std::vector<std::pair<uint8_t*, uint64_t>>> windows;
+std::map<uint64_t, Symmetric> windows;
+std::map<uint64_t, Communicator> communicators;
 struct sigaction old_segv, old_bus;
 
 uint64_t draw() {
@@ -324,6 +383,111 @@ void advance_copy(size_t index) {
   }
 }
 
+// The network.
+
+void check_flush(Fiber& fiber) {
+  for (const auto& put : fiber.flushes)
+    if (!put->read) return;
+  wake(fiber);
+}
+
+// One step of one message: a put is read, then written part by part; others are done at once.
+void advance_message(size_t index) {
+  Message& message = run.messages[index];
+  if (message.kind == Message::Kind::signal)  // comes after what was put before it: that instead, if there is any
+    for (size_t other = 0; other < run.messages.size(); other++)
+      if (const Message& earlier = run.messages[other];
+          earlier.kind != Message::Kind::signal && earlier.number < message.number && earlier.same_way(message))
+        return advance_message(other);
+  run.progress = true;
+  if (message.kind == Message::Kind::put && !message.put->read) {
+    message.data.assign(message.source, message.source + message.end);
+    message.put->read = true;
+    const auto waiting = std::move(run.flushing);
+    run.flushing.clear();
+    for (Fiber* fiber : waiting) {
+      check_flush(*fiber);
+      if (fiber->wait == Wait::network_reads) run.flushing.push_back(fiber);
+    }
+    return;
+  }
+  if (message.kind == Message::Kind::put) {
+    const auto left = static_cast<uint32_t>(message.end - message.begin);
+    const uint32_t bytes = one_in(2) ? left : 1 + draw_below(left);
+    const bool front = one_in(2);
+    const size_t at = front ? message.begin : message.end - bytes;
+    std::memcpy(message.target + at, message.data.data() + at, bytes);
+    if (front)
+      message.begin += bytes;
+    else
+      message.end -= bytes;
+    if (message.begin < message.end) return;
+  } else if (message.kind == Message::Kind::value) {
+    __atomic_store_n(reinterpret_cast<uint64_t*>(message.target), message.value, __ATOMIC_SEQ_CST);
+  } else {
+    __atomic_fetch_add(reinterpret_cast<uint64_t*>(message.target), message.value, __ATOMIC_SEQ_CST);
+  }
+  std::swap(run.messages[index], run.messages.back());
+  run.messages.pop_back();
+}
+
+void advance_a_message() { advance_message(draw_below(static_cast<uint32_t>(run.messages.size()))); }
+
+const Communicator& find_communicator(const char* what, const Network& network) {
+  const auto found = communicators.find(network.communicator);
+  if (found == communicators.end())
+    fail("%s: %llu is no communicator of a network", what, static_cast<unsigned long long>(network.communicator));
+  const Communicator& communicator = found->second;
+  if (network.context < 0 || network.context >= communicator.num_contexts)
+    fail("%s: context %d; the network has %d", what, network.context, communicator.num_contexts);
+  if ((network.rail != 0) != communicator.rail)
+    fail("%s: rail = %d, but the network was made with %s connections", what, network.rail,
+         communicator.rail ? "RAIL" : "FULL");
+  return communicator;
+}
+
+uint64_t* signal_word(const char* what, const Network& network, int rank, uint32_t signal) {
+  const Communicator& communicator = find_communicator(what, network);
+  if (signal >= static_cast<uint32_t>(communicator.num_signals))
+    fail("%s: signal %u; the network has %d", what, signal, communicator.num_signals);
+  auto* words = reinterpret_cast<uint64_t*>(communicator.signals.parts[static_cast<size_t>(rank)]);
+  return words + network.context * communicator.num_signals + signal;
+}
+
+const Communicator& check_network_peer(const char* what, const Network& network, int peer) {
+  const Communicator& communicator = find_communicator(what, network);
+  const auto& [parts, bytes, rank, lsa_size] = communicator.signals;
+  const int ranks = static_cast<int>(parts.size());
+  if (peer < 0 || peer >= ranks) fail("%s: peer %d; the group has %d ranks", what, peer, ranks);
+  if (peer / lsa_size == rank / lsa_size)
+    fail("%s: peer %d is on this node (ranks %d to %d), where the network does not lead", what, peer,
+         communicator.signals.first(), communicator.signals.first() + lsa_size - 1);
+  if (communicator.rail && peer % lsa_size != rank % lsa_size)
+    fail("%s: peer %d is not on the rail of rank %d: its LSA rank is %d, not %d", what, peer, rank, peer % lsa_size,
+         rank % lsa_size);
+  return communicator;
+}
+
+uint8_t* window_part(const char* what, uint64_t window, int rank, uint64_t offset, uint64_t bytes) {
+  const auto found = windows.find(window);
+  if (found == windows.end()) fail("%s: %llu is no window", what, static_cast<unsigned long long>(window));
+  const Symmetric& memory = found->second;
+  if (offset > memory.bytes || bytes > memory.bytes - offset)
+    fail("%s: %llu bytes at offset %llu in a window of %llu bytes", what, static_cast<unsigned long long>(bytes),
+         static_cast<unsigned long long>(offset), static_cast<unsigned long long>(memory.bytes));
+  return memory.parts.at(static_cast<size_t>(rank)) + offset;
+}
+
+void send(const Network& network, int peer, Message message) {
+  if (run.num_messages == 0) run.message_one_in = one_in(3) ? 0 : one_in(2) ? 2 : 64;
+  message.communicator = network.communicator;
+  message.context = network.context;
+  message.peer = peer;
+  message.number = run.num_messages++;
+  run.messages.push_back(std::move(message));
+  yield_one_in(8);
+}
+
 uint32_t shared_offset(const char* what, const void* address, uint64_t bytes) {
   const auto offset = static_cast<const uint8_t*>(address) - run.current->cta->shared;
   if (offset < 0 || static_cast<uint64_t>(offset) + bytes > run.shared_bytes)
@@ -345,6 +509,8 @@ uint32_t shared_offset(const char* what, const void* address, uint64_t bytes) {
       for (int lane = 0; lane < kWarp; lane++)
         if (warp.fibers[lane].store_agent == earlier.agent)
           who = print("a bulk_store of thread %d", warp.fibers[lane].thread);
+    for (const auto& [key, agent_and_clock] : cta.putting)
+      if (agent_and_clock.first == earlier.agent) who = print("a network_put of thread %d", std::get<0>(key));
   }
   const std::string place = source(earlier.place);
   const std::string where = memory == Memory::shared
@@ -423,9 +589,9 @@ bool passed(Mbarrier& bar, uint32_t parity) {
 
 bool in_window(const void* address) {
   const auto* byte = static_cast<const uint8_t*>(address);
-  for (const auto& [handle, peers] : windows)
-    for (const auto& [base, bytes] : peers)
-      if (byte >= base && byte < base + bytes) return true;
+  for (const auto& [handle, window] : windows)
+    for (const uint8_t* part : window.parts)
+      if (byte >= part && byte < part + window.bytes) return true;
   return false;
 }
 
@@ -540,6 +706,10 @@ void finish_fiber() {
     for (const Mbarrier& bar : cta.mbarriers)
       if (bar.observed < bar.loading)
         fail("the CTA's last thread returned, and nobody has waited for the last bulk_load on mbarrier %u", bar.offset);
+    for (const auto& put : cta.puts)
+      if (!put->flushed)
+        fail("the CTA's last thread returned, and a network_put of thread %d at %s is not flushed", put->thread,
+             source(put->place).c_str());
   } else if (cta.barriers[0].expected == static_cast<int>(cta.warps.size()) * kWarp && syncthreads_complete(cta)) {
     release(cta.barriers[0]);
   }
@@ -569,6 +739,7 @@ std::string waiting_for(const Fiber& fiber) {
     }
     case Wait::store_reads: return "bulk_wait_read" + at;
     case Wait::store_writes: return "bulk_wait_all" + at;
+    case Wait::network_reads: return "network_flush" + at;
     case Wait::nothing: break;
   }
   if (fiber.done) return "returned";
@@ -719,9 +890,14 @@ void schedule() {
     if (step % 4096 == 0 && seconds() > deadline) stop(print("still running after %g s:", limit_seconds) + describe());
     if (!run.copies.empty() && one_in(run.copy_one_in))
       advance_copy(draw_below(static_cast<uint32_t>(run.copies.size())));
+    if (!run.messages.empty() && run.message_one_in != 0 && one_in(run.message_one_in)) advance_a_message();
     if (run.ready.empty()) {
       if (!run.copies.empty() && (run.paused.empty() || one_in(2))) {
         advance_copy(draw_below(static_cast<uint32_t>(run.copies.size())));
+        continue;
+      }
+      if (!run.messages.empty() && (run.paused.empty() || one_in(4))) {
+        advance_a_message();
         continue;
       }
       if (run.paused.empty()) stop("deadlock:" + describe());
@@ -776,6 +952,9 @@ void prepare(int ctas, int threads) {
   run.ready.clear();
   run.paused.clear();
   run.copies.clear();
+  run.messages.clear();
+  run.num_messages = 0;
+  run.flushing.clear();
   run.current_warp = nullptr;
   run.current = nullptr;
   run.copying = nullptr;
@@ -814,6 +993,7 @@ void prepare(int ctas, int threads) {
         fiber.groups[0] = {};
         fiber.first_group = 0;
         fiber.store_agent = 0;
+        fiber.flushes.clear();
         fiber.place = nullptr;
       }
       if (c != run.late_cta) add_ready(warp, kFull);
@@ -963,6 +1143,7 @@ int launch(const char* name, Body body, const void* args, uint64_t args_bytes, i
   sigaction(SIGSEGV, &action, &old_segv);
   sigaction(SIGBUS, &action, &old_bus);
   if (_setjmp(run.abort) == 0) schedule();
+  while (!run.messages.empty()) advance_a_message();  // after an error, too: peers need not wait for what was sent
   active = 0;
   sigaction(SIGSEGV, &old_segv, nullptr);
   sigaction(SIGBUS, &old_bus, nullptr);
@@ -1184,25 +1365,127 @@ void pause() {
 
 uint8_t* peer_pointer(uint64_t window, uint64_t offset, int peer) {
   EPV2_PLACE();
-  const auto found = windows.find(window);
-  if (found == windows.end()) fail("peer_pointer: %llu is no window", static_cast<unsigned long long>(window));
-  if (peer < 0 || static_cast<size_t>(peer) >= found->second.size())
-    fail("peer_pointer: peer %d; the window has %zu", peer, found->second.size());
-  const auto [base, bytes] = found->second[static_cast<size_t>(peer)];
-  if (offset > bytes)
-    fail("peer_pointer: offset %llu in a window of %llu bytes", static_cast<unsigned long long>(offset),
-         static_cast<unsigned long long>(bytes));
-  return base + offset;
+  window_part("peer_pointer", window, 0, offset, 0);
+  const Symmetric& memory = windows.at(window);
+  if (peer < 0 || peer >= memory.lsa_size)
+    fail("peer_pointer: peer %d; the LSA team has %d", peer, memory.lsa_size);
+  return memory.parts[static_cast<size_t>(memory.first() + peer)] + offset;
+}
+
+void network_put(Network network, int peer, uint64_t window, uint64_t to, uint64_t from, uint32_t bytes) {
+  EPV2_PLACE();
+  yield_one_in(8);
+  const int rank = check_network_peer("network_put", network, peer).signals.rank;
+  if (bytes == 0) fail("network_put: 0 bytes; must be at least 1");
+  Message message;
+  message.kind = Message::Kind::put;
+  message.source = window_part("network_put", window, rank, from, bytes);
+  message.target = window_part("network_put", window, peer, to, bytes);
+  message.end = bytes;
+  const Fiber& fiber = *run.current;
+  Cta& cta = *fiber.cta;
+  for (const Copy& copy : run.copies)
+    if (!copy.is_load && copy.global < message.source + bytes && message.source < copy.global + copy.bytes)
+      fail("network_put: its source is being written by a bulk_store of CTA %d thread %d in flight",
+           copy.issuer->cta->index, copy.issuer->thread);
+  auto& [agent, clock] = cta.putting[{fiber.thread, network.communicator, network.context}];
+  if (agent == 0) agent = cta.order->new_agent();
+  clock++;
+  Conflict conflict;
+  if (cta.order->put(fiber.thread, reinterpret_cast<uint64_t>(message.source), bytes, agent, clock,
+                     relative(fiber.place), conflict))
+    report("network_put", false, Memory::global, conflict);
+  message.put = std::make_shared<Put>();
+  message.put->thread = fiber.thread;
+  message.put->issued = cta.order->now(fiber.thread);
+  message.put->communicator = network.communicator;
+  message.put->context = network.context;
+  message.put->agent = agent;
+  message.put->clock = clock;
+  message.put->place = fiber.place;
+  cta.puts.push_back(message.put);
+  send(network, peer, std::move(message));
+}
+
+void network_put_value(Network network, int peer, uint64_t window, uint64_t to, uint64_t value) {
+  EPV2_PLACE();
+  yield_one_in(8);
+  check_network_peer("network_put_value", network, peer);
+  if (to % 8 != 0) fail("network_put_value: offset %llu is not a multiple of 8", static_cast<unsigned long long>(to));
+  Message message;
+  message.kind = Message::Kind::value;
+  message.target = window_part("network_put_value", window, peer, to, 8);
+  message.value = value;
+  send(network, peer, std::move(message));
+}
+
+void network_signal(Network network, int peer, uint32_t signal, uint64_t value) {
+  EPV2_PLACE();
+  yield_one_in(8);
+  check_network_peer("network_signal", network, peer);
+  Message message;
+  message.kind = Message::Kind::signal;
+  message.target = reinterpret_cast<uint8_t*>(signal_word("network_signal", network, peer, signal));
+  message.value = value;
+  send(network, peer, std::move(message));
+}
+
+uint64_t network_signal_value(Network network, uint32_t signal) {
+  EPV2_PLACE();
+  yield_one_in(4);
+  const int rank = find_communicator("network_signal_value", network).signals.rank;
+  const uint64_t* word = signal_word("network_signal_value", network, rank, signal);
+  const uint64_t value = __atomic_load_n(word, __ATOMIC_SEQ_CST);
+  Order& order = *run.current->cta->order;
+  Channel& flag = order.flag(word);
+  if (value != flag.value) order.acquired_from_peer(run.current->thread, relative(run.current->place));
+  flag.value = value;
+  return value;
+}
+
+void network_flush(Network network) {
+  EPV2_PLACE();
+  yield_one_in(8);
+  find_communicator("network_flush", network);
+  Fiber& fiber = *run.current;
+  Cta& cta = *fiber.cta;
+  bool unread = false;
+  for (const auto& put : cta.puts)  // those that this thread does not know of might as well come later
+    if (put->communicator == network.communicator && put->context == network.context &&
+        cta.order->knows(fiber.thread, static_cast<uint16_t>(put->thread), put->issued)) {
+      fiber.flushes.push_back(put);
+      unread |= !put->read;
+    }
+  if (unread) {
+    run.flushing.push_back(&fiber);
+    block(Wait::network_reads, 0, 0);
+  }
+  for (const auto& put : fiber.flushes) {
+    put->flushed = true;
+    cta.order->learn(fiber.thread, put->agent, put->clock);
+  }
+  fiber.flushes.clear();
 }
 
 }  // namespace epv2
 
 // For runtime.py.
-extern "C" void epv2_emulator_window(uint64_t window, int peers, uint8_t* const* bases, uint64_t bytes) {
-  auto& entry = epv2::emulator::windows[window];
-  entry.clear();
-  for (int peer = 0; peer < peers; peer++) entry.emplace_back(bases[peer], bytes);
-  if (peers == 0) epv2::emulator::windows.erase(window);
+extern "C" void epv2_emulator_window(uint64_t window, uint8_t* const* parts, uint64_t bytes, int ranks, int rank,
+                                     int lsa_size) {
+  epv2::emulator::windows[window] = {{parts, parts + ranks}, bytes, rank, lsa_size};
+}
+
+extern "C" void epv2_emulator_network(uint64_t communicator, uint8_t* const* signals, int num_contexts,
+                                      int num_signals, int is_rail, int ranks, int rank, int lsa_size) {
+  const auto bytes = 8 * static_cast<uint64_t>(num_contexts) * static_cast<uint64_t>(num_signals);
+  epv2::emulator::communicators[communicator] = {
+      {{signals, signals + ranks}, bytes, rank, lsa_size}, num_contexts, num_signals, is_rail != 0};
+}
+
+// Of a window or a network.
+extern "C" void epv2_emulator_forget(uint64_t handle) {
+  epv2::emulator::windows.erase(handle);
+  epv2::emulator::communicators.erase(handle);
 }
 
 extern "C" void epv2_emulator_limit_seconds(double seconds) { epv2::emulator::limit_seconds = seconds; }

@@ -119,6 +119,26 @@ CUresult cuStreamBatchMemOp(CUstream on, unsigned count, CUstreamBatchMemOpParam
   return answer("cuStreamBatchMemOp");
 }
 
+CUresult cuMemAlloc(CUdeviceptr* memory, size_t size) {
+  note("cuMemAlloc %zu", size);
+  if (const CUresult result = answer("cuMemAlloc")) return result;
+  *memory = reinterpret_cast<CUdeviceptr>(std::malloc(size));
+  return CUDA_SUCCESS;
+}
+
+CUresult cuMemFree(CUdeviceptr memory) {
+  note("cuMemFree");
+  std::free(reinterpret_cast<void*>(memory));
+  return CUDA_SUCCESS;
+}
+
+CUresult cuMemcpyHtoDAsync(CUdeviceptr to, const void* from, size_t size, CUstream) {
+  note("cuMemcpyHtoDAsync %zu", size);
+  const CUresult result = answer("cuMemcpyHtoDAsync");
+  if (result == CUDA_SUCCESS) std::memcpy(reinterpret_cast<void*>(to), from, size);
+  return result;
+}
+
 CUresult cuMemHostAlloc(void** memory, size_t size, unsigned flags) {
   note("cuMemHostAlloc %zu flags=%u", size, flags);
   if (const CUresult result = answer("cuMemHostAlloc")) return result;

@@ -1,5 +1,6 @@
-// A stand-in for libnccl.so.2 on machines without a GPU: FAKE_NCCL_VERSION, FAKE_RANKS, FAKE_LSA and FAKE_NO_WINDOWS
-// choose what it claims to be. One communicator, windows in host memory, no peers.
+// A stand-in for libnccl.so.2 on machines without a GPU: FAKE_NCCL_VERSION, FAKE_RANK, FAKE_RANKS, FAKE_LSA,
+// FAKE_NO_WINDOWS, FAKE_NO_GIN and FAKE_CONTEXTS choose what it claims to be. One communicator, windows in host memory,
+// no peers.
 #include <nccl.h>
 #include <nccl_device.h>
 
@@ -84,7 +85,7 @@ ncclResult_t ncclCommQueryProperties(ncclComm_t, ncclCommProperties_t* propertie
   properties->nRanks = number("FAKE_RANKS", 1);
   properties->nLsaTeams = properties->nRanks / number("FAKE_LSA", properties->nRanks);
   properties->deviceApiSupport = !*setting("FAKE_NO_WINDOWS");
-  properties->ginType = NCCL_GIN_TYPE_PROXY;
+  properties->ginType = *setting("FAKE_NO_GIN") ? NCCL_GIN_TYPE_NONE : NCCL_GIN_TYPE_PROXY;
   properties->railedGinType = NCCL_GIN_TYPE_NONE;
   properties->hostRmaSupport = true;
   return answer("ncclCommQueryProperties");
@@ -92,7 +93,9 @@ ncclResult_t ncclCommQueryProperties(ncclComm_t, ncclCommProperties_t* propertie
 
 ncclTeam_t ncclTeamLsa(ncclComm_t) {
   ncclTeam_t team = {};
-  if (!listed("FAKE_FAIL", "ncclTeamLsa")) team.nRanks = number("FAKE_LSA", number("FAKE_RANKS", 1));
+  if (listed("FAKE_FAIL", "ncclTeamLsa")) return team;
+  team.nRanks = number("FAKE_LSA", number("FAKE_RANKS", 1));
+  team.rank = number("FAKE_RANK", 0) % team.nRanks;
   return team;
 }
 
@@ -136,6 +139,7 @@ ncclResult_t ncclDevCommCreate(ncclComm_t, const ncclDevCommRequirements_t* want
   note("ncclDevCommCreate lsa=%d contexts=%d signals=%d counters=%d connection=%d", wanted->lsaBarrierCount,
        wanted->ginContextCount, wanted->ginSignalCount, wanted->ginCounterCount, wanted->ginConnectionType);
   out->rank = 5;
+  out->ginContextCount = number("FAKE_CONTEXTS", wanted->ginContextCount);
   const ncclResult_t result = answer("ncclDevCommCreate");
   return result == ncclInProgress ? ncclSuccess : result;
 }

@@ -110,6 +110,17 @@ __device__ __forceinline__ void store_release_system(uint32_t* pointer, uint32_t
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
 
+// A word of shared memory that says what its writer has done, to threads of the same CTA.
+__device__ __forceinline__ void publish(uint32_t* word, uint32_t value) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(word)), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t published(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(shared_address(word)) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* pointer) {
   uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
@@ -137,10 +148,79 @@ __device__ __forceinline__ void store_streaming(void* pointer, uint4 v) {
                : "memory");
 }
 
-// Address of byte `offset` of rank `peer`'s window.
+// Address of byte `offset` of the window of a rank of this node; `peer` is its index in the LSA team.
 __device__ __forceinline__ uint8_t* peer_pointer(uint64_t window, uint64_t offset, int peer) {
   return static_cast<uint8_t*>(ncclGetLsaPointer(reinterpret_cast<ncclWindow_t>(window), offset, peer));
 }
+
+// ---- the network ----------------------------------------------------------------------------------------------
+
+// A way to ranks of other nodes. Every function below is for one thread; `peer` is a rank of the group, offsets are
+// bytes in `window`, of this rank (`from`) and of the peer (`to`).
+struct Network {
+  uint64_t communicator;  // address of an ncclDevComm in device memory
+  int context;            // of the communicator; a signal with the same number in another context is another signal
+  int rail;               // 1: RAIL connections, which lead to ranks of the same LSA rank; 0: FULL connections
+};
+
+struct NetworkPeer {
+  ncclGin gin;
+  ncclTeam team;
+  int index;  // in `team`
+
+  __device__ __forceinline__ NetworkPeer(const Network& network, int peer)
+      : gin(communicator(network), network.context),
+        team(network.rail != 0 ? ncclTeamRail(gin.comm) : ncclTeamWorld(gin.comm)),
+        index(network.rail != 0 ? peer / gin.comm.lsaSize : peer) {}
+
+  static __device__ __forceinline__ const ncclDevComm& communicator(const Network& network) {
+    return *reinterpret_cast<const ncclDevComm*>(network.communicator);
+  }
+};
+
+// What this thread has read and written, or seen of other threads, is done before what it gives the network next. Not
+// left to NCCL: what that does instead needs local memory in one of its backends.
+constexpr cuda::thread_scope kReleased = cuda::thread_scope_system;
+__device__ __forceinline__ void release_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Copy from this rank's window into the peer's, at any time: after other puts, or in parts.
+__device__ __forceinline__ void network_put(Network network, int peer, uint64_t window, uint64_t to, uint64_t from,
+                                            uint32_t bytes) {
+  const NetworkPeer at(network, peer);
+  const auto memory = reinterpret_cast<ncclWindow_t>(window);
+  release_system();
+  at.gin.put(at.team, at.index, memory, to, memory, from, bytes, ncclGin_None{}, ncclGin_None{}, ncclCoopThread{},
+             ncclGin_None{}, kReleased, kReleased);
+}
+
+// The same for 8 bytes that need no source; `to` is a multiple of 8.
+__device__ __forceinline__ void network_put_value(Network network, int peer, uint64_t window, uint64_t to,
+                                                  uint64_t value) {
+  const NetworkPeer at(network, peer);
+  release_system();
+  at.gin.putValue(at.team, at.index, reinterpret_cast<ncclWindow_t>(window), to, value, ncclGin_None{},
+                  ncclCoopThread{}, ncclGin_None{}, kReleased, kReleased);
+}
+
+// Add to the peer's signal, after all that was put to it in this context before.
+__device__ __forceinline__ void network_signal(Network network, int peer, uint32_t signal, uint64_t value) {
+  const NetworkPeer at(network, peer);
+  release_system();
+  at.gin.signal(at.team, at.index, ncclGin_StrongSignalAdd{signal, value}, ncclCoopThread{}, ncclGin_None{}, kReleased,
+                kReleased);
+}
+
+// This rank's signal. What was put before it was added to may be read then.
+__device__ __forceinline__ uint64_t network_signal_value(Network network, uint32_t signal) {
+  return ncclGin(NetworkPeer::communicator(network), network.context).readSignal(signal);
+}
+
+// The sources of all that this CTA has put in this context may be written again. (The data may not be there yet.)
+__device__ __forceinline__ void network_flush(Network network) {
+  ncclGin(NetworkPeer::communicator(network), network.context).flush(ncclCoopThread{});
+}
+
+// ---- time -----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint64_t global_nanoseconds() {
   uint64_t value;

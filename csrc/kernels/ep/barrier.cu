@@ -1,4 +1,5 @@
-// Every rank waits here for all others. One CTA.
+// Every rank waits here for all others: those of its node, then one of each other node, then its node again, which by
+// then has heard of all. One CTA.
 #include "ep/protocol.cuh"
 
 using namespace epv2;
@@ -6,7 +7,20 @@ using namespace epv2;
 EPV2_KERNEL(epv2_barrier, BareArgs, 1024) {
   const Common& c = args.common;
   const uint32_t number = operation_number(c);
-  signal_all(c, kBarrier, number);
-  if (!wait_all(c, kBarrier, number, true, reinterpret_cast<uint32_t*>(shared_memory()))) return;
-  if (threadIdx.x == 0) finish_operation(c, kSequence, number);
+  uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
+  signal_node(c, kBarrier, number);
+  if (!wait_node(c, kBarrier, number, true, scratch)) return;
+  if constexpr (kNodes) {
+    const uint32_t count = *state_word(c, kBarriers) + 1;
+    for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) send_record(c, remote(c, i), kBarrierSignal);
+    for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
+      wait_signal(c, kBarrierSignal, remote(c, i), count, kBarrier, number) && check_record(c, remote(c, i), kBarrier);
+    }
+    const bool gave_up = agree_failed(c, scratch);
+    if (threadIdx.x == 0) network_flush(network(c, 0));
+    if (gave_up) return;
+    signal_node(c, kBarrierEnd, number);
+    if (!wait_node(c, kBarrierEnd, number, false, scratch)) return;
+  }
+  if (threadIdx.x == 0) finish_operation(c, kSequence, kBarriers, number);
 }

@@ -6,5 +6,5 @@ using namespace epv2;
 
 EPV2_KERNEL(epv2_combine_idle, BareArgs, 1024) {
   const Common& c = args.common;
-  wait_all(c, kCombineDone, *state_word(c, kLastCombine), false, reinterpret_cast<uint32_t*>(shared_memory()));
+  wait_node(c, kCombineDone, *state_word(c, kLastCombine), false, reinterpret_cast<uint32_t*>(shared_memory()));
 }

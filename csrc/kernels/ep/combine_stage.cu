@@ -1,8 +1,9 @@
 // Combine, first kernel: put what goes back to the tokens' owners where they can read it.
 //
-// Each received row becomes the sum of its expert rows, in top-k order, in fp32, rounded once. Its place is source
-// rank * M + token: both sides know it. With `by_row` the expert rows lie in the window already, and a table, which all
-// threads fill, tells owners where.
+// Each received row becomes the sum of its expert rows, in top-k order, in fp32, rounded once. Its place follows from its
+// source rank and token: both sides know it. With `by_row` the expert rows lie in the window already, and a table, which
+// all threads fill, tells owners where. Rows from other nodes have places of their own, of which their relay is told.
+#include "ep/slots.cuh"
 #include "ep/sum_rows.cuh"
 
 using namespace epv2;
@@ -15,9 +16,10 @@ constexpr int kAhead = 4;  // entries that a thread loads before it stores the f
 __device__ void fill_table(const CombineArgs& args) {
   const Common& c = args.common;
   const Counts counts(args.counts, c);
+  const Slots slots(args);
   const int32_t* metadata = reinterpret_cast<const int32_t*>(args.metadata);
   const float* weights = reinterpret_cast<const float*>(args.weights);
-  uint8_t* window = peer_pointer(c.window, 0, c.rank);
+  uint8_t* window = own_pointer<uint8_t>(c, 0);
   int32_t* table = reinterpret_cast<int32_t*>(window + args.table_offset);
   float* weights_out = reinterpret_cast<float*>(window + args.weights_offset);
   const int64_t num_entries = static_cast<int64_t>(counts.total(c.num_local_experts)) * c.num_topk;
@@ -30,8 +32,10 @@ __device__ void fill_table(const CombineArgs& args) {
     for (int j = 0; j < kAhead; j++) {
       const int64_t entry = first + j * step;
       if (entry >= num_entries) continue;
-      const int32_t* row = metadata + entry / c.num_topk * (2 + c.num_topk);
-      slot[j] = row[0];
+      const int number = static_cast<int>(entry / c.num_topk);
+      const int32_t* row = metadata + static_cast<int64_t>(number) * (2 + c.num_topk);
+      slot[j] = slots.of(number, row[0]);
+      if (kNodes && entry % c.num_topk == 0) slots.tell(number, row[0], slot[j]);
       place[j] = row[2 + entry % c.num_topk];
     }
 #pragma unroll
@@ -57,22 +61,24 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring) {
   const int num_rows = counts.total(c.num_local_experts), step = gridDim.x * args.num_groups;
   const int32_t* metadata = reinterpret_cast<const int32_t*>(args.metadata);
   const uint8_t* x = reinterpret_cast<const uint8_t*>(args.x);
-  uint8_t* window = peer_pointer(c.window, 0, c.rank);
+  uint8_t* window = own_pointer<uint8_t>(c, 0);
+  const Slots slots(args);
   Producer producer(ring);
 
   // The metadata of the next row is on its way while this one is fed to the ring.
-  int row = blockIdx.x + gridDim.x * group, next_slot = 0, next_place = -1;
+  int row = blockIdx.x + gridDim.x * group, next_source = 0, next_place = -1;
   auto fetch = [&](int at) {
     next_place = -1;
     if (at >= num_rows) return;
     const int32_t* from = metadata + static_cast<int64_t>(at) * width;
-    next_slot = from[0];
+    next_source = from[0];
     if (args.expand && lane < c.num_topk) next_place = from[2 + lane];
     if (!args.expand && lane == 0) next_place = at;
   };
   fetch(row);
   for (; row < num_rows; row += step) {
-    const int slot = next_slot, place = next_place;
+    const int slot = slots.of(row, next_source), place = next_place;
+    if (lane == 0) slots.tell(row, next_source, slot);
     fetch(row + step);
     if (c.has_weights && lane < c.num_topk) {
       const float* weights = reinterpret_cast<const float*>(args.weights);
@@ -104,11 +110,21 @@ EPV2_KERNEL(epv2_combine_stage, CombineArgs, 768) {
   if (!c.by_row) init_rings(args);
 
   // Peers may still be reading what the last combine put there.
-  if (!wait_all(c, kCombineDone, *state_word(c, kLastCombine), false, scratch)) return;
+  if (!wait_node(c, kCombineDone, *state_word(c, kLastCombine), false, scratch)) return;
+  if (kNodes && blockIdx.x == 0) {
+    // This rank has read what came back from other nodes the last time, too.
+    if (threadIdx.x == 0) write_record(c, number);
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) send_record(c, remote(c, i), kReturnsFree);
+  }
   if (c.by_row) {
     fill_table(args);
   } else {
     run_rings(args, [&](int group, const Ring& ring) { produce(args, group, ring); });
   }
-  if (last_to_arrive(c, kArrived, scratch)) signal_all(c, kSumsReady, number);
+  if (kNodes && blockIdx.x == 0) {
+    __syncthreads();
+    if (threadIdx.x == 0) network_flush(network(c, 0));
+  }
+  if (last_to_arrive(c, kArrived, scratch)) signal_node(c, kSumsReady, number);
 }

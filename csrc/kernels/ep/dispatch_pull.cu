@@ -2,7 +2,8 @@
 //
 // A warp keeps `num_stages` pieces of rows in flight: bulk load from the peer, bulk stores from shared memory, and the
 // slot is loaded again two pieces later. The rows of the rank after this one come first, so that at any time each rank
-// is read by one other. Needs only the metadata: repeating a dispatch starts here (after dispatch_stage).
+// is read by one other. Rows from other nodes are read where they arrived. Needs only the metadata: repeating a dispatch
+// starts here (after dispatch_stage).
 #include "ep/protocol.cuh"
 
 using namespace epv2;
@@ -66,6 +67,7 @@ class Puller {
         reinterpret_cast<const int32_t*>(args_.metadata) + static_cast<int64_t>(row) * (2 + c_.num_topk);
     next_piece_ = static_cast<int>(unit % num_pieces_);
     next_source_ = metadata[0];
+    if constexpr (kNodes) next_arrival_ = reinterpret_cast<const int32_t*>(args_.origin)[row];
     if (args_.expand) {
       if (lane_ < c_.num_topk) next_place_ = metadata[2 + lane_];
     } else if (lane_ == 0) {
@@ -86,8 +88,9 @@ class Puller {
       places_[slot * stride()] = next_piece_;
       if (next_piece_ >= 0) {
         const int bytes = piece_bytes(next_piece_) + (next_piece_ == num_pieces_ - 1 ? scale_bytes_ : 0);
-        const uint8_t* from = peers_[next_source_ / c_.max_tokens] +
-                              static_cast<int64_t>(next_source_ % c_.max_tokens) * args_.row_stride +
+        const int source = next_source_ / c_.max_tokens;
+        const int index = is_near(c_, source) ? next_source_ % c_.max_tokens : next_arrival_;
+        const uint8_t* from = peers_[source] + static_cast<int64_t>(index) * args_.row_stride +
                               static_cast<int64_t>(next_piece_) * args_.piece_bytes;
         mbarrier_arrive_expect(&full_[slot], bytes);
         bulk_load(slot_memory(slot), from, bytes, &full_[slot]);
@@ -139,7 +142,7 @@ class Puller {
   int num_rows_, num_pieces_, scale_bytes_, first_row_;
   bool scales_by_bulk_;
   uint32_t phases_ = 0;
-  int next_place_ = -1, next_piece_ = kNoMore, next_source_ = 0;
+  int next_place_ = -1, next_piece_ = kNoMore, next_source_ = 0, next_arrival_ = 0;
 };
 
 __device__ void zero_gaps(const DispatchPullArgs& args, const Counts& counts) {
@@ -173,7 +176,10 @@ EPV2_KERNEL(epv2_dispatch_pull, DispatchPullArgs, 256) {
   int32_t* places = reinterpret_cast<int32_t*>(peers + c.num_ranks);
 
   if (threadIdx.x == 0) *taken = 0;
-  for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) peers[p] = peer_pointer(c.window, args.rows_offset, p);
+  for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) {
+    peers[p] = is_near(c, p) ? near_pointer(c, args.rows_offset, p)
+                             : near_pointer(c, args.arrivals_offset, relay_of(c, p));
+  }
   for (int i = threadIdx.x; i < slots; i += blockDim.x) mbarrier_init(&full[i], 1);
   mbarrier_init_fence();
   const Counts counts(args.counts, c);
@@ -188,7 +194,7 @@ EPV2_KERNEL(epv2_dispatch_pull, DispatchPullArgs, 256) {
       .run();
   if (args.zero_padding) zero_gaps(args, counts);
   if (last_to_arrive(c, kArrived, scratch)) {
-    signal_all(c, kDispatchDone, number);
-    if (threadIdx.x == 0) finish_operation(c, kLastDispatch, number);
+    signal_node(c, kDispatchDone, number);
+    if (threadIdx.x == 0) finish_operation(c, kLastDispatch, kDispatches, number);
   }
 }

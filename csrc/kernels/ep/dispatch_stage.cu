@@ -4,21 +4,20 @@
 //    raises kCountsReady.
 // 2. Rows go into the window: copied, or cast to e4m3 with a scale factor per 128 values (EPV2_CAST: 0 = copy,
 //    1 = from bf16, 2 = from fp16, 3 = from fp32). kRowsReady follows.
-// 3. Meanwhile one warp reads what all ranks counted and tells the host how many rows arrive.
-#include "ep/protocol.cuh"
+// 3. Meanwhile one warp reads what all ranks counted and tells the host how many rows arrive; between nodes
+//    dispatch_send does.
+#include "ep/counts.cuh"
 
 using namespace epv2;
 
 namespace {
-
-constexpr int kAhead = 8;  // loads that are on their way together
 
 // ---- counts ---------------------------------------------------------------------------------------------------
 
 __device__ void count_chunk(const DispatchStageArgs& args, int chunk, int32_t* count, int16_t* topk_out,
                             int32_t* counts_out) {
   const Common& c = args.common;
-  const int lane = threadIdx.x % kWarp, columns = c.num_local_experts + 1, width = c.num_ranks * columns;
+  const int lane = threadIdx.x % kWarp, columns = c.num_local_experts + 1, width = count_width(c);
   const int num_experts = c.num_ranks * c.num_local_experts;
   for (int i = lane; i < width; i += kWarp) count[i] = 0;
   __syncwarp();
@@ -41,6 +40,17 @@ __device__ void count_chunk(const DispatchStageArgs& args, int chunk, int32_t* c
         if (other >= 0 && other < num_experts && static_cast<int>(other) / c.num_local_experts == rank) first = false;
       }
       if (first) atomicAdd(&count[rank * columns + c.num_local_experts], 1);
+      if constexpr (kNodes) {
+        if (!c.rail || !first) continue;
+        const int node = rank / c.lsa_size;
+        for (int j = 0; j < k; j++) {
+          const int64_t other = topk[j];
+          if (other >= 0 && other < num_experts && static_cast<int>(other) / c.num_local_experts / c.lsa_size == node) {
+            first = false;
+          }
+        }
+        if (first) atomicAdd(&count[c.num_ranks * columns + node], 1);
+      }
     }
   }
   __syncwarp();
@@ -81,68 +91,6 @@ __device__ void sum_chunks(int32_t* counts, int32_t* totals, int width, int num_
     }
     __syncthreads();
   }
-}
-
-__device__ __forceinline__ const int32_t* totals_of(const DispatchStageArgs& args, int rank) {
-  return reinterpret_cast<const int32_t*>(peer_pointer(args.common.window, args.totals_offset, rank));
-}
-
-// One warp: what arrives here, from everybody's totals. `column_total` holds L + 1 words of shared memory.
-__device__ void gather_counts(const DispatchStageArgs& args, uint32_t number, int32_t* column_total) {
-  const Common& c = args.common;
-  const int lane = threadIdx.x % kWarp, columns = c.num_local_experts + 1;
-  bool here = true;
-  for (int p = lane; p < c.num_ranks; p += kWarp) here &= wait_flag(c, kCountsReady, p, number, true);
-  if (!__all_sync(0xffffffffu, here)) return;
-  __syncwarp();  // what one lane waited for, all may read
-  const Counts counts(args.counts, c);
-  for (int column = lane; column < columns; column += kWarp) {
-    int sum = 0;
-    for (int first = 0; first < c.num_ranks; first += kAhead) {
-      int rows[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; j++) {
-        rows[j] = first + j < c.num_ranks ? totals_of(args, first + j)[c.rank * columns + column] : 0;
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead; j++) {
-        if (first + j < c.num_ranks) {
-          counts.from(first + j, column) = rows[j];
-          counts.begin(first + j, column) = sum;
-        }
-        sum += rows[j];
-      }
-    }
-    counts.total(column) = sum;
-    column_total[column] = sum;
-  }
-  for (int p = lane; p < c.num_ranks; p += kWarp) {
-    counts.tokens(p) = totals_of(args, p)[c.num_ranks * columns];
-  }
-  __syncwarp();
-  // In expert order each expert's rows follow those of the experts before it, rounded up to the alignment.
-  int carry = 0;
-  for (int base = 0; base < c.num_local_experts; base += kWarp) {
-    const int expert = base + lane;
-    const int rows = expert < c.num_local_experts ? column_total[expert] : 0;
-    const int aligned = (rows + args.expert_alignment - 1) / args.expert_alignment * args.expert_alignment;
-    int sum = aligned;
-    for (int d = 1; d < kWarp; d *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, sum, d);
-      if (lane >= d) sum += other;
-    }
-    if (expert < c.num_local_experts) {
-      for (int p = 0; p < c.num_ranks; p++) counts.begin(p, expert) += carry + sum - aligned;
-    }
-    carry += __shfl_sync(0xffffffffu, sum, kWarp - 1);
-  }
-  __syncwarp();
-  if (args.host_counts == 0) return;
-  int32_t* host = reinterpret_cast<int32_t*>(args.host_counts);
-  for (int i = lane; i < counts.words(); i += kWarp) host[1 + i] = counts.memory[i];
-  __threadfence_system();
-  __syncwarp();
-  if (lane == 0) store_release_system(reinterpret_cast<uint32_t*>(host), args.host_tag);
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------
@@ -291,10 +239,10 @@ EPV2_KERNEL(epv2_dispatch_stage, DispatchStageArgs, 896) {
   uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
   int32_t* partial = reinterpret_cast<int32_t*>(scratch) + 4;
   int32_t* warp_counts = partial + blockDim.x;
-  uint8_t* window = peer_pointer(c.window, 0, c.rank);
+  uint8_t* window = own_pointer<uint8_t>(c, 0);
 
   // Peers may still be reading what the last dispatch put there.
-  if (!wait_all(c, kDispatchDone, *state_word(c, kLastDispatch), false, scratch)) return;
+  if (!wait_node(c, kDispatchDone, *state_word(c, kLastDispatch), false, scratch)) return;
 
   if (args.topk_weights != 0) {
     const uint32_t* from = reinterpret_cast<const uint32_t*>(args.topk_weights);
@@ -303,7 +251,7 @@ EPV2_KERNEL(epv2_dispatch_stage, DispatchStageArgs, 896) {
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.num_tokens * c.num_topk; i += step) to[i] = from[i];
   }
   if (!args.cached) {
-    const int columns = c.num_local_experts + 1, width = c.num_ranks * columns;
+    const int width = count_width(c);
     const int num_chunks = (args.num_tokens + kChunk - 1) / kChunk;
     int32_t* prefix = reinterpret_cast<int32_t*>(window + args.prefix_offset);
     int32_t* totals = reinterpret_cast<int32_t*>(window + args.totals_offset);
@@ -320,21 +268,22 @@ EPV2_KERNEL(epv2_dispatch_stage, DispatchStageArgs, 896) {
       if (threadIdx.x == 0) totals[width] = args.num_tokens;
       __syncthreads();
       __threadfence_system();
-      signal_all(c, kCountsReady, number);
+      signal_node(c, kCountsReady, number);
     }
   }
 
-  // The first CTA's last warp tells what arrives, all others stage rows.
-  const bool gathers = !args.cached && blockIdx.x == 0 && warp == num_warps - 1;
-  if (gathers) {
-    gather_counts(args, number, warp_counts);
+  // The first CTA's last warp tells what arrives, all others stage rows. Between nodes dispatch_send tells it.
+  const bool told_here = !kNodes && !args.cached;
+  const bool tells = told_here && blockIdx.x == 0 && warp == num_warps - 1;
+  if (tells) {
+    if constexpr (!kNodes) gather_counts(args, number, warp_counts);
   } else {
-    const int absent = args.cached ? 0 : 1;
+    const int absent = told_here ? 1 : 0;
     const int workers = gridDim.x * num_warps - absent;
     int worker = blockIdx.x + gridDim.x * warp;  // neighbours in different CTAs
     if (absent && worker > static_cast<int>(gridDim.x) * (num_warps - 1)) worker--;
     uint8_t* rows = window + args.rows_offset;
     for (int token = worker; token < args.num_tokens; token += workers) stage_row(args, rows, token);
   }
-  if (last_to_arrive(c, kArrived, scratch)) signal_all(c, kRowsReady, number);
+  if (last_to_arrive(c, kArrived, scratch)) signal_node(c, kRowsReady, number);
 }

@@ -1,15 +1,24 @@
 // How ranks wait for each other: flags in the window, counters in device memory, one error record on the host.
 //
 // Every operation has a number, the same on all ranks because all call the same operations in the same order. It lives
-// in device memory, so that a captured graph counts on at every replay. A rank tells its peers that something is ready
-// by writing the operation's number (and the signature of its arguments) into their windows.
+// in device memory, so that a captured graph counts on at every replay. A rank tells the peers of its node that something
+// is ready by writing the operation's number (and the signature of its arguments) into their windows.
+//
+// Between nodes (EPV2_NODES) the same is told by signals of the network. Who gets them, the *relay*, raises the flags of
+// the rank that sent them in its node: in direct mode every rank is its own relay, in hybrid mode the rank in the
+// sender's place is, for all ranks of its node.
 #pragma once
 
 #include "common/device.cuh"
 #include "ep/args.h"
 
+#ifndef EPV2_NODES
+#define EPV2_NODES 0
+#endif
+
 namespace epv2 {
 
+constexpr bool kNodes = EPV2_NODES != 0;  // ranks are in several nodes
 constexpr int kWarp = 32;
 constexpr int kChunk = 32;  // tokens whose expert counts are kept together
 
@@ -21,11 +30,15 @@ enum State {
   kFailed = 3,         // 1 once this rank gave up
   kArrived = 4,        // CTAs of the running kernel that are done
   kCounted = 5,        // CTAs of dispatch_stage that have counted their tokens
+  kDispatches = 6,     // finished dispatches, and so on: what signals of the network count
+  kCombines = 7,
+  kBarriers = 8,
   kStateWords = 32,
 };
 
-// Window, first bytes: flags [kind][rank]{number, signature}, one uint32 per rank that says that it gave up, and the
-// words behind this rank's signature, with which a peer explains one that differs from its own.
+// Window, first bytes: flags [kind][rank]{number, signature}; one uint32 per rank that says that it gave up; this rank's
+// record, with which a peer explains a signature that differs from its own; the records of ranks of other nodes; the
+// first arrival that each of them gives this rank's rows; the number of rows that arrived here.
 enum Flag {
   kCountsReady = 0,   // dispatch: routing, weights and counts
   kRowsReady = 1,     // dispatch: rows
@@ -33,8 +46,16 @@ enum Flag {
   kSumsReady = 3,     // combine: rows to return
   kCombineDone = 4,   // combine: this rank has read what it needs
   kBarrier = 5,
-  kFlagKinds = 6,
+  kBarrierEnd = 6,    // barrier between nodes: the others' nodes came, too
+  kFlagKinds = 7,
 };
+constexpr int kPlaces = 7;  // what a sender waits for at a relay: no flag, but a phase of its own
+
+// Signals of the network: [kind][rank that sends it]. Each grows by kSignalUnit with every operation, in one step or in
+// as many as the sender has CTAs.
+enum Signal { kHello = 0, kAnswer = 1, kRowsSent = 2, kReturnsFree = 3, kReturned = 4, kBarrierSignal = 5, kGaveUp = 6 };
+constexpr int kSignalKinds = 7;
+constexpr uint64_t kSignalUnit = 1024;
 
 // Words of `Common::error`; kErrorSet is written last.
 enum Error {
@@ -58,6 +79,7 @@ enum ErrorCode {
   kOtherArguments = 3, // peer came with another signature
   kBadExpert = 4,      // topk_idx[seen, extra] = expected is no expert
   kTooManyRows = 5,    // a row number beyond the output's size
+  kNoRoom = 6,         // seen rows of other nodes, room for expected
 };
 
 __device__ __forceinline__ uint64_t flag_offset(const Common& c, int kind, int from) {
@@ -68,8 +90,62 @@ __device__ __forceinline__ uint64_t failure_offset(const Common& c, int from) {
   return static_cast<uint64_t>(kFlagKinds) * c.num_ranks * 8 + from * 4;
 }
 
-__device__ __forceinline__ uint64_t arguments_offset(const Common& c) {
+// A record: number, signature, and the words that the signature is made of.
+constexpr int kRecordBytes = (2 + kArguments) * 4;
+
+__device__ __forceinline__ uint64_t record_offset(const Common& c) {
   return failure_offset(c, c.num_ranks + c.num_ranks % 2);
+}
+
+__device__ __forceinline__ uint64_t record_offset(const Common& c, int from) {
+  return record_offset(c) + (1 + from) * kRecordBytes;
+}
+
+__device__ __forceinline__ uint64_t answer_offset(const Common& c, int from) {
+  return record_offset(c, c.num_ranks) + from * 8;
+}
+
+__device__ __forceinline__ uint64_t arrived_offset(const Common& c) { return answer_offset(c, c.num_ranks); }
+
+// ---- ranks and nodes ------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ bool is_near(const Common& c, int rank) {
+  return !kNodes || static_cast<uint32_t>(rank - c.lsa_begin) < static_cast<uint32_t>(c.lsa_size);
+}
+
+// Byte `offset` of the window of a rank of this node.
+__device__ __forceinline__ uint8_t* near_pointer(const Common& c, uint64_t offset, int rank) {
+  return peer_pointer(c.window, offset, kNodes ? rank - c.lsa_begin : rank);
+}
+
+template <typename T>
+__device__ __forceinline__ T* own_pointer(const Common& c, uint64_t offset) {
+  return reinterpret_cast<T*>(near_pointer(c, offset, c.rank));
+}
+
+__device__ __forceinline__ int near_begin(const Common& c) { return kNodes ? c.lsa_begin : 0; }
+__device__ __forceinline__ int near_end(const Common& c) { return kNodes ? c.lsa_begin + c.lsa_size : c.num_ranks; }
+
+// The rank of this node that gets what a rank of another node sends here.
+__device__ __forceinline__ int relay_of(const Common& c, int source) {
+  return c.rail ? c.lsa_begin + source % c.lsa_size : c.rank;
+}
+
+// Ranks of other nodes that this rank exchanges messages with, in the order of ranks.
+__device__ __forceinline__ int num_remotes(const Common& c) {
+  return c.rail ? c.num_ranks / c.lsa_size - 1 : c.num_ranks - c.lsa_size;
+}
+
+__device__ __forceinline__ int remote(const Common& c, int i) {
+  if (!c.rail) return i < c.lsa_begin ? i : i + c.lsa_size;
+  const int place = c.rank - c.lsa_begin;
+  return place + (i < c.lsa_begin / c.lsa_size ? i : i + 1) * c.lsa_size;
+}
+
+__device__ __forceinline__ Network network(const Common& c, int context) { return {c.network, context, c.rail}; }
+
+__device__ __forceinline__ uint32_t signal_index(const Common& c, int kind, int from) {
+  return static_cast<uint32_t>(kind * c.num_ranks + from);
 }
 
 // The words that a signature is made of, in the order of CudaBackend's `_ARGUMENTS`.
@@ -78,6 +154,15 @@ __device__ inline void write_arguments(const Common& c, uint32_t* out) {
                                      c.num_experts, c.has_weights, c.by_row, c.max_tokens, c.num_topk};
 #pragma unroll
   for (int i = 0; i < kArguments; i++) out[i] = static_cast<uint32_t>(words[i]);
+}
+
+// One thread: this rank's record of the running operation.
+__device__ inline void write_record(const Common& c, uint32_t number) {
+  uint32_t* record = own_pointer<uint32_t>(c, record_offset(c));
+  record[0] = number;
+  record[1] = c.signature;
+  write_arguments(c, record + 2);
+  __threadfence_system();
 }
 
 // Counts of what arrives at this rank, int32: where the rows of each (source rank, column) begin, the column's rows
@@ -94,8 +179,48 @@ struct Counts {
   __device__ int32_t& from(int source, int column) const { return memory[(num_ranks + source) * columns + column]; }
   __device__ int32_t& total(int column) const { return memory[2 * num_ranks * columns + column]; }
   __device__ int32_t& tokens(int source) const { return memory[(2 * num_ranks + 1) * columns + source]; }
-  __device__ int words() const { return (2 * num_ranks + 1) * columns + num_ranks; }
+  // Rows from other nodes that came to this rank as their relay.
+  __device__ int32_t& arrived() const { return memory[(2 * num_ranks + 1) * columns + num_ranks]; }
+  __device__ int words() const { return (2 * num_ranks + 1) * columns + num_ranks + 1; }
+  // Which of the rows of the compact layout are from this node's ranks.
+  __device__ int near_rows_begin(const Common& c) const { return begin_or_total(near_begin(c)); }
+  __device__ int near_rows_end(const Common& c) const { return begin_or_total(near_end(c)); }
+
+ private:
+  __device__ int begin_or_total(int source) const {
+    return source < num_ranks ? begin(source, columns - 1) : total(columns - 1);
+  }
 };
+
+// What follows a row that goes to another node, in words: source slot (rank * M + token); for each top-k position the
+// expert and the row's number among the token's rows that come back, its number among its source's rows for the expert,
+// and its number among its source's rows for the expert's rank; then the top-k weights.
+constexpr int kTrailerHead = 4;
+constexpr int kTrailerEntry = 3;
+
+__device__ __forceinline__ int trailer_weights(int num_topk) { return kTrailerHead + kTrailerEntry * num_topk; }
+
+__device__ __forceinline__ uint32_t pack_expert(int expert, int order) {
+  return static_cast<uint32_t>(expert & 0xffff) | static_cast<uint32_t>(order) << 16;
+}
+__device__ __forceinline__ int packed_expert(uint32_t word) { return static_cast<int16_t>(word & 0xffff); }
+__device__ __forceinline__ int packed_order(uint32_t word) { return static_cast<int>(word >> 16); }
+
+// What a rank of another node counted: its rows for each expert of each rank of this node, [G][L + 1]; then (at an even
+// word) its tokens and the rows that it sends to their relay here.
+__device__ __forceinline__ int mirror_tail(const Common& c) {
+  const int counts = c.lsa_size * (c.num_local_experts + 1);
+  return counts + counts % 2;
+}
+__device__ __forceinline__ int mirror_words(const Common& c) { return mirror_tail(c) + 2; }
+
+// The one that a token's expert leads to among the ranks that this rank sends to: a rank, or (hybrid) a node; -1 = none.
+__device__ __forceinline__ int target_of(const Common& c, int expert) {
+  if (expert < 0) return -1;
+  const int rank = expert / c.num_local_experts;
+  if (is_near(c, rank)) return -1;
+  return c.rail ? rank / c.lsa_size : rank;
+}
 
 // All warps, each with all its lanes: `visit(begin, end)` for the rows below `capacity`, in expert order, that belong to
 // no token.
@@ -133,42 +258,93 @@ __device__ __noinline__ void give_up(const Common& c, uint32_t code, int peer, u
   record[kErrorExtra] = extra;
   if (code == kOtherArguments) {
     write_arguments(c, record + kErrorOurs);
-    const uint32_t* theirs = reinterpret_cast<uint32_t*>(peer_pointer(c.window, arguments_offset(c), peer));
-    for (int i = 0; i < kArguments; i++) record[kErrorTheirs + i] = theirs[i];
+    const uint8_t* theirs = is_near(c, peer) ? near_pointer(c, record_offset(c), peer)
+                                             : near_pointer(c, record_offset(c, peer), relay_of(c, peer));
+    for (int i = 0; i < kArguments; i++) record[kErrorTheirs + i] = reinterpret_cast<const uint32_t*>(theirs)[2 + i];
   }
   __threadfence_system();
   store_release_system(record + kErrorSet, 1);
-  for (int p = 0; p < c.num_ranks; p++) {
-    store_release_system(reinterpret_cast<uint32_t*>(peer_pointer(c.window, failure_offset(c, c.rank), p)), 1);
+  for (int p = near_begin(c); p < near_end(c); p++) {
+    store_release_system(reinterpret_cast<uint32_t*>(near_pointer(c, failure_offset(c, c.rank), p)), 1);
+  }
+  if constexpr (kNodes) {
+    for (int i = 0; i < num_remotes(c); i++) {
+      network_signal(network(c, 0), remote(c, i), signal_index(c, kGaveUp, c.rank), kSignalUnit);
+    }
+  }
+}
+
+// Whether `from`, or the relay that would tell of it, has told this rank that it gave up.
+__device__ inline bool peer_failed(const Common& c, int from) {
+  if (is_near(c, from)) return load_acquire_system(own_pointer<uint32_t>(c, failure_offset(c, from))) != 0;
+  if constexpr (kNodes) {
+    const int relay = relay_of(c, from);
+    if (relay != c.rank) return load_acquire_system(own_pointer<uint32_t>(c, failure_offset(c, relay))) != 0;
+    return network_signal_value(network(c, 0), signal_index(c, kGaveUp, from)) != 0;
+  }
+  return false;
+}
+
+// One thread: wait until `arrived(&seen)` says that what `from` does in operation `number` is here.
+template <typename Arrived>
+__device__ inline bool wait_until(const Common& c, uint32_t phase, int from, uint32_t number, Arrived arrived) {
+  uint32_t seen = 0;
+  if (arrived(&seen)) return true;
+  const uint64_t start = global_nanoseconds();
+  for (;;) {
+    pause();
+    if (failed(c)) return false;
+    if (peer_failed(c, from)) {
+      give_up(c, kPeerFailed, from, phase, number, seen);
+      return false;
+    }
+    if (arrived(&seen)) return true;
+    if (global_nanoseconds() - start > c.timeout_ns) {
+      give_up(c, kTimeout, from, phase, number, seen);
+      return false;
+    }
   }
 }
 
 // One thread: wait until rank `from` has raised flag `kind` to `number` or further.
 __device__ inline bool wait_flag(const Common& c, int kind, int from, uint32_t number, bool check_signature) {
-  const uint32_t* flag = reinterpret_cast<uint32_t*>(peer_pointer(c.window, flag_offset(c, kind, from), c.rank));
-  const uint32_t* failure = reinterpret_cast<uint32_t*>(peer_pointer(c.window, failure_offset(c, from), c.rank));
-  uint32_t seen = load_acquire_system(flag);
-  if (static_cast<int32_t>(seen - number) < 0) {
-    const uint64_t start = global_nanoseconds();
-    do {
-      pause();
-      if (failed(c)) return false;
-      if (load_acquire_system(failure) != 0) {
-        give_up(c, kPeerFailed, from, kind, number, seen);
-        return false;
-      }
-      seen = load_acquire_system(flag);
-      if (static_cast<int32_t>(seen - number) < 0 && global_nanoseconds() - start > c.timeout_ns) {
-        give_up(c, kTimeout, from, kind, number, seen);
-        return false;
-      }
-    } while (static_cast<int32_t>(seen - number) < 0);
-  }
+  const uint32_t* flag = own_pointer<uint32_t>(c, flag_offset(c, kind, from));
+  const bool here = wait_until(c, kind, from, number, [&](uint32_t* seen) {
+    *seen = load_acquire_system(flag);
+    return static_cast<int32_t>(*seen - number) >= 0;
+  });
+  if (!here) return false;
   if (check_signature && flag[1] != c.signature) {
     give_up(c, kOtherArguments, from, kind, c.signature, flag[1]);
     return false;
   }
   return true;
+}
+
+// One thread: wait until rank `from` of another node has signalled `kind` in as many operations as `count`.
+__device__ inline bool wait_signal(const Common& c, int kind, int from, uint32_t count, uint32_t phase,
+                                   uint32_t number) {
+  return wait_until(c, phase, from, number, [&](uint32_t* seen) {
+    *seen = own_pointer<uint32_t>(c, record_offset(c, from))[0];
+    uint64_t value = 0;
+    for (int i = 0; i < c.contexts; i++) value += network_signal_value(network(c, i), signal_index(c, kind, from));
+    return value >= count * kSignalUnit;
+  });
+}
+
+// One thread: whether the record of a rank of another node, which has come, is that of the same call.
+__device__ inline bool check_record(const Common& c, int from, uint32_t phase) {
+  const uint32_t* record = own_pointer<uint32_t>(c, record_offset(c, from));
+  if (record[1] == c.signature) return true;
+  give_up(c, kOtherArguments, from, phase, c.signature, record[1]);
+  return false;
+}
+
+// One thread: tell a rank of another node that this rank has come to its operation, whose record is written. The record
+// must stay until `network_flush` on context 0.
+__device__ inline void send_record(const Common& c, int to, int kind) {
+  network_put(network(c, 0), to, c.window, record_offset(c, c.rank), record_offset(c), kRecordBytes);
+  network_signal(network(c, 0), to, signal_index(c, kind, c.rank), kSignalUnit);
 }
 
 // All threads of the CTA agree whether this rank gave up. `word` of the shared memory is scratch.
@@ -179,13 +355,24 @@ __device__ inline bool agree_failed(const Common& c, uint32_t* word) {
   return *word != 0;
 }
 
-// All threads of the CTA: wait until every rank has raised flag `kind` to `number`; false = this rank gave up.
-// What peers wrote before raising it can then be read by ordinary and by bulk loads.
-__device__ inline bool wait_all(const Common& c, int kind, uint32_t number, bool check_signature, uint32_t* word) {
-  for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) wait_flag(c, kind, p, number, check_signature);
+// All threads of the CTA: wait until the ranks from `begin` to `end` have raised flag `kind` to `number`; false = this rank
+// gave up. What peers wrote before raising it can then be read by ordinary and by bulk loads.
+__device__ inline bool wait_ranks(const Common& c, int kind, int begin, int end, uint32_t number, bool check_signature,
+                                  uint32_t* word) {
+  for (int p = begin + threadIdx.x; p < end; p += blockDim.x) wait_flag(c, kind, p, number, check_signature);
   const bool gave_up = agree_failed(c, word);
   fence_proxy_async();
   return !gave_up;
+}
+
+// Likewise for every rank.
+__device__ inline bool wait_all(const Common& c, int kind, uint32_t number, bool check_signature, uint32_t* word) {
+  return wait_ranks(c, kind, 0, c.num_ranks, number, check_signature, word);
+}
+
+// Likewise for the ranks of this node.
+__device__ inline bool wait_node(const Common& c, int kind, uint32_t number, bool check_signature, uint32_t* word) {
+  return wait_ranks(c, kind, near_begin(c), near_end(c), number, check_signature, word);
 }
 
 // All threads of the CTA: what this CTA wrote is there for everybody; true in the last CTA that says so.
@@ -206,24 +393,27 @@ __device__ inline bool last_to_arrive(const Common& c, int counter, uint32_t* wo
   return last;
 }
 
-// All threads of one CTA: raise flag `kind` at all ranks.
-__device__ inline void signal_all(const Common& c, int kind, uint32_t number) {
-  if (threadIdx.x == 0) {
-    write_arguments(c, reinterpret_cast<uint32_t*>(peer_pointer(c.window, arguments_offset(c), c.rank)));
-    __threadfence_system();
-  }
+// One thread: raise flag `kind` of rank `from` at a rank of this node.
+__device__ inline void raise_flag(const Common& c, int kind, int from, uint32_t number, uint32_t signature, int at) {
+  uint32_t* flag = reinterpret_cast<uint32_t*>(near_pointer(c, flag_offset(c, kind, from), at));
+  flag[1] = signature;
+  __threadfence_system();
+  store_release_system(flag, number);
+}
+
+// All threads of one CTA: raise flag `kind` at all ranks of this node.
+__device__ inline void signal_node(const Common& c, int kind, uint32_t number) {
+  if (threadIdx.x == 0) write_record(c, number);
   __syncthreads();
-  for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) {
-    uint32_t* flag = reinterpret_cast<uint32_t*>(peer_pointer(c.window, flag_offset(c, kind, c.rank), p));
-    flag[1] = c.signature;
-    __threadfence_system();
-    store_release_system(flag, number);
+  for (int p = near_begin(c) + threadIdx.x; p < near_end(c); p += blockDim.x) {
+    raise_flag(c, kind, c.rank, number, c.signature, p);
   }
 }
 
-// One thread of the operation's last CTA.
-__device__ __forceinline__ void finish_operation(const Common& c, int last_word, uint32_t number) {
+// One thread of the operation's last CTA. `last_word` gets its number, `count_word` counts it.
+__device__ __forceinline__ void finish_operation(const Common& c, int last_word, int count_word, uint32_t number) {
   *state_word(c, last_word) = number;
+  *state_word(c, count_word) += 1;
   *state_word(c, kSequence) = number;
 }
 

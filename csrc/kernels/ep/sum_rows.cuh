@@ -40,9 +40,9 @@ __device__ inline uint64_t* behind_rings(const CombineArgs& args) {
   return first.info(first.all_slots);
 }
 
-// All threads of the CTA.
-__device__ inline void init_rings(const CombineArgs& args) {
-  const int consumers = blockDim.x / kWarp / args.num_groups - 1;
+// All threads of the CTA. `others`: warps of a group that do not add.
+__device__ inline void init_rings(const CombineArgs& args, int others = 1) {
+  const int consumers = blockDim.x / kWarp / args.num_groups - others;
   const Ring first = make_ring(args, 0);
   for (int i = threadIdx.x; i < first.all_slots; i += blockDim.x) {
     mbarrier_init(first.full(i), 1);
@@ -97,6 +97,14 @@ class Producer {
   uint32_t parity_ = 0;
 };
 
+// All lanes: `pointer` of lane `lead`.
+__device__ __forceinline__ const uint8_t* shuffle_pointer(const uint8_t* pointer, int lead) {
+  const uint64_t bits = reinterpret_cast<uint64_t>(pointer);
+  const uint32_t low = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits), lead);
+  const uint32_t high = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits >> 32), lead);
+  return reinterpret_cast<const uint8_t*>(static_cast<uint64_t>(high) << 32 | low);
+}
+
 __device__ __forceinline__ void widen(uint4 v, float* out) {
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -124,12 +132,13 @@ __device__ __forceinline__ uint4 narrow(const float* in) {
 }
 
 // A consumer warp, number `consumer` of its group: add what comes until the producer's end.
-// Sums come piece after piece of a row; the last piece may be narrower.
-__device__ inline void consume(const Ring& ring, int consumer, int last_vectors, int num_pieces) {
+// Sums come piece after piece of a row; the last piece may be narrower. `done`, if any, counts the rows it has written.
+__device__ inline void consume(const Ring& ring, int consumer, int last_vectors, int num_pieces,
+                               uint32_t* done = nullptr) {
   const int lane = threadIdx.x % kWarp, first_vector = consumer * kVectors * kWarp + lane;
   const int full_vectors = ring.piece_bytes / 16;
   float sum[kVectors][kPerVector];
-  uint32_t parity = 0;
+  uint32_t parity = 0, rows = 0;
   int piece = 0;
   const uint8_t* const mine = ring.memory + first_vector * 16;
   // A warp whose vectors are all there, in every piece, need not look which are: that is nearly every warp.
@@ -178,9 +187,25 @@ __device__ inline void consume(const Ring& ring, int consumer, int last_vectors,
         const int i = first_vector + v * kWarp;
         if (i < vectors) store_streaming(out + i * 16, narrow(sum[v]));
       }
-      if (++piece == num_pieces) piece = 0;
+      if (++piece == num_pieces) {
+        piece = 0;
+        if (done != nullptr) {
+          rows++;
+          __threadfence_system();
+          __syncwarp();
+          if (lane == 0) publish(done, rows);
+        }
+      }
     }
   }
+}
+
+// Pieces of a row, and vectors of 16 bytes in the last.
+__device__ __forceinline__ int num_pieces(const CombineArgs& args) {
+  return (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
+}
+__device__ __forceinline__ int last_vectors(const CombineArgs& args) {
+  return (args.row_bytes - (num_pieces(args) - 1) * args.piece_bytes) / 16;
 }
 
 // All warps of the CTA: the first of each group calls `produce(group, ring)`, the others add what it feeds.
@@ -192,8 +217,7 @@ __device__ __forceinline__ void run_rings(const CombineArgs& args, Produce produ
   if (role == 0) {
     produce(group, ring);
   } else {
-    const int num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
-    consume(ring, role - 1, (args.row_bytes - (num_pieces - 1) * args.piece_bytes) / 16, num_pieces);
+    consume(ring, role - 1, last_vectors(args), num_pieces(args));
   }
 }
 

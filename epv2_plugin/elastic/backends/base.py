@@ -43,10 +43,14 @@ class Traffic:
     Attributes:
         sent_bytes: everything, headers included.
         undeduplicated_bytes: what the same rows would have been with one copy per (token, expert) pair.
+        network_bytes: rows of dispatches that came over the network to this rank (cuda).
+        direct_network_bytes: what would have come in direct mode, one row for each rank that wants it.
     """
 
     sent_bytes: int = 0
     undeduplicated_bytes: int = 0
+    network_bytes: int = 0
+    direct_network_bytes: int = 0
 
 
 @dataclass
@@ -237,6 +241,8 @@ class Backend(Protocol):
     Attributes:
         name: "host" or "cuda". device: of the tensors it takes. dtypes: of rows, apart from e4m3 with scales.
         num_sms: SMs of the device, 0 on the host. traffic: bytes so far.
+        num_nodes: how many sets of ranks reach each other's memory, ranks of each consecutive; 1 on the host.
+        hybrid: whether rows go to a node once and are passed on there.
         needs_limit: True where every dispatch must name `num_max_tokens_per_rank`.
     """
 
@@ -244,6 +250,8 @@ class Backend(Protocol):
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
     num_sms: int
+    num_nodes: int
+    hybrid: bool
     needs_limit: bool
     traffic: Traffic
 
@@ -274,6 +282,7 @@ class Backend(Protocol):
         num_tokens: int,
         use_fp8: bool,
         nvlink_gbs: float,
+        rdma_gbs: float,
         sm_read_gbs: float,
         sm_write_gbs: float,
     ) -> int:

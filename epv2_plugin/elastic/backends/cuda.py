@@ -2,7 +2,8 @@
 
 A dispatch is three kernels: stage (tokens, routing and counts into this rank's window), route (which rows come here),
 pull (read them from the peers' windows into their final places). A combine is two: stage (sums of expert rows into the
-window), pull (owners read and add). Ranks wait for each other inside the kernels; see csrc/kernels/ep/protocol.cuh.
+window), pull (owners read and add). Between nodes each has one more, which sends. Ranks wait for each other inside the
+kernels; see csrc/kernels/ep/protocol.cuh.
 
 Legend: T tokens of this rank, M most tokens of any rank, H hidden, K top-k, E_local experts of a rank, P ranks,
 R received rows (one per token and rank), N rows in expert order.
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from epv2_plugin.elastic import model, sizing
+from epv2_plugin.elastic import model, network, sizing
 from epv2_plugin.elastic.backends.base import Engram, Received, Traffic
 from epv2_plugin.elastic.backends.cuda_p2p import CudaPointToPoint
 from epv2_plugin.elastic.backends.cuda_sessions import CudaSessions
@@ -38,6 +39,7 @@ MAX_TOPK = 32  # one lane of a warp for each
 MAX_EXPERTS = 1 << 15  # an expert is an int16 on its way
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _STATE_WORDS, _ERROR_WORDS = 32, 32
+_CONTEXTS = 4  # of the network; a CTA uses one
 
 # What csrc/kernels/ep/protocol.cuh numbers: flags, which are what a wait is for, and reasons to give up.
 _PHASES = (
@@ -47,8 +49,10 @@ _PHASES = (
     "combine, rows",
     "combine, end of the one before",
     "barrier",
+    "barrier",
+    "dispatch, places at the receiver",
 )
-_TIMEOUT, _PEER_FAILED, _OTHER_ARGUMENTS, _BAD_EXPERT, _TOO_MANY_ROWS = range(1, 6)
+_TIMEOUT, _PEER_FAILED, _OTHER_ARGUMENTS, _BAD_EXPERT, _TOO_MANY_ROWS, _NO_ROOM = range(1, 7)
 # What all ranks must agree on: fields of `Common`, in the order of the words there, and how users know them.
 _ARGUMENTS = {
     "operation": "operation",
@@ -73,7 +77,7 @@ _struct_of = functools.cache(kernels.args_type)
 
 @functools.cache
 def _common_struct() -> type[Arguments]:
-    return kernels.args_of(kernels.BARRIER)["Common"]
+    return kernels.args_of(kernels.IN_NODE.barrier)["Common"]
 
 
 class CudaEvent:
@@ -121,6 +125,9 @@ class CudaRoute:
         self.metadata = counts.new_empty(0, 2 + topk_idx_TK.shape[1])
         self.num_expanded_rows = 0
         self.recv_topk_idx: torch.Tensor | None = None  # int64 [rows, K], compact layout only
+        # Between nodes only, int32: which arrival each row is; what arrived here, [A, 1 + K]; where this rank's rows
+        # went, [T, J].
+        self.origin = self.relayed = self.sent_slots = counts.new_empty(0)
         self.in_window = False  # whether expert output was asked to be written into the window
 
     @property
@@ -169,6 +176,7 @@ class CudaBackend:
         runtime: the device. num_bytes: of the window; None = what the sizes below need, or nothing to dispatch
             with where none of them is given.
         max_tokens, hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction: see `ElasticBuffer`.
+        hybrid: between nodes a row goes to each node once, and is passed on there; in one node it has no effect.
         host_timeout_seconds, gpu_timeout_seconds: after which a wait on the host, in a kernel gives up.
 
     Raises:
@@ -189,6 +197,7 @@ class CudaBackend:
         num_topk: int,
         use_fp8_dispatch: bool,
         allow_multiple_reduction: bool,
+        hybrid: bool,
         host_timeout_seconds: float,
         gpu_timeout_seconds: float,
     ):
@@ -197,16 +206,22 @@ class CudaBackend:
         self._allow_multiple_reduction = allow_multiple_reduction
         self._host_timeout, self._gpu_timeout = host_timeout_seconds, gpu_timeout_seconds
         self._given_bytes = num_bytes
+        between = runtime.lsa_size < runtime.size
+        self._nodes = nodes = sizing.Nodes(runtime.size, runtime.lsa_size, hybrid and between)
+        self.num_nodes, self.hybrid = runtime.size // runtime.lsa_size, nodes.hybrid
+        self._kernels = kernels.BETWEEN_NODES if between else kernels.IN_NODE
+        self._network = (
+            runtime.network(sizing.SIGNAL_KINDS * runtime.size, _CONTEXTS, self._nodes.hybrid) if between else 0
+        )
+        self._shares = sizing.window_split(nodes, num_topk or sizing.MAX_TOPK)
         control = sizing.control_bytes(runtime.size)
         if num_bytes is not None:
-            # Rows that go back need a place per source rank, rows to dispatch only one.
             self.num_bytes = align(num_bytes, sizing.BUFFER_ALIGNMENT)
-            split = control + (self.num_bytes - control) // (runtime.size + 1)
+            split = control + (self.num_bytes - control) * self._shares[0] // sum(self._shares)
             self._combine_start = split // sizing.SECTION_ALIGNMENT * sizing.SECTION_ALIGNMENT
         elif max_tokens and hidden:
-            self.num_bytes, self._combine_start = sizing.window_bytes(
-                runtime.size, max_tokens, hidden, num_topk, use_fp8_dispatch
-            )
+            window = sizing.WindowLayout(nodes, max_tokens, hidden, num_topk, use_fp8_dispatch)
+            self.num_bytes, self._combine_start = window.num_bytes, window.split
         elif not max_tokens and not hidden:
             self.num_bytes, self._combine_start = align(control, sizing.BUFFER_ALIGNMENT), control
         else:
@@ -231,7 +246,7 @@ class CudaBackend:
     # ---- what it is ---------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        return dict(self.runtime.description)
+        return self.runtime.description | ({"qps": _CONTEXTS} if self._nodes.others else {})
 
     def capture(self) -> Event:
         return CudaEvent(self)
@@ -264,7 +279,7 @@ class CudaBackend:
         if self._failure is not None:
             raise self._failure
 
-    def _read_error(self) -> CommunicationError | ValueError:
+    def _read_error(self) -> CommunicationError | BufferSizeError | ValueError:
         code, peer, phase, expected, seen, extra = (int(word) for word in self._error_words[1:7])
         ours, theirs = (self._error_words[7 + 10 * side : 17 + 10 * side].tolist() for side in range(2))
         rank, name = self.runtime.rank, _PHASES[phase]
@@ -284,6 +299,11 @@ class CudaBackend:
             # The peer may have gone on to another operation since.
             wanted, got = different[0] if different else ("this rank's arguments", "others")
             return CommunicationError(rank, peer, name, wanted, got)
+        if code == _NO_ROOM:
+            return BufferSizeError(
+                f"{seen} rows come to this rank from other nodes, and the buffer has room for {expected}: routing is "
+                "too uneven for it; make it with a larger num_max_tokens_per_rank"
+            )
         assert code == _TOO_MANY_ROWS
         wanted = f"at most {expected} rows (with do_cpu_sync=False a token must not name an expert twice)"
         return CommunicationError(rank, peer, name, wanted, f"row {seen}")
@@ -300,6 +320,7 @@ class CudaBackend:
         num_tokens: int,
         use_fp8: bool,
         nvlink_gbs: float,
+        rdma_gbs: float,
         sm_read_gbs: float,
         sm_write_gbs: float,
     ) -> int:
@@ -308,8 +329,16 @@ class CudaBackend:
         link = math.inf if one_memory else model.scale_up_rate(gpu, nvlink_gbs or "auto")
         shape = model.Shape(num_tokens, hidden, num_topk, num_experts, self.runtime.size, fp8=use_fp8)
         rates = model.load_rates(gpu).override(sm_read_gbs, sm_write_gbs)
-        machine = model.Machine(gpu, self.num_sms, rates, link, sharing)
-        return min(model.num_sms(shape, machine), self.num_sms)
+        if self.num_nodes == 1:
+            machine = model.Machine(gpu, self.num_sms, rates, link, sharing)
+            return min(model.num_sms(shape, machine), self.num_sms)
+        per_node = self._nodes.per_node
+        nic, _ = network.rdma_rate(rdma_gbs or "auto", gpus_per_node=per_node)
+        machine = model.Machine(gpu, self.num_sms, rates, link, sharing, nic)
+        phases = model.cluster_phases(
+            shape, model.Topology(self.num_nodes, per_node), "hybrid" if self.hybrid else "direct"
+        )
+        return min(model.fewest_sms(phases, machine), self.num_sms)
 
     def check_size(
         self, *, num_tokens: int, max_tokens: int, num_topk: int, num_experts: int, hidden: int, row: torch.dtype
@@ -329,23 +358,27 @@ class CudaBackend:
             sizing.scale_columns(hidden, packed=False) if fp8 else 0,
         )
         if layout.end > self._combine_start:
-            control = sizing.control_bytes(self.runtime.size)
-            needed = control + (layout.end - control + sizing.SECTION_ALIGNMENT) * (self.runtime.size + 1)
+            needed = self._window_for(layout.end - sizing.control_bytes(self.runtime.size), self._shares[0])
             raise BufferSizeError(
                 f"the buffer has {self._combine_start} of its {self.num_bytes} bytes for what is dispatched, this "
-                f"dispatch needs {layout.end}: make it with num_bytes = {align(needed, sizing.BUFFER_ALIGNMENT)} or "
+                f"dispatch needs {layout.end}: make it with num_bytes = {needed} or "
                 "with num_max_tokens_per_rank, hidden and num_topk"
             )
+
+    def _window_for(self, part: int, share: int) -> int:
+        """Bytes of a window of which that `share` is as large as `part`."""
+        whole = -(-(part + sizing.SECTION_ALIGNMENT) * sum(self._shares) // share)
+        return align(sizing.control_bytes(self.runtime.size) + whole, sizing.BUFFER_ALIGNMENT)
 
     def _dispatch_layout(
         self, max_tokens: int, num_topk: int, num_local_experts: int, data_bytes: int, scale_words: int
     ) -> DispatchLayout:
-        return _dispatch_layout(self.runtime.size, max_tokens, num_topk, num_local_experts, data_bytes, scale_words)
+        return _dispatch_layout(self._nodes, max_tokens, num_topk, num_local_experts, data_bytes, scale_words)
 
     def _combine_layout(self, route: CudaRoute, row_bytes: int, by_row: bool) -> CombineLayout:
         layout = CombineLayout(
             self._combine_start,
-            num_ranks=route.num_ranks,
+            nodes=self._nodes,
             max_tokens=route.num_max_tokens_per_rank,
             num_topk=route.num_topk,
             row_bytes=row_bytes,
@@ -353,14 +386,11 @@ class CudaBackend:
         )
         if layout.end > self.num_bytes:
             size = layout.end - self._combine_start
-            needed = (
-                sizing.control_bytes(route.num_ranks) + sizing.SECTION_ALIGNMENT + size + -(-size // route.num_ranks)
-            )
             raise BufferSizeError(
                 f"the buffer has {self.num_bytes - self._combine_start} of its {self.num_bytes} bytes for what is "
                 f"combined, this needs {size}"
                 + (f" for {route.num_expanded_rows} expert rows that travel as they are" if by_row else "")
-                + f": make it with num_bytes = {align(needed, sizing.BUFFER_ALIGNMENT)} or more"
+                + f": make it with num_bytes = {self._window_for(size, self._shares[1])} or more"
             )
         return layout
 
@@ -382,6 +412,11 @@ class CudaBackend:
             rank=self.runtime.rank,
             num_ranks=self.runtime.size,
             num_local_experts=0 if route is None else route.num_local_experts,
+            lsa_begin=self.runtime.rank // self.runtime.lsa_size * self.runtime.lsa_size,
+            lsa_size=self.runtime.lsa_size,
+            network=self._network,
+            contexts=_CONTEXTS,
+            rail=int(self._nodes.hybrid),
             **shared,
         )
 
@@ -461,7 +496,7 @@ class CudaBackend:
         cached = route is not None
         inputs = [x_TH, scales, topk_idx_TK, topk_weights_TK, statistics]
         if route is not None:
-            inputs += [route.counts, route.metadata, route.recv_topk_idx]
+            inputs += [route.counts, route.metadata, route.recv_topk_idx, route.origin, route.sent_slots]
         with self._operation(previous, asynchronous, inputs) as place:
             if route is None:
                 self._dispatches += 1
@@ -494,8 +529,8 @@ class CudaBackend:
             wants_counts = exact and not cached
             if wants_counts:
                 self._make_host_counts(route)
-            shape = sizing.stage_shape(runtime.size, route.num_local_experts)
-            kernel = kernels.DISPATCH_STAGE[_DTYPES[x_TH.dtype] if use_fp8 else ""]
+            shape = sizing.stage_shape(self._nodes, route.num_local_experts)
+            kernel = self._kernels.dispatch_stage[_DTYPES[x_TH.dtype] if use_fp8 else ""]
             arguments = self._arguments(
                 kernel,
                 common,
@@ -521,6 +556,8 @@ class CudaBackend:
                 counting_warps=shape.counting_warps,
             )
             self._launch(kernel, arguments, num_sms, shape)
+            if self._nodes.others:
+                self._launch_send(route, layout, common, cached, topk_idx_TK, num_tokens, wants_counts, num_sms)
 
             # Everything that does not need the counts, while they are on their way.
             data_bytes = hidden * out_dtype.itemsize
@@ -528,6 +565,7 @@ class CudaBackend:
             pull = {
                 "counts": _pointer(route.counts),
                 "rows_offset": layout.rows,
+                "arrivals_offset": layout.arrivals,
                 "data_bytes": data_bytes,
                 "scale_words": scale_words,
                 "row_stride": layout.row_stride,
@@ -556,10 +594,12 @@ class CudaBackend:
                 out_scales = out_scales.t()[:num_out]
             elif scale_words:
                 out_scales = torch.empty(num_out, scale_words, dtype=scale_dtype, device=self.device)
+            kernel = self._kernels.dispatch_pull
             arguments = self._arguments(
-                kernels.DISPATCH_PULL,
+                kernel,
                 common,
                 **pull,
+                origin=_pointer(route.origin),
                 metadata=_pointer(route.metadata),
                 out=_pointer(out_x),
                 out_scales=_pointer(out_scales),
@@ -568,13 +608,14 @@ class CudaBackend:
                 rows_capacity=num_recv,
                 expanded_capacity=num_expanded,
             )
-            self._launch(kernels.DISPATCH_PULL, arguments, num_sms, shape)
+            self._launch(kernel, arguments, num_sms, shape)
             made = [out_x, out_scales, out_weights, route.recv_topk_idx, route.counts, route.metadata]
+            made += [route.origin, route.relayed, route.sent_slots]
             if copy_routing and not cached:  # last: the host launches it while rows travel
                 route.topk_idx_TK = topk_idx_TK.clone()
                 made.append(route.topk_idx_TK)
             event = place.end(made)
-        self._count(route, data_bytes + 4 * scale_words + (4 if out_weights is not None else 0))
+        self._count(route, data_bytes + 4 * scale_words + (4 if out_weights is not None else 0), layout.row_stride)
         return Received(out_x, out_scales, route.recv_topk_idx, out_weights, route, num_recv, num_expanded, event)
 
     def _launch_route(
@@ -587,8 +628,9 @@ class CudaBackend:
         statistics: torch.Tensor | None,
         num_sms: int,
     ) -> None:
+        kernel = self._kernels.dispatch_route
         arguments = self._arguments(
-            kernels.DISPATCH_ROUTE,
+            kernel,
             common,
             counts=_pointer(route.counts),
             metadata=_pointer(route.metadata),
@@ -598,6 +640,12 @@ class CudaBackend:
             topk_offset=layout.topk,
             weights_offset=layout.weights,
             prefix_offset=layout.prefix,
+            mirror_offset=layout.mirror,
+            arrivals_offset=layout.arrivals,
+            origin=_pointer(route.origin),
+            relayed=_pointer(route.relayed),
+            row_stride=layout.row_stride,
+            trailer_offset=layout.trailer,
             cached=int(cached),
             statistics_wide=int(statistics is not None and statistics.dtype == torch.int64),
             expand=int(route.expanded),
@@ -605,9 +653,50 @@ class CudaBackend:
             expanded_capacity=route.num_expanded_rows,
             expert_alignment=route.expert_alignment,
         )
-        self._launch(
-            kernels.DISPATCH_ROUTE, arguments, num_sms, sizing.route_shape(route.num_local_experts, route.num_topk)
+        self._launch(kernel, arguments, num_sms, sizing.route_shape(route.num_local_experts, route.num_topk))
+
+    def _launch_send(
+        self,
+        route: CudaRoute,
+        layout: DispatchLayout,
+        common: bytes,
+        cached: bool,
+        topk_idx_TK: torch.Tensor,
+        num_tokens: int,
+        wants_counts: bool,
+        num_sms: int,
+    ) -> None:
+        """Between nodes: send this rank's rows to other nodes, and hear from them."""
+        nodes, num_topk = self._nodes, route.num_topk
+        returns = nodes.returns(num_topk)
+        if not cached:
+            route.sent_slots = route.counts.new_empty(num_tokens, returns)
+        arguments = self._arguments(
+            kernels.DISPATCH_SEND,
+            common,
+            counts=_pointer(route.counts),
+            host_counts=self._host_counts.pointer if wants_counts else 0,
+            host_tag=self._tag,
+            topk_idx=_pointer(topk_idx_TK),
+            sent_slots=_pointer(route.sent_slots),
+            topk_offset=layout.topk,
+            weights_offset=layout.weights,
+            prefix_offset=layout.prefix,
+            totals_offset=layout.totals,
+            mirror_offset=layout.mirror,
+            rows_offset=layout.rows,
+            arrivals_offset=layout.arrivals,
+            cached=int(cached),
+            num_tokens=num_tokens,
+            row_stride=layout.row_stride,
+            trailer_offset=layout.trailer,
+            expert_alignment=route.expert_alignment,
+            max_arrivals=layout.max_arrivals,
+            max_remote_rows=nodes.remote_rows(route.num_max_tokens_per_rank, num_topk),
+            num_returns=returns,
         )
+        shape = sizing.send_shape(nodes, route.num_local_experts, num_topk)
+        self._launch(kernels.DISPATCH_SEND, arguments, num_sms, shape)
 
     def _make_host_counts(self, route: CudaRoute) -> None:
         """Mapped memory in which the stage kernel tells what arrives, and the tag that will say that it has."""
@@ -620,17 +709,22 @@ class CudaBackend:
         """Allocate the metadata and say how many rows the outputs have."""
         size, limit = self.runtime.size, route.num_max_tokens_per_rank
         if exact:
-            route.host_counts = self._wait_for_counts(route)
+            route.host_counts, arrived = self._wait_for_counts(route)
             num_rows = int(route.host_counts[:, -1].sum())
             route.num_expanded_rows = sum(align(n, route.expert_alignment) for n in route.rows_per_expert)
         else:
             num_rows = sizing.max_received_rows(size, limit)
+            arrived = self._nodes.arrivals(limit, route.num_topk)
             route.num_expanded_rows = sizing.max_expanded_rows(
                 size, limit, route.num_topk, route.num_local_experts, route.expert_alignment
             )
         route.metadata = route.counts.new_empty(num_rows, 2 + route.num_topk)
+        if self._nodes.others:
+            route.origin = route.counts.new_empty(num_rows)
+            route.relayed = route.counts.new_empty(arrived, 1 + route.num_topk)
 
-    def _wait_for_counts(self, route: CudaRoute) -> Any:
+    def _wait_for_counts(self, route: CudaRoute) -> tuple[Any, int]:
+        """Rows from each rank for each expert and in all [P, E_local + 1]; rows that came to this rank as a relay."""
         words = self._host_counts.tensor.view(torch.int32).numpy()
         deadline = time.monotonic() + self._host_timeout
         while words[0] != self._tag:
@@ -643,16 +737,22 @@ class CudaBackend:
                 raise self._failure
             time.sleep(0)  # other threads of this process need the interpreter
         size, columns = self.runtime.size, route.num_local_experts + 1
-        return words[1 + size * columns : 1 + 2 * size * columns].reshape(size, columns).copy()
+        rows = words[1 + size * columns : 1 + 2 * size * columns].reshape(size, columns).copy()
+        return rows, int(words[route.counts.numel()])
 
-    def _count(self, route: CudaRoute, row_bytes: int) -> None:
-        """Count what was pulled from other ranks; unknown to the host after `do_cpu_sync=False`."""
+    def _count(self, route: CudaRoute, row_bytes: int, network_row_bytes: int) -> None:
+        """Count what was pulled from other ranks, and what came here; unknown to the host after `do_cpu_sync=False`."""
         if route.host_counts is None:
             return
         own = self.runtime.rank
         others = route.host_counts.sum(0) - route.host_counts[own]
         self.traffic.sent_bytes += row_bytes * int(others[-1])
         self.traffic.undeduplicated_bytes += row_bytes * int(others[:-1].sum())
+        if self._nodes.others:
+            begin = own // self._nodes.per_node * self._nodes.per_node
+            near = route.host_counts[begin : begin + self._nodes.per_node, -1].sum()
+            self.traffic.network_bytes += network_row_bytes * route.relayed.shape[0]
+            self.traffic.direct_network_bytes += network_row_bytes * int(route.host_counts[:, -1].sum() - near)
 
     # ---- combine ------------------------------------------------------------------------------------------------
 
@@ -677,7 +777,6 @@ class CudaBackend:
         x = x if by_row else _aligned(x)
         biases = [_aligned(bias) for bias in bias_TH]
         num_tokens = route.topk_idx_TK.shape[0]
-        shape = sizing.sum_shape(self.runtime.size, row_bytes)
         common = self._common(
             route,
             operation=_OPERATIONS.index("combine"),
@@ -686,7 +785,8 @@ class CudaBackend:
             has_weights=int(topk_weights is not None),
             by_row=int(by_row),
         )
-        inputs = (x, topk_weights, *biases, route.metadata, route.counts, route.topk_idx_TK)
+        inputs = [x, topk_weights, *biases, route.metadata, route.counts, route.topk_idx_TK]
+        inputs += [route.origin, route.relayed]
         with self._operation(previous, asynchronous, inputs) as place:
             combined = torch.empty(num_tokens, hidden, dtype=x.dtype, device=self.device)
             combined_weights = None
@@ -705,22 +805,35 @@ class CudaBackend:
                 "rows_offset": layout.rows,
                 "table_offset": layout.table,
                 "weights_offset": layout.weights,
+                "origin": _pointer(route.origin),
+                "relayed": _pointer(route.relayed),
+                "slots_offset": layout.slots,
+                "outgoing_offset": layout.outgoing,
+                "returned_offset": layout.returned,
+                "return_stride": layout.return_stride,
+                "num_returns": self._nodes.returns(route.num_topk),
                 "num_tokens": num_tokens,
                 "row_bytes": row_bytes,
-                "piece_bytes": shape.piece_bytes,
-                "num_groups": shape.groups,
-                "num_slots": shape.stages,
                 "expand": int(expanded),
             }
             if by_row and not in_window:
                 self._wait_until_idle()
                 # A memory copy, which a copy engine can do: copying in a kernel would take SMs.
                 self._window_rows(layout, route, x.dtype, hidden).copy_(x)
-            for kernel in (kernels.COMBINE_STAGE, kernels.COMBINE_PULL):
-                variant = kernel[_DTYPES[x.dtype]]
-                self._launch(variant, self._arguments(variant, common, **fields), num_sms, shape)
+            for kernel, shape in self._combine_launches(_DTYPES[x.dtype], row_bytes):
+                rings = {"piece_bytes": shape.piece_bytes, "num_groups": shape.groups, "num_slots": shape.stages}
+                self._launch(kernel, self._arguments(kernel, common, **fields, **rings), num_sms, shape)
             event = place.end((combined, combined_weights))
         return combined, combined_weights, event
+
+    def _combine_launches(self, dtype: str, row_bytes: int) -> Iterator[tuple[Kernel, LaunchShape]]:
+        shape = sizing.sum_shape(self.runtime.size, row_bytes)
+        yield self._kernels.combine_stage[dtype], shape
+        if self._nodes.hybrid:
+            yield kernels.COMBINE_RELAY[dtype], sizing.relay_shape(self._nodes.per_node, row_bytes)
+        elif self._nodes.others:
+            yield kernels.COMBINE_PUT, LaunchShape(512, sizing.LEAST_SHARED_BYTES)
+        yield self._kernels.combine_pull[dtype], shape
 
     def _lies_in_window(self, x: torch.Tensor, route: CudaRoute, row_bytes: int) -> bool:
         if x.numel() == 0:  # has no address, but all ranks must do the same
@@ -745,8 +858,8 @@ class CudaBackend:
 
     def _wait_until_idle(self) -> None:
         """What follows on this stream may overwrite what peers read in the last combine."""
-        arguments = self._arguments(kernels.COMBINE_IDLE, self._common())
-        self._launch(kernels.COMBINE_IDLE, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
+        kernel = self._kernels.combine_idle
+        self._launch(kernel, self._arguments(kernel, self._common()), 1, LaunchShape(64, sizing.SCRATCH_BYTES))
 
     def _window_rows(self, layout: CombineLayout, route: CudaRoute, dtype: torch.dtype, hidden: int) -> torch.Tensor:
         """`[N, hidden]`: where expert rows lie in the window."""
@@ -779,8 +892,9 @@ class CudaBackend:
 
     def barrier(self) -> None:
         with self._operation((), False, ()) as place:
-            arguments = self._arguments(kernels.BARRIER, self._common(operation=_OPERATIONS.index("barrier")))
-            self._launch(kernels.BARRIER, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
+            kernel = self._kernels.barrier
+            arguments = self._arguments(kernel, self._common(operation=_OPERATIONS.index("barrier")))
+            self._launch(kernel, arguments, 1, LaunchShape(64, sizing.SCRATCH_BYTES))
             place.end(())
         self.check()
 
@@ -804,11 +918,11 @@ class _Stream:
 
 @functools.lru_cache(maxsize=256)
 def _dispatch_layout(
-    num_ranks: int, max_tokens: int, num_topk: int, num_local_experts: int, data_bytes: int, scale_words: int
+    nodes: sizing.Nodes, max_tokens: int, num_topk: int, num_local_experts: int, data_bytes: int, scale_words: int
 ) -> DispatchLayout:
     return DispatchLayout(
-        sizing.control_bytes(num_ranks),
-        num_ranks=num_ranks,
+        sizing.control_bytes(nodes.num_ranks),
+        nodes=nodes,
         max_tokens=max_tokens,
         num_topk=num_topk,
         num_local_experts=num_local_experts,

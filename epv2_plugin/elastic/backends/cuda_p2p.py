@@ -23,7 +23,7 @@ import torch
 
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic, describe
-from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window
+from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window, require_one_node
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
 from epv2_plugin.elastic.sizing import RingLayout, align
@@ -150,6 +150,7 @@ class CudaPointToPoint:
     # ---- base.PointToPoint ------------------------------------------------------------------------------------------
 
     def configure(self, max_tensor_bytes: int, max_inflight: int) -> None:
+        require_one_node(self.runtime, "pp_send and pp_recv")
         self.flush()
         for (peer, channel), link in self._incoming.items():
             if link.deferred:

@@ -25,7 +25,7 @@ import torch
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import SessionState, Traffic, describe
 from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word, same_turn
-from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window
+from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window, require_one_node
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import CommunicationError
 from epv2_plugin.elastic.sizing import SessionLayout, align, session_bytes
@@ -59,6 +59,7 @@ class CudaSessions(SessionState):
     # ---- base.Sessions ----------------------------------------------------------------------------------------------
 
     def configure(self, max_session_bytes: int, max_operations: int, num_sms: int) -> None:
+        require_one_node(self._runtime, "all-gather sessions")
         self._check_active(False, "agrs_set_config")
         self._watch.check()
         self._configured += 1

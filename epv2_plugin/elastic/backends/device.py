@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 class Window(Protocol):
-    """Memory of this rank that every rank of the group can read and write. Gone after `close` of its runtime.
+    """Memory of this rank that every rank of its node can read and write, and others through a network. Gone after
+    `close` of its runtime.
 
     Attributes:
         tensor: `[num_bytes]` uint8, this rank's memory. handle: what kernels get as `args.window`.
@@ -43,7 +44,11 @@ class Window(Protocol):
     @property
     def num_bytes(self) -> int: ...
     def peer_pointer(self, rank: int, offset: int) -> int:
-        """Address of byte `offset` of a rank's memory, for `Runtime.copy` and `fill`."""
+        """Address of byte `offset` of a rank's memory, for `Runtime.copy` and `fill`.
+
+        Raises:
+            ValueError: that rank is on another node.
+        """
 
 
 class Mapped(Protocol):
@@ -63,7 +68,8 @@ class Runtime(Protocol):
     """The device of one rank of a group. "Collective" = every rank calls it, in the same order.
 
     Attributes:
-        rank, size: in the group. device: of tensors. num_sms: SMs of the device. machines: names, by rank.
+        rank, size: in the group. lsa_size: ranks of a node, which reach each other's memory by address; every node has
+            as many, and they are consecutive. device: of tensors. num_sms: SMs of the device. machines: names, by rank.
         description: what `status()` shows. `device`: its model's name. `ranks_on_device`: ranks of the group that share
             it. `transport`, NCCL version and so on.
         meeting: where the ranks tell each other short texts.
@@ -71,6 +77,7 @@ class Runtime(Protocol):
 
     rank: int
     size: int
+    lsa_size: int
     device: torch.device
     num_sms: int
     machines: list[str]
@@ -79,6 +86,17 @@ class Runtime(Protocol):
 
     def window(self, num_bytes: int) -> Window:
         """Zeroed memory that peers reach (collective)."""
+
+    def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:
+        """A way for kernels to windows of other nodes (collective): what they need as `Network::communicator`.
+
+        Kept until `close`. Each of `num_contexts` contexts has `num_signals` signals, zero at first. `rail`: only
+        between ranks that have the same index in their nodes, which needs fewer connections.
+
+        Raises:
+            UnavailableError: NCCL has no such connections, or not so many contexts. ValueError: ranks ask for different
+                things, or for less than one.
+        """
 
     def mapped(self, num_bytes: int) -> Mapped:
         """Zeroed host memory that kernels reach."""
@@ -154,10 +172,15 @@ class _DeviceBytes:
 
 
 class _CudaWindow:
-    def __init__(self, raw: _C.Window, device: torch.device):
+    def __init__(self, raw: _C.Window, node: range, device: torch.device):
         self.handle, self.num_bytes = raw.handle, raw.num_bytes
-        self.peer_pointer = raw.lsa_pointer
+        self._raw, self._node = raw, node
         self.tensor = torch.as_tensor(_DeviceBytes(raw.pointer, raw.num_bytes, raw), device=device)
+
+    def peer_pointer(self, rank: int, offset: int) -> int:
+        if rank not in self._node:
+            raise ValueError(f"rank {rank} is on another node: this one has ranks {self._node[0]} to {self._node[-1]}")
+        return self._raw.lsa_pointer(rank - self._node[0], offset)
 
 
 class _CudaMapped:
@@ -169,7 +192,8 @@ class _CudaMapped:
 
 
 class CudaRuntime:
-    """`Runtime` on this process's CUDA device, among ranks that reach each other's memory (one NCCL LSA team).
+    """`Runtime` on this process's CUDA device, among ranks that reach each other's memory (an NCCL LSA team, here: a
+    node) or, between nodes, NCCL's GIN.
 
     Takes torch's NCCL communicator of `group` where every rank has one, and makes one of its own otherwise: `group` may
     be gloo only. Collective.
@@ -180,7 +204,8 @@ class CudaRuntime:
 
     Raises:
         RuntimeError: no device, no compiled part, NCCL too old, a CUDA graph being captured; on every rank if on one,
-            with what mends it. UnavailableError: NCCL can't share memory between these ranks.
+            with what mends it. UnavailableError: NCCL can't share memory in the nodes, has no GIN between them, or the
+            nodes are not of consecutive ranks, equally many.
         CommunicationTimeout: not every rank came in time.
     """
 
@@ -189,7 +214,7 @@ class CudaRuntime:
         self._group, self._timeout = group, timeout_seconds
         self.meeting = Meeting(group, timeout_seconds)
         self._closed = False
-        self._windows = 0
+        self._windows = self._networks = 0
         self._mapped: list[_C.Mapped] = []
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._own_streams: list[_C.Stream] = []
@@ -204,14 +229,15 @@ class CudaRuntime:
             if all(state.endswith(" torch") for state in states):
                 pointer = _torch_communicator(group, self.device)
                 self._communicator = self._library.Communicator.borrow(pointer, timeout_seconds)
-            places = self.meeting.agree("communicator", self._join)
+            places = [place.split(" ", 2) for place in self.meeting.agree("communicator", self._join)]
+            self._check_nodes([node for node, _, _ in places])
         except BaseException:
             if self._communicator is not None:
                 self._communicator.abort()
             raise
-        devices = [place.rsplit(" ", 1)[1] for place in places]
+        devices = [device for _, device, _ in places]
         self.description["ranks_on_device"] = devices.count(devices[self.rank])
-        self.machines = [place.rsplit(" ", 1)[0] for place in places]
+        self.machines = [machine for _, _, machine in places]
         self._stream = torch.cuda.Stream(self.device, priority=-1)
 
     def _start(self) -> str:
@@ -225,7 +251,7 @@ class CudaRuntime:
         return f"{version} {'torch' if _torch_communicator(self._group, self.device) else 'none'}"
 
     def _join(self) -> str:
-        """Make a communicator where torch has none, see what it reaches; which device this is."""
+        """Make a communicator where torch has none, see what it reaches; "INDEX/SIZE" of the node, device, machine."""
         if self._communicator is None:
             unique_id = self.meeting.agree("id", lambda: self._library.unique_id().hex() if self.rank == 0 else "")[0]
             self._communicator = self._library.Communicator.create(
@@ -233,9 +259,11 @@ class CudaRuntime:
             )
         properties = self._communicator.properties()
         self._check_reach(properties)
+        self.lsa_size: int = properties["lsa_size"]
+        self._gin = {"FULL": properties["gin_type"], "RAIL": properties["railed_gin_type"]}
         version, path = self._library.nccl_version()
         self.description: dict[str, Any] = {
-            "transport": "NCCL LSA windows",
+            "transport": "NCCL LSA windows" + (", GIN between nodes" if self.lsa_size < self.size else ""),
             "device": torch.cuda.get_device_name(self.device),
             "sms": self.num_sms,
             "cuda_driver": self._library.driver_version(),
@@ -243,10 +271,12 @@ class CudaRuntime:
             "nccl_path": path,
             "nccl_headers": self._library.built_against()["nccl"],
             "communicator": "own" if self._communicator.owned else "torch's",
-            "lsa_ranks": properties["lsa_size"],
+            "lsa_ranks": self.lsa_size,
             "gin": properties["gin_type"],
+            "railed_gin": properties["railed_gin_type"],
         }
-        return f"{machine_name()} {torch.cuda.get_device_properties(self.device).uuid}"
+        device = torch.cuda.get_device_properties(self.device).uuid
+        return f"{properties['lsa_rank']}/{self.lsa_size} {device} {machine_name()}"
 
     def _check_reach(self, properties: dict[str, Any]) -> None:
         if not properties["device_api_support"]:
@@ -255,12 +285,25 @@ class CudaRuntime:
                 "driver for CUDA 12.5 or newer, memory by cuMem (unset NCCL_CUMEM_ENABLE=0) and GPUs of a node that "
                 "reach each other; NCCL_DEBUG=INFO says which is missing"
             )
-        if (reach := properties["lsa_size"]) != self.size:
+        reach, gin = properties["lsa_size"], {properties["gin_type"], properties["railed_gin_type"]}
+        if reach != self.size and gin == {"none"}:
             raise UnavailableError(
-                f"the cuda backend needs all {self.size} ranks of a group to reach each other's memory, but NCCL finds "
-                f"only {reach} that do (LSA size {reach}, {properties['n_lsa_teams']} teams). Ranks across nodes come "
-                "with the hybrid mode, which this version does not have: put expert-parallel groups inside a node, or "
-                'use backend "host"'
+                f"of the {self.size} ranks of this group only {reach} reach each other's memory (LSA size {reach}, "
+                f"{properties['n_lsa_teams']} teams), and NCCL has no network between them that kernels can use "
+                "(ginType none). That takes InfiniBand or RoCE with GPUDirect RDMA (NCCL_DEBUG=INFO says what is "
+                "missing) or a plugin (NCCL_RMA_PLUGIN; `epv2 emulate` brings one that plays nodes on one machine). Or "
+                'put the group inside a node, or use backend "host"'
+            )
+
+    def _check_nodes(self, found: Sequence[str]) -> None:
+        """Of every rank "INDEX/SIZE" in its LSA team. Raises on all ranks, or on none."""
+        sizes = {int(text.split("/")[1]) for text in found}
+        size = min(sizes)
+        if len(sizes) > 1 or self.size % size or found != [f"{r % size}/{size}" for r in range(self.size)]:
+            raise UnavailableError(
+                "the nodes of a group must have consecutive ranks, equally many on each, but NCCL finds the ranks of "
+                f"this group to be number/of in their LSA teams: {', '.join(found)}. Start as many ranks on each node, "
+                'node by node, or use backend "host"'
             )
 
     def window(self, num_bytes: int) -> _CudaWindow:
@@ -284,7 +327,36 @@ class CudaRuntime:
             for raw in made:
                 raw.close()
             raise
-        return _CudaWindow(made[0], self.device)
+        first = self.rank // self.lsa_size * self.lsa_size
+        return _CudaWindow(made[0], range(first, first + self.lsa_size), self.device)
+
+    def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:
+        _refuse_capture("a network")
+        connections = "RAIL" if rail else "FULL"
+
+        def check() -> str:
+            for name, count in (("num_signals", num_signals), ("num_contexts", num_contexts)):
+                if count < 1:
+                    raise ValueError(f"{name} = {count}: must be positive")
+            if self._gin[connections] == "none":
+                raise UnavailableError(
+                    f"NCCL has no {connections} connections for kernels between these ranks (ginType "
+                    f"{self._gin['FULL']}, railedGinType {self._gin['RAIL']}); NCCL_DEBUG=INFO says why"
+                )
+            return f"{num_signals} signals in {num_contexts} contexts with {connections} connections"
+
+        # As for windows: NCCL waits for all ranks, without an end where the communicator is torch's.
+        self._networks += 1
+        wishes = self.meeting.agree(f"network {self._networks}", check)
+        if len(set(wishes)) > 1:
+            raise ValueError(f"a network must be the same on all ranks, got by rank: {'; '.join(wishes)}")
+        assert self._communicator is not None
+        made = self._communicator.device_communicator(
+            gin_contexts=num_contexts, gin_signals=num_signals, gin_connection=connections.lower()
+        )
+        if made.gin_contexts < num_contexts:
+            raise UnavailableError(f"NCCL gave {made.gin_contexts} contexts of the {num_contexts} asked for")
+        return made.pointer
 
     def mapped(self, num_bytes: int) -> _CudaMapped:
         _refuse_capture("mapped host memory")
@@ -446,6 +518,16 @@ def _check_device() -> Any:
     library = load_compiled()
     library.load_nccl(_nccl_candidates())
     return library
+
+
+def require_one_node(runtime: Runtime, what: str) -> None:
+    """Raise UnavailableError where the group's ranks don't all reach each other's memory; the same on every rank."""
+    if runtime.lsa_size < runtime.size:
+        raise UnavailableError(
+            f"{what} of the cuda backend need ranks that reach each other's memory, but the {runtime.size} ranks of "
+            f"this group are on {runtime.size // runtime.lsa_size} nodes of {runtime.lsa_size}: put the group inside a "
+            'node, or use backend "host"'
+        )
 
 
 def load_compiled() -> ModuleType:

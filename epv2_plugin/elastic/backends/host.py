@@ -304,6 +304,7 @@ class HostBackend:
     device = torch.device("cpu")
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     num_sms = 0
+    num_nodes, hybrid = 1, False  # one hop between any two ranks
     needs_limit = False
 
     def __init__(
@@ -336,6 +337,7 @@ class HostBackend:
         num_tokens: int,
         use_fp8: bool,
         nvlink_gbs: float,
+        rdma_gbs: float,
         sm_read_gbs: float,
         sm_write_gbs: float,
     ) -> int:
