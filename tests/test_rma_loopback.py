@@ -20,6 +20,7 @@ import pytest
 
 from epv2_plugin.jit import compiler, toolchain
 from tests.rma_ranks import INVALID_ARGUMENT, REMOTE_ERROR, SYSTEM_ERROR
+from tests.test_emulator import network_sums
 from tests.test_runtime import HEADERS, MISSING, ROOT
 
 SEEDS = range(20)
@@ -197,30 +198,43 @@ def test_without_a_driver_the_plugin_says_so() -> None:
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def _compile_gin(folder: Path, arch: str) -> Path:
+GIN, NETWORK = "rma_gin.cu", "emulator/kernels/network.cu"  # NCCL's calls, and the plugin's over them
+
+
+def _compile_gin(folder: Path, arch: str, source: str) -> Path:
     cubin = folder / "gin.cubin"
-    command = [str(toolchain.find_nvcc().path), "-ccbin", str(toolchain.find_gxx().path), "-std=c++17", "-cubin"]
+    command = [str(toolchain.find_nvcc().path), "-ccbin", str(toolchain.find_gxx().path), "-std=c++20", "-cubin"]
     command += [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}", f"-I{toolchain.find_nccl().include}"]
-    run = subprocess.run(
-        [*command, str(ROOT / "tests" / "rma_gin.cu"), "-o", str(cubin)], capture_output=True, text=True
-    )
+    command += [f"-I{ROOT / 'csrc' / 'kernels'}", f"-I{ROOT / 'tests'}", str(ROOT / "tests" / source)]
+    run = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return cubin
 
 
-@pytest.fixture(scope="module")
-def gin_cubin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _cubin(factory: pytest.TempPathFactory, source: str) -> Path:
     import torch
 
     arch = compiler.device_arch(*torch.cuda.get_device_capability())
-    return _compile_gin(tmp_path_factory.mktemp("gin"), arch)
+    return _compile_gin(factory.mktemp("gin"), arch, source)
 
 
-def _emulate(folder: Path, cubin: Path, nodes: int, ranks: int, *options: str, weak: bool = False) -> list[Any]:
-    """What the ranks of rma_gin.py wrote; `options` of `epv2 emulate`."""
+@pytest.fixture(scope="module")
+def gin_cubin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _cubin(tmp_path_factory, GIN)
+
+
+@pytest.fixture(scope="module")
+def network_cubin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _cubin(tmp_path_factory, NETWORK)
+
+
+def _emulate(
+    folder: Path, nodes: int, ranks: int, options: list[str], script: str, cubin: Path, *arguments: object
+) -> list[Any]:
+    """What the ranks of a script wrote; `options` of `epv2 emulate`."""
     folder.mkdir(exist_ok=True)
     cluster = ["--nodes", str(nodes), "--gpus-per-node", str(ranks), "--sms", "1", *options]
-    worker = [sys.executable, str(ROOT / "tests" / "rma_gin.py"), str(folder), str(cubin), "10", str(int(weak))]
+    worker = [sys.executable, str(ROOT / "tests" / script), str(folder), str(cubin), *map(str, arguments)]
     command = [sys.executable, "-m", "epv2_plugin.cli", "emulate", *cluster, "--", *worker]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
@@ -228,12 +242,13 @@ def _emulate(folder: Path, cubin: Path, nodes: int, ranks: int, *options: str, w
     return [json.loads((folder / str(rank)).read_text()) for rank in range(nodes * ranks)]
 
 
-def test_the_gin_kernel_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", [GIN, NETWORK])
+def test_kernels_for_a_gpu_compile(tmp_path: Path, source: str) -> None:
     try:
         toolchain.find_nvcc(), toolchain.find_gxx(), toolchain.find_nccl()
     except toolchain.ToolchainError as error:
         pytest.skip(str(error))
-    assert _compile_gin(tmp_path, "sm_90a").stat().st_size > 0
+    assert _compile_gin(tmp_path, "sm_90a", source).stat().st_size > 0
 
 
 @pytest.mark.gpu
@@ -241,7 +256,7 @@ def test_the_gin_kernel_compiles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("nodes", "ranks"), [(2, 1), (2, 2)])
 def test_gin_between_emulated_nodes(tmp_path: Path, gin_cubin: Path, nodes: int, ranks: int, seed: int | None) -> None:
     options = [] if seed is None else ["--chaos", str(seed)]
-    for report in _emulate(tmp_path, gin_cubin, nodes, ranks, *options):
+    for report in _emulate(tmp_path, nodes, ranks, options, "rma_gin.py", gin_cubin, 10, 0):
         assert report["wrong"] == [0, 0, 0]
         assert report["error"] == ""
         found = report["properties"]
@@ -252,7 +267,23 @@ def test_gin_between_emulated_nodes(tmp_path: Path, gin_cubin: Path, nodes: int,
 def test_chaos_finds_a_signal_that_is_too_weak(tmp_path: Path, gin_cubin: Path) -> None:
     """A kernel that would break on a network, and does not in order: 2 of 3 seeds must show it."""
     wrong = [
-        sum(report["wrong"][0] for report in _emulate(tmp_path / seed, gin_cubin, 2, 1, "--chaos", seed, weak=True))
+        sum(
+            report["wrong"][0]
+            for report in _emulate(tmp_path / seed, 2, 1, ["--chaos", seed], "rma_gin.py", gin_cubin, 10, 1)
+        )
         for seed in ("1", "2", "3")
     ]
     assert sum(count > 0 for count in wrong) >= 2, wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rail", [False, True])
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+@pytest.mark.parametrize(("nodes", "ranks"), [(2, 1), (2, 2)])
+def test_network_of_kernels_between_emulated_nodes(
+    tmp_path: Path, network_cubin: Path, nodes: int, ranks: int, seed: int | None, rail: bool
+) -> None:
+    """The kernel with which the emulator's network is tested, on NCCL's."""
+    options = [] if seed is None else ["--chaos", str(seed)]
+    reports = _emulate(tmp_path, nodes, ranks, options, "network_ranks.py", network_cubin, int(rail))
+    assert reports == [network_sums(rank, nodes * ranks, rail) for rank in range(nodes * ranks)]

@@ -439,7 +439,7 @@ def _scheduler() -> ctypes.CDLL:
 @functools.cache
 def _kernel_library(name: str, source: Path, defines: tuple[tuple[str, str], ...], sources: Path) -> ctypes.CDLL:
     _scheduler()  # its symbols are global: kernels find them when they are loaded
-    options = [*WATCHED, "-I", str(sources), *[f"-D{key}={value}" for key, value in defines]]
-    library = ctypes.CDLL(str(_compile(name, source, options, _includes(Path(__file__).parent, sources))))
+    options = [*WATCHED, "-I", str(sources), "-I", str(SOURCES), *[f"-D{key}={value}" for key, value in defines]]
+    library = ctypes.CDLL(str(_compile(name, source, options, _includes(Path(__file__).parent, sources, SOURCES))))
     library[f"{name}_args_bytes"].restype = ctypes.c_uint64
     return library

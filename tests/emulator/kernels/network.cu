@@ -1,7 +1,8 @@
 // Every rank puts a row and a value to each rank that its network leads to, signals, and sums what it was sent. Window:
 // this rank's row, a row and in the last one a value from each rank. out: the sum of each turn. Modes from 1 leave
-// something out, those from 20 are calls with a wrong argument; test_emulator.py says which.
-#include "emulator/device.h"
+// something out, those from 20 are calls with a wrong argument; test_emulator.py says which. Mode 0 runs on a GPU, too
+// (test_rma_loopback.py).
+#include "common/device.cuh"
 #include "emulator/kernels/args.h"
 
 EPV2_KERNEL(network, NetworkArgs, 64) {
