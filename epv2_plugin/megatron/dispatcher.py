@@ -479,9 +479,10 @@ def _num_sms(buffer: ElasticBuffer, sizes: _Sizes) -> int:
     budget, rates = _config.sm_budget.expert, _config.network
     if budget != "auto" and buffer.describe()["backend"] != "host":
         return budget
-    nvlink, rdma = (0 if rate == "auto" else rate for rate in (rates.scale_up_gbytes_per_s, rates.rdma_gbytes_per_s))
+    wanted = {"nvlink_gbs": rates.scale_up_gbytes_per_s, "rdma_gbs": rates.rdma_gbytes_per_s}
+    given = {name: rate for name, rate in wanted.items() if rate != "auto"}
     with _naming_rates():
-        return buffer.get_theoretical_num_sms(sizes.num_experts, sizes.num_topk, nvlink_gbs=nvlink, rdma_gbs=rdma)
+        return buffer.get_theoretical_num_sms(sizes.num_experts, sizes.num_topk, **given)
 
 
 @contextmanager
