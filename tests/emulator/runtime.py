@@ -81,6 +81,10 @@ class Window:
         """Where byte `offset` of a rank's part lies in this process."""
         return self.mappings[rank].data_ptr() + offset
 
+    def part(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """Some of `tensor`, with a storage of its own."""
+        return torch.from_numpy(self.tensor.numpy()[offset : offset + num_bytes])
+
 
 @dataclass
 class Mapped:
