@@ -136,15 +136,21 @@ def test_more_under_way_than_the_window_holds(pool: Callable[[int], Pool]) -> No
 
 def in_turn(rank: int, size: int, kind: str, slots: int) -> None:
     """Many turns of few slots, ahead by as many as there are, with a rank that is late each time."""
-    group, device, columns = dist.group.WORLD, device_of(kind), 50
+    group, device, columns = dist.group.WORLD, device_of(kind), 1200
     carrier = make_carrier(kind, size * columns * 4, slots=slots)
     gather, scatter = both(carrier)
     under_way: list[tuple[int, Any, torch.Tensor]] = []
+    sums: list[tuple[int, Any, torch.Tensor]] = []
 
     def check() -> None:
         turn, work, out = under_way.pop(0)
         work.wait()
         assert out.view(size, columns)[:, 7].tolist() == [100.0 * turn + r for r in range(size)]
+
+    def check_sum() -> None:
+        turn, work, out = sums.pop(0)
+        work.wait()
+        assert out.tolist() == [size * turn + 10.0 * sum(range(size))] * columns
 
     for turn in range(12):
         if turn % size == rank:
@@ -159,11 +165,15 @@ def in_turn(rank: int, size: int, kind: str, slots: int) -> None:
         del out, own
         parts = scatter.allocate((size * columns,), dtype=torch.float32, device=device)
         reduced = scatter.allocate((columns,), dtype=torch.float32, device=device)
-        scatter(reduced, parts.fill_(turn + 10.0 * rank), group, dist.ReduceOp.SUM)
-        assert reduced[49].item() == size * turn + 10.0 * sum(range(size))
+        work = scatter(reduced, parts.fill_(turn + 10.0 * rank), group, dist.ReduceOp.SUM, async_op=True)
+        sums.append((turn, work, reduced))
         del parts
+        if len(sums) > slots:
+            check_sum()
     while under_way:
         check()
+    while sums:
+        check_sum()
     carrier.close()
 
 
