@@ -79,12 +79,14 @@ def _titan(args: argparse.Namespace) -> int:
     words = _words(args, folder)
     if "RANK" not in os.environ:
         check_titan_arms(recipe, arms, args.skew)
+        env = {"CUDA_VISIBLE_DEVICES": ""} if recipe.plugin.backend == "host" else {}
+        if recipe.plugin.backend != "host":
+            usable_gpus(recipe)
         make_folder(folder)
         # An older seed checkpoint may be of another model.
         shutil.rmtree(folder / SEED_FOLDER, ignore_errors=True)
-        on_cpu = {"CUDA_VISIBLE_DEVICES": ""}
-        code = run_ranks("epv2_plugin.training.titan_ab", [args.recipe, str(folder)], 1, on_cpu)
-        return code or run_ranks("epv2_plugin.cli", words, recipe.train.processes, on_cpu)
+        code = run_ranks("epv2_plugin.training.titan_ab", [args.recipe, str(folder)], 1, env)
+        return code or run_ranks("epv2_plugin.cli", words, recipe.train.processes, env)
     from epv2_plugin.training.titan_ab import run
 
     return run(recipe, folder, arms, command=shlex.join(["epv2", *words]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +192,27 @@ def remove(model: nn.Module) -> None:
                 setattr(param_group, name, comm)
     for carrier in installed.carriers.values():
         carrier.close()
+
+
+def watch(model: nn.Module, wrap: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> None:
+    """Let every all-gather and reduce-scatter of `model` be called through `wrap(call, name)`, whoever does it.
+
+    Args:
+        wrap: returns what is called instead of `call`; `name` is "all_gather" or "reduce_scatter".
+    """
+    for each in _parameter_groups(model):
+        for name, watched in zip(_COMMS, ("all_gather", "reduce_scatter"), strict=True):
+            setattr(each.param_group, name, _Watched(getattr(each.param_group, name), wrap, watched))
+
+
+class _Watched:
+    """One of FSDP2's two objects, called through something else."""
+
+    def __init__(self, comm: Any, wrap: Callable[[Callable[..., Any], str], Callable[..., Any]], name: str):
+        self.allocate, self._call = comm.allocate, wrap(comm, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
 
 
 def groups() -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic import ElasticBuffer, EPHandle, EventOverlap, autograd
+from epv2_plugin.elastic.budget import expert_sms
 from epv2_plugin.elastic.buffer import resolve_backend
 from epv2_plugin.elastic.sizing import align
 from epv2_plugin.megatron.patches import Patches
@@ -436,7 +437,7 @@ def _make_shared(group: dist.ProcessGroup, sizes: _Sizes, limit: int) -> _Shared
         backend=_config.backend,
     )
     what = buffer.describe()
-    num_sms = _num_sms(buffer, sizes)
+    num_sms = expert_sms(_config, buffer, sizes.num_experts, sizes.num_topk)
     if dist.get_rank(group) == 0:
         logger.info(
             "epv2: EP group of %d ranks (first: global rank %d): %s backend over %s, %s mode, %s layout, "
@@ -452,21 +453,6 @@ def _make_shared(group: dist.ProcessGroup, sizes: _Sizes, limit: int) -> _Shared
             f", at most {limit} tokens per rank" if limit else "",
         )
     return _Shared(buffer, num_sms)
-
-
-def _num_sms(buffer: ElasticBuffer, sizes: _Sizes) -> int:
-    """SMs that an operation may hold: as configured, else by the analytic model; none on the host."""
-    budget, rate, key = _config.sm_budget.expert, _config.network.scale_up_gbytes_per_s, "network.scale_up_gbytes_per_s"
-    if budget != "auto" and buffer.describe()["backend"] != "host":
-        return budget
-    try:
-        return buffer.get_theoretical_num_sms(
-            sizes.num_experts, sizes.num_topk, nvlink_gbs=0 if rate == "auto" else rate
-        )
-    except ValueError as error:
-        if key not in str(error):
-            raise
-        raise _config.fail(key, str(error).removeprefix(f"{key} = {rate!r}: ")) from None
 
 
 def _accept_backend(post_init: Any) -> Any:
