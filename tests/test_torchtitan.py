@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch.distributed as dist
 import epv2_plugin
 from epv2_plugin import ConfigError, ElasticBuffer
 from tests import harness
+from tests.buffers import EmulatedBuffer, fsdp_on
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed")
 
@@ -50,6 +54,18 @@ def make_seed(rank: int, size: int, folder: str) -> list[str]:
     return epv2_plugin.status()["bridge"]
 
 
+@contextmanager
+def on_emulated_device(ours: Any) -> Iterator[None]:
+    """Let backend "cuda" of dispatcher and collectives run on the emulator."""
+    real = ours.dispatcher.ElasticBuffer, ours.dispatcher.resolve_backend
+    ours.dispatcher.ElasticBuffer, ours.dispatcher.resolve_backend = EmulatedBuffer, lambda name: "cuda"
+    try:
+        with fsdp_on("emulated"):
+            yield
+    finally:
+        ours.dispatcher.ElasticBuffer, ours.dispatcher.resolve_backend = real
+
+
 class Counter:
     """Calls of a buffer, by kind."""
 
@@ -73,6 +89,16 @@ class Counter:
         ElasticBuffer.dispatch, ElasticBuffer.combine = self._before  # type: ignore[method-assign]
 
 
+def _step_microbatches(
+    schedule: Any, *, arg_mbs: Any, kwarg_mbs: Any, target_mbs: Any, losses: Any, **rest: Any
+) -> None:
+    """torch 2.13's `step` splits a batch itself; torchtitan 0.3.0 hands micro-batches to that of a later torch."""
+    schedule._stage.has_backward = True
+    schedule._stage.clear_runtime_states()
+    arg_mbs = arg_mbs or [()] * len(kwarg_mbs)
+    schedule._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, False, loss_kwargs=rest["loss_kwargs"])
+
+
 def trained(
     folder: str, overrides: list[str], *arguments: str
 ) -> tuple[list[float], list[float], dict[str, int], list]:
@@ -88,6 +114,8 @@ def trained(
             log(step, loss, largest, norm, **rest)
 
         trainer.metrics_processor.log = note
+        if trainer.parallel_dims.pp_enabled:
+            trainer.pp_schedule.step = functools.partial(_step_microbatches, trainer.pp_schedule)
         trainer.train()
         groups = epv2_plugin.status()["groups"]
         for part in trainer.model_parts:
@@ -102,6 +130,7 @@ def arms(rank: int, size: int, folder: str) -> dict[str, Any]:
     Path(folder, "plugin.yaml").write_text("backend: host\ntimeouts: {host_seconds: 60}\n")
     expert = [f'{OURS}.token_dispatcher={{"config": "{folder}/plugin.yaml"}}']
     every = [*expert, f"{OURS}.activation_checkpoint", f"{OURS}.collectives={TIMEOUTS}"]
+    cuda = [*expert, f"{OURS}.activation_checkpoint", f'{OURS}.collectives={{"config": "{folder}/plugin.yaml"}}']
     two = ("--training.local_batch_size", "1", "--parallelism.expert_parallel_degree", "2")
     found = {
         "stock": trained(folder, [], *two),
@@ -110,6 +139,11 @@ def arms(rank: int, size: int, folder: str) -> dict[str, Any]:
         "recomputed": trained(folder, expert, *two),
         "ep 1": trained(folder, every, "--training.local_batch_size", "1"),
     }
+    Path(folder, "cuda.yaml").write_text(
+        "backend: cuda\nexpert: {max_tokens_per_rank: 16}\nsm_budget: {fsdp: 2}\ntimeouts: {host_seconds: 60}\n"
+    )
+    with on_emulated_device(ours):
+        found["emulated"] = trained(folder, [name.replace("plugin.yaml", "cuda.yaml") for name in cuda], *two)
     assert len(ours.dispatcher._held) == 0, "handles outlived their training"
     Path(folder, "plugin.yaml").write_text("parallel: {expert: 4}\n")
     with pytest.raises(ConfigError, match=r"plugin.yaml: parallel.expert = 4: torchtitan was started with 2"):
@@ -143,9 +177,57 @@ def test_an_unmodified_model_trains_by_flag(tmp_path: Path) -> None:
         assert stock[3] == []
         primitives = [(group["primitive"], len(group["ranks"])) for group in ours[3]]
         assert primitives == [("fsdp", 4), ("fsdp", 2), ("expert", 2)]
+        emulated = found["emulated"]
+        assert emulated[:3] == ours[:3]
+        groups = [group for group in emulated[3] if group["backend"] == "cuda"]
+        assert [(group["primitive"], len(group["ranks"])) for group in groups] == primitives
+        assert all(group["transport"] == "emulated" and group["sent_bytes"] > 0 for group in groups)
+        assert [group["sms"] for group in groups if group["primitive"] == "fsdp"] == [2, 2]
 
 
-def uneven(rank: int, size: int) -> None:
+def pipelined(rank: int, size: int, folder: str) -> dict[str, Any]:
+    importlib.import_module(OURS)
+    words = ["--training.local_batch_size", "2", "--parallelism.expert_parallel_degree", "2"]
+    words += ["--parallelism.pipeline_parallel_degree", "2", "--parallelism.pipeline_parallel_schedule", "1F1B"]
+    ours = [f"{OURS}.token_dispatcher={TIMEOUTS}", f"{OURS}.activation_checkpoint", f"{OURS}.collectives={TIMEOUTS}"]
+    found = {"stock": trained(folder, [], *words), "ours": trained(folder, ours, *words)}
+    importlib.import_module(OURS).release()
+    return found
+
+
+def test_beside_pipeline_stages(tmp_path: Path) -> None:
+    """Two stages of two ranks each, which share experts and parameters."""
+    harness.run(1, make_seed, str(tmp_path), timeout=240)
+    results = harness.run(4, pipelined, str(tmp_path), timeout=400)
+    for rank, found in enumerate(results):
+        if rank >= 2:  # of the last stage, which has the loss
+            torch.testing.assert_close(found["ours"][0], found["stock"][0], rtol=2e-5, atol=0)
+        torch.testing.assert_close(found["ours"][1], found["stock"][1], rtol=2e-3, atol=0)
+        assert {(group["primitive"], len(group["ranks"])) for group in found["ours"][3]} == {("fsdp", 2), ("expert", 2)}
+        assert found["ours"][2]["dispatch"] > 0
+
+
+def refused(rank: int, size: int) -> None:
+    """What can't run here is said when the override is."""
+    ours = importlib.import_module(OURS)
+    for override in (ours.token_dispatcher, ours.collectives):
+        with pytest.raises(ConfigError, match="backend = 'cuda': the cuda backend needs a CUDA device"):
+            override(None, config={"backend": "cuda"})
+    with on_emulated_device(ours), pytest.raises(ConfigError, match="max_tokens_per_rank = 'auto': the cuda backend"):
+        ours.token_dispatcher(None, config={"backend": "cuda"})
+
+
+def test_what_can_not_run_is_refused_at_once() -> None:
+    harness.run(1, refused, timeout=120)
+
+
+def uneven_emulated(rank: int, size: int) -> None:
+    ours = importlib.import_module(OURS)
+    with on_emulated_device(ours):
+        uneven(rank, size, {"backend": "cuda", "expert": {"max_tokens_per_rank": 9}})
+
+
+def uneven(rank: int, size: int, config: dict[str, Any]) -> None:
     """The dispatcher alone: other numbers of tokens on every rank, none on one; values and gradients."""
     ours = importlib.import_module(OURS)
     from torch.distributed.device_mesh import init_device_mesh
@@ -153,7 +235,7 @@ def uneven(rank: int, size: int) -> None:
 
     experts, top_k, hidden = 2 * size, 3, 8
     stock = AllToAllTokenDispatcher.Config(num_experts=experts, top_k=top_k)
-    config = ours.token_dispatcher(stock, config={"timeouts": {"host_seconds": 20}})
+    config = ours.token_dispatcher(stock, config={**config, "timeouts": {"host_seconds": 20}})
     mine, local = config.build(), config.build()
     mine.wire_meshes(ep_mesh=init_device_mesh("cpu", (size,), mesh_dim_names=("ep",)))
     local.wire_meshes(ep_mesh=None)
@@ -182,7 +264,8 @@ def uneven(rank: int, size: int) -> None:
 
 
 def test_uneven_tokens() -> None:
-    harness.run(3, uneven, timeout=240)
+    harness.run(3, uneven, {}, timeout=240)
+    harness.run(3, uneven_emulated, timeout=240)
 
 
 @pytest.mark.parametrize("missing", ["everything", "override"])

@@ -110,21 +110,22 @@ class _Arm:
         name: "epv2"; anything else is stock.
 
     Args:
-        expert: ranks that share the experts of a layer.
+        tensor: ranks that share a matrix.
     """
 
-    def __init__(self, recipe: TitanRecipe, folder: Path, name: str, expert: int):
+    def __init__(self, recipe: TitanRecipe, folder: Path, name: str, tensor: int = 1):
         self.name = name
         plugin = json.dumps({"config": recipe.plugin.model_dump(exclude_defaults=True)})
         ours = [f"{adapter.__name__}.{each}={plugin}" for each in ("token_dispatcher", "collectives")]
         ours.append(f"{adapter.__name__}.activation_checkpoint")
-        local = recipe.train.global_batch_size // recipe.train.processes
+        local = recipe.train.global_batch_size * tensor // recipe.train.processes
         self._trainer = _trainer(
             recipe,
             folder,
             ours if name == OURS else [],
             *("--checkpoint.load_only", "--training.local_batch_size", str(local)),
-            *("--parallelism.expert_parallel_degree", str(expert)),
+            *("--parallelism.expert_parallel_degree", str(recipe.expert)),
+            *("--parallelism.tensor_parallel_degree", str(tensor)),
         )
         self._resends = not isinstance(self._trainer.config.activation_checkpoint, SelectiveAC.Config | None)
         self._trainer.metrics_processor.log = self._note
@@ -279,7 +280,7 @@ def run(recipe: TitanRecipe, folder: Path, arms: list[str], *, command: str) -> 
         The exit code: 0, or 1 if a loss was not finite (the report then covers the steps made).
     """
     rank = _join(recipe)
-    measured = [_Arm(recipe, folder, name, recipe.expert) for name in arms]
+    measured = [_Arm(recipe, folder, name) for name in arms]
     meta, failure = _meta(recipe, measured, command), ""
     metrics: IO[str] | None = open(folder / "metrics.jsonl", "w") if rank == 0 else None  # noqa: SIM115
     try:
@@ -289,7 +290,7 @@ def run(recipe: TitanRecipe, folder: Path, arms: list[str], *, command: str) -> 
             arm.close()
         measured = []
         if "noise" in meta:
-            measured = [_Arm(recipe, folder, meta["noise"]["arm"], 1)]
+            measured = [_Arm(recipe, folder, meta["noise"]["arm"], 2)]
             _steps(recipe, measured, metrics)
     except FloatingPointError as error:  # every rank raises it
         failure = str(error)
