@@ -350,11 +350,22 @@ def installed(rank: int, size: int, kind: str) -> None:
         assert comms == [(group._all_gather_comm, group._reduce_scatter_comm) for group in groups]
         with pytest.raises(RuntimeError, match="call remove before applying <defaults>"):
             fsdp.apply(model)
+        seen: list[str] = []
+
+        def wrap(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                seen.append(name)
+                return call(*args, **kwargs)
+
+            return noted
+
+        fsdp.watch(model, wrap)
         for _ in range(2):
             handle = model[0].unshard(async_op=True)
             handle.wait()
             torch.testing.assert_close(model[0].experts.detach().cpu(), _model()[0].experts.detach(), rtol=0, atol=0)
             model[0].reshard()
+        assert seen == ["all_gather"] * 4  # of two parameter groups, twice
         found = epv2_plugin.status()["groups"]
         assert [group["ranks"] for group in found] == [[0, 1, 2, 3], [rank // 2 * 2, rank // 2 * 2 + 1]]
         assert all(group["primitive"] == "fsdp" and group["backend"] == config["backend"] for group in found)

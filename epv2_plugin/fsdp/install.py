@@ -122,8 +122,8 @@ def apply(model: nn.Module, config: str | os.PathLike[str] | dict[str, Any] | Pl
 
     Args:
         model: itself sharded by `fully_shard`, or with modules in it that are.
-        config: a YAML file, a mapping, a `PluginConfig`, or None for the defaults; `fsdp`, `backend` and `timeouts`
-            count here. `fsdp.collectives: stock` leaves FSDP2 as it is.
+        config: a YAML file, a mapping, a `PluginConfig`, or None for the defaults; `fsdp`, `sm_budget.fsdp`, `backend`
+            and `timeouts` count here. `fsdp.collectives: stock` leaves FSDP2 as it is.
 
     Raises:
         ConfigError: the configuration is wrong, asks for what this version or machine does not have, or its
