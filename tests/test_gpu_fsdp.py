@@ -192,9 +192,9 @@ def test_torchtitan_from_the_command(tmp_path: Path) -> None:
     recipe = ROOT / "recipes" / "deepseek_v3_tiny_fsdp_1gpu.yaml"
     _epv2("ab", str(recipe), "--steps", "8", "--folder", "run", cwd=tmp_path)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = {arm: [r["loss"] for r in records if r["arm"] == arm] for arm in ("alltoall", "epv2", "alltoall, EP 1")}
+    losses = {arm: [r["loss"] for r in records if r["arm"] == arm] for arm in ("alltoall", "epv2", "alltoall, TP 2")}
     assert losses["epv2"] == pytest.approx(losses["alltoall"], rel=2e-2)
-    assert losses["alltoall, EP 1"] == pytest.approx(losses["alltoall"], rel=2e-2)
+    assert losses["alltoall, TP 2"] == pytest.approx(losses["alltoall"], rel=2e-2)
     for record in records:
         assert min(record[f"{stage}_ms"] for stage in ("dispatch", "combine", "all_gather", "reduce_scatter")) > 0
     assert "cuda backend over" in (tmp_path / "run" / "report.md").read_text()
