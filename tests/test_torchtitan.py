@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -89,16 +88,6 @@ class Counter:
         ElasticBuffer.dispatch, ElasticBuffer.combine = self._before  # type: ignore[method-assign]
 
 
-def _step_microbatches(
-    schedule: Any, *, arg_mbs: Any, kwarg_mbs: Any, target_mbs: Any, losses: Any, **rest: Any
-) -> None:
-    """torch 2.13's `step` splits a batch itself; torchtitan 0.3.0 hands micro-batches to that of a later torch."""
-    schedule._stage.has_backward = True
-    schedule._stage.clear_runtime_states()
-    arg_mbs = arg_mbs or [()] * len(kwarg_mbs)
-    schedule._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, False, loss_kwargs=rest["loss_kwargs"])
-
-
 def trained(
     folder: str, overrides: list[str], *arguments: str
 ) -> tuple[list[float], list[float], dict[str, int], list]:
@@ -114,8 +103,6 @@ def trained(
             log(step, loss, largest, norm, **rest)
 
         trainer.metrics_processor.log = note
-        if trainer.parallel_dims.pp_enabled:
-            trainer.pp_schedule.step = functools.partial(_step_microbatches, trainer.pp_schedule)
         trainer.train()
         groups = epv2_plugin.status()["groups"]
         for part in trainer.model_parts:
@@ -186,27 +173,6 @@ def test_an_unmodified_model_trains_by_flag(seeded: str) -> None:
         assert [(group["primitive"], len(group["ranks"])) for group in groups] == primitives
         assert all(group["transport"] == "emulated" and group["sent_bytes"] > 0 for group in groups)
         assert [group["sms"] for group in groups if group["primitive"] == "fsdp"] == [2, 2]
-
-
-def pipelined(rank: int, size: int, folder: str) -> dict[str, Any]:
-    importlib.import_module(OURS)
-    words = ["--training.local_batch_size", "2", "--parallelism.expert_parallel_degree", "2"]
-    words += ["--parallelism.pipeline_parallel_degree", "2", "--parallelism.pipeline_parallel_schedule", "1F1B"]
-    ours = [f"{OURS}.token_dispatcher={TIMEOUTS}", f"{OURS}.activation_checkpoint", f"{OURS}.collectives={TIMEOUTS}"]
-    found = {"stock": trained(folder, [], *words), "ours": trained(folder, ours, *words)}
-    importlib.import_module(OURS).release()
-    return found
-
-
-def test_beside_pipeline_stages(seeded: str) -> None:
-    """Two stages of two ranks each, which share experts and parameters."""
-    results = harness.run(4, pipelined, seeded, timeout=400)
-    for rank, found in enumerate(results):
-        if rank >= 2:  # of the last stage, which has the loss
-            torch.testing.assert_close(found["ours"][0], found["stock"][0], rtol=2e-5, atol=0)
-        torch.testing.assert_close(found["ours"][1], found["stock"][1], rtol=2e-3, atol=0)
-        assert {(group["primitive"], len(group["ranks"])) for group in found["ours"][3]} == {("fsdp", 2), ("expert", 2)}
-        assert found["ours"][2]["dispatch"] > 0
 
 
 def refused(rank: int, size: int) -> None:
