@@ -72,12 +72,14 @@ class Parallel(Section):
 class SmBudget(Section):
     """CTAs (thread blocks, one per SM) that each primitive may hold; `auto` asks the analytic model.
 
-    `context` is for the sum of key and value gradients, 0 = as few as do; gathers and the pipeline take none.
+    `context` is for the sum of key and value gradients and `fsdp` for that of parameters' gradients, 0 = as few as do;
+    gathers and the pipeline take none.
     """
 
     expert: Count = "auto"
     pipeline: int = Field(default=0, ge=0)
     context: int = Field(default=0, ge=0)
+    fsdp: int = Field(default=0, ge=0)
 
 
 class Expert(Section):
@@ -110,8 +112,9 @@ class Context(Section):
 class Fsdp(Section):
     """Parameter all-gather and gradient reduce-scatter of FSDP2.
 
-    `window_bytes` bounds the gathered parameters (or unreduced gradients) that are under way at once; `auto` takes
-    twice the model's largest layer, so that one can be fetched ahead.
+    `window_bytes` bounds the gathered parameters that are under way at once, and as many again of unreduced gradients;
+    `auto` takes twice the model's largest layer, so that one can be fetched ahead, and more where more are prefetched
+    by name. On a GPU both are allocated when it is applied, in slots of the largest layer.
     """
 
     collectives: Literal["auto", "stock"] = "auto"
@@ -216,7 +219,7 @@ class PluginConfig(Document):
                         f"tensor x context x pipeline ({product}) must divide the world size of {world_size} ranks",
                     )
         if device_sms is not None:
-            for name in ("expert", "pipeline", "context"):
+            for name in ("expert", "pipeline", "context", "fsdp"):
                 budget = getattr(self.sm_budget, name)
                 if budget != "auto" and budget > device_sms:
                     raise self.fail(f"sm_budget.{name}", f"at most the device's {device_sms} SMs")

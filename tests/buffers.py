@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from epv2_plugin.elastic import ElasticBuffer, buffer
+from epv2_plugin.fsdp import install
+from epv2_plugin.fsdp.carriers import CudaCarrier
 from tests.emulator.runtime import EmulatedRuntime
 
 KINDS = ("host", "emulated")  # what any machine can run; "cuda" is for tests with mark gpu
@@ -48,6 +51,31 @@ def make_buffer(kind: str, **options: Any) -> ElasticBuffer:
         return emulated_buffer(**options)
     take_device()
     return ElasticBuffer(dist.group.WORLD, backend="cuda", **options)
+
+
+class EmulatedCarrier(CudaCarrier):
+    """FSDP2's collectives of the cuda backend on the emulator: `runtime`."""
+
+    device = "cpu"
+
+    def _runtime(self, group: dist.ProcessGroup, seconds: float) -> EmulatedRuntime:
+        self.runtime = EmulatedRuntime(group, num_sms=SMS)
+        return self.runtime
+
+
+@contextmanager
+def fsdp_on(kind: str) -> Iterator[torch.device]:
+    """Let `fsdp.apply` with backend "cuda" run on the emulator where `kind` is that; gives the device of models."""
+    if kind == "cuda":
+        yield take_device()
+        return
+    real = install.CudaCarrier, install.resolve_backend
+    if kind == "emulated":
+        install.CudaCarrier, install.resolve_backend = EmulatedCarrier, lambda name: "cuda"
+    try:
+        yield torch.device("cpu")
+    finally:
+        install.CudaCarrier, install.resolve_backend = real
 
 
 def take_device() -> torch.device:

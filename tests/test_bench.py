@@ -538,7 +538,7 @@ def test_bench_ep_as_ranks_of_somebody_else(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["setup"]["ranks"] == 2
 
 
-# ---- pp and cp ------------------------------------------------------------------------------------------------------
+# ---- pp, cp and fsdp ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -553,6 +553,11 @@ def test_bench_ep_as_ranks_of_somebody_else(tmp_path):
             ["cp", "--ranks", "2", "--tokens", "64", "--heads", "4", "--groups", "2", "--width", "8"],
             ("gather_us", "attention_us"),
             ("epv2", "torch", "gather, then attend"),
+        ),
+        (
+            ["fsdp", "--ranks", "2", "--parameters", "5000"],
+            ("gather_us", "reduce_us"),
+            ("all-gather, epv2", "all-gather, torch", "reduce-scatter, epv2", "reduce-scatter, torch"),
         ),
     ],
 )
@@ -569,7 +574,7 @@ def test_bench_of_transfers_from_end_to_end(
         for samples in document[table].values():
             assert len(samples) == 2
             assert all(len(ranks) == 2 and min(ranks) > 0 for ranks in samples)
-    text = {"pp": report.pp_text, "cp": report.cp_text}[words[0]](document)
+    text = {"pp": report.pp_text, "cp": report.cp_text, "fsdp": report.fsdp_text}[words[0]](document)
     assert text in done.stdout
     assert all(name in text for name in names)
     assert max(map(len, text.splitlines())) <= report.WIDTH
@@ -595,6 +600,7 @@ def test_report_of_gemms_beside_transfers() -> None:
         (["pp", "--ranks", "1"], "--ranks = 1: must be 2 or more"),
         (["pp", "--small", "65", "--large", "64"], "--small = 65: must be at most --large, 64"),
         (["cp", "--heads", "6", "--groups", "4"], "--groups = 4: must divide --heads, 6"),
+        (["fsdp", "--ranks", "4", "--parameters", "6"], "--parameters = 6: must be a multiple of 4"),
     ],
 )
 def test_bench_of_transfers_refuses(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:

@@ -74,7 +74,11 @@ def test_wrong_values_are_refused(header):
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [
-        ("struct A {\n  double x;\n};", 2, "type 'double' is not one of uint64_t, int64_t, uint32_t, int32_t, float"),
+        (
+            "struct A {\n  short x;\n};",
+            2,
+            "type 'short' is not one of uint64_t, int64_t, uint32_t, int32_t, float, double",
+        ),
         ("struct A {\n  int32_t x, y;\n};", 2, "must be 'TYPE NAME;'"),
         ("struct A {\n  int32_t x[4];\n};", 2, "must be 'TYPE NAME;'"),
         ("struct A {\n  int32_t x = 4;\n};", 2, "must be 'TYPE NAME;'"),

@@ -294,6 +294,22 @@ def test_a_yardstick_that_stock_refuses_is_named(tmp_path):
     assert "Rounding noise is not known: r.yaml: megatron" in (folder / "report.md").read_text()
 
 
+def test_what_runs_beside_the_step_and_another_yardstick(tmp_path):
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        return record | {"all_gather_ms": 7.0 if record["arm"] == "epv2" else 14.0, "reduce_scatter_ms": 9.0}
+
+    noise = BF16["noise"] | {"why": "two layouts"}
+    text = write_report(make_run(tmp_path / "run", change=change, noise_steps=30, precision="bf16", noise=noise))
+    lines = text.read_text().splitlines()
+    row = "| parameter all-gathers | 14.00 (14.00 to 14.00) | 7.00 (7.00 to 7.00) | 0.500 |"
+    assert row in lines
+    assert any(line.startswith("| gradient reduce-scatters | 9.00") for line in lines)
+    assert "Rounding noise: two layouts." in lines
+    assert any("on their own streams" in line for line in lines)
+    plain = write_report(make_run(tmp_path / "plain")).read_text()
+    assert "all-gathers" not in plain
+
+
 def test_too_short_a_noise_run_is_no_yardstick(tmp_path):
     folder = make_run(tmp_path / "run", change=_drifting(4.0), noise_steps=12, **BF16)
     assert "tolerance 2e-02 for bf16" in verdict_of(folder)

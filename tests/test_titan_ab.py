@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from epv2_plugin import ConfigError
+from epv2_plugin import ConfigError, cli
 from epv2_plugin.training.recipe import load_recipe
 from epv2_plugin.training.titan_recipe import ARMS, check_titan_arms, is_titan, load_titan_recipe
 
@@ -39,10 +40,13 @@ def test_a_run_from_the_command(tmp_path: Path) -> None:
         # Stock sends a copy for each token and expert; its counts and our scores are a few bytes beside the rows.
         assert ours["undeduplicated_bytes"] == pytest.approx(stock["sent_bytes"], rel=0.02)
         assert ours["sent_bytes"] < 0.75 * stock["sent_bytes"]
+        for stage in ("dispatch", "expert", "combine", "dispatch_backward", "all_gather", "reduce_scatter"):
+            assert 0 < min(ours[f"{stage}_ms"], stock[f"{stage}_ms"]) < stock["step_ms"] + ours["step_ms"]
     report = (tmp_path / "report.md").read_text()
     assert "Losses agree at each of 2 steps" in report
     assert "| alltoall | torchtitan's all-to-all | FSDP2's own |" in report
     assert "EP2 x shard 2" in report
+    assert "| parameter all-gathers |" in report
 
 
 def test_the_recipe_loads() -> None:
@@ -50,6 +54,11 @@ def test_the_recipe_loads() -> None:
     recipe = load_titan_recipe(RECIPE, steps=3)
     assert (recipe.name, recipe.expert, recipe.train.processes, recipe.train.steps) == (RECIPE.stem, 2, 4, 3)
     assert load_titan_recipe(RECIPE).train.steps == 10
+    assert recipe.precision == "fp32"
+    on_gpu = load_titan_recipe(RECIPE.with_name("deepseek_v3_tiny_fsdp_1gpu.yaml"))
+    assert (on_gpu.plugin.backend, on_gpu.precision, on_gpu.model) == ("cuda", "bf16", recipe.model)
+    limit = on_gpu.plugin.expert.max_tokens_per_rank
+    assert limit == on_gpu.train.global_batch_size // on_gpu.train.processes * on_gpu.model.seq_length
     assert not is_titan(RECIPE.with_name("deepseek_v3_tiny.yaml"))
     with pytest.raises(ConfigError, match="a recipe for torchtitan, which only `epv2 ab` takes"):
         load_recipe(RECIPE)
@@ -72,6 +81,15 @@ def test_what_a_recipe_must_not_say(tmp_path: Path, section: str, changes: dict,
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(ConfigError, match=message):
         load_titan_recipe(path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = RECIPE.with_name("deepseek_v3_tiny_fsdp_1gpu.yaml")
+    assert cli.main(["ab", str(recipe), "--folder", str(tmp_path / "run")]) != 0
+    assert "backend = 'cuda': there is no CUDA device here" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_can_not_be_compared() -> None:

@@ -7,6 +7,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch.distributed as dist
 import epv2_plugin
 from epv2_plugin import ConfigError, ElasticBuffer
 from tests import harness
+from tests.buffers import EmulatedBuffer, fsdp_on
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed")
 
@@ -48,6 +51,18 @@ def make_seed(rank: int, size: int, folder: str) -> list[str]:
     trainer.checkpointer.save(curr_step=0, last_step=True)
     trainer.close()
     return epv2_plugin.status()["bridge"]
+
+
+@contextmanager
+def on_emulated_device(ours: Any) -> Iterator[None]:
+    """Let backend "cuda" of dispatcher and collectives run on the emulator."""
+    real = ours.dispatcher.ElasticBuffer, ours.dispatcher.resolve_backend
+    ours.dispatcher.ElasticBuffer, ours.dispatcher.resolve_backend = EmulatedBuffer, lambda name: "cuda"
+    try:
+        with fsdp_on("emulated"):
+            yield
+    finally:
+        ours.dispatcher.ElasticBuffer, ours.dispatcher.resolve_backend = real
 
 
 class Counter:
@@ -102,14 +117,19 @@ def arms(rank: int, size: int, folder: str) -> dict[str, Any]:
     Path(folder, "plugin.yaml").write_text("backend: host\ntimeouts: {host_seconds: 60}\n")
     expert = [f'{OURS}.token_dispatcher={{"config": "{folder}/plugin.yaml"}}']
     every = [*expert, f"{OURS}.activation_checkpoint", f"{OURS}.collectives={TIMEOUTS}"]
+    cuda = [*expert, f"{OURS}.activation_checkpoint", f'{OURS}.collectives={{"config": "{folder}/plugin.yaml"}}']
     two = ("--training.local_batch_size", "1", "--parallelism.expert_parallel_degree", "2")
     found = {
         "stock": trained(folder, [], *two),
         "ours": trained(folder, every, *two),
-        "again": trained(folder, every, *two),
         "recomputed": trained(folder, expert, *two),
         "ep 1": trained(folder, every, "--training.local_batch_size", "1"),
     }
+    Path(folder, "cuda.yaml").write_text(
+        "backend: cuda\nexpert: {max_tokens_per_rank: 16}\nsm_budget: {fsdp: 2}\ntimeouts: {host_seconds: 60}\n"
+    )
+    with on_emulated_device(ours):
+        found["emulated"] = trained(folder, [name.replace("plugin.yaml", "cuda.yaml") for name in cuda], *two)
     assert len(ours.dispatcher._held) == 0, "handles outlived their training"
     Path(folder, "plugin.yaml").write_text("parallel: {expert: 4}\n")
     with pytest.raises(ConfigError, match=r"plugin.yaml: parallel.expert = 4: torchtitan was started with 2"):
@@ -122,20 +142,24 @@ def arms(rank: int, size: int, folder: str) -> dict[str, Any]:
     return found
 
 
-def test_an_unmodified_model_trains_by_flag(tmp_path: Path) -> None:
-    (bridge,) = harness.run(1, make_seed, str(tmp_path), timeout=240)
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a seed checkpoint."""
+    folder = str(tmp_path_factory.mktemp("titan"))
+    (bridge,) = harness.run(1, make_seed, folder, timeout=240)
     assert "torchtitan.tools.utils.device_type" in bridge
-    results = harness.run(4, arms, str(tmp_path), timeout=600)
+    return folder
+
+
+def test_an_unmodified_model_trains_by_flag(seeded: str) -> None:
+    results = harness.run(4, arms, seeded, timeout=600)
     for found in results:
-        stock, ours, again, recomputed, single = (
-            found[name] for name in ("stock", "ours", "again", "recomputed", "ep 1")
-        )
+        stock, ours, recomputed, single = (found[name] for name in ("stock", "ours", "recomputed", "ep 1"))
         assert len(stock[0]) == STEPS
         # Experts compute in bf16, whatever torchtitan is told; tokens are summed in another order than stock's.
         for arm in (ours, recomputed, single):
             torch.testing.assert_close(arm[0], stock[0], rtol=2e-5, atol=0)
             torch.testing.assert_close(arm[1], stock[1], rtol=2e-3, atol=0)
-        assert ours[:2] == again[:2]
         per_step = {name: calls / STEPS for name, calls in ours[2].items()}
         assert per_step == {"dispatch": MOE_LAYERS, "cached dispatch": MOE_LAYERS, "combine": 2 * MOE_LAYERS}
         assert recomputed[2]["dispatch"] == 2 * MOE_LAYERS * STEPS
@@ -143,9 +167,35 @@ def test_an_unmodified_model_trains_by_flag(tmp_path: Path) -> None:
         assert stock[3] == []
         primitives = [(group["primitive"], len(group["ranks"])) for group in ours[3]]
         assert primitives == [("fsdp", 4), ("fsdp", 2), ("expert", 2)]
+        emulated = found["emulated"]
+        assert emulated[:3] == ours[:3]  # the bits of another run on another device
+        groups = [group for group in emulated[3] if group["backend"] == "cuda"]
+        assert [(group["primitive"], len(group["ranks"])) for group in groups] == primitives
+        assert all(group["transport"] == "emulated" and group["sent_bytes"] > 0 for group in groups)
+        assert [group["sms"] for group in groups if group["primitive"] == "fsdp"] == [2, 2]
 
 
-def uneven(rank: int, size: int) -> None:
+def refused(rank: int, size: int) -> None:
+    """What can't run here is said when the override is."""
+    ours = importlib.import_module(OURS)
+    for override in (ours.token_dispatcher, ours.collectives):
+        with pytest.raises(ConfigError, match="backend = 'cuda': the cuda backend needs a CUDA device"):
+            override(None, config={"backend": "cuda"})
+    with on_emulated_device(ours), pytest.raises(ConfigError, match="max_tokens_per_rank = 'auto': the cuda backend"):
+        ours.token_dispatcher(None, config={"backend": "cuda"})
+
+
+def test_what_can_not_run_is_refused_at_once() -> None:
+    harness.run(1, refused, timeout=120)
+
+
+def uneven_emulated(rank: int, size: int) -> None:
+    ours = importlib.import_module(OURS)
+    with on_emulated_device(ours):
+        uneven(rank, size, {"backend": "cuda", "expert": {"max_tokens_per_rank": 9}})
+
+
+def uneven(rank: int, size: int, config: dict[str, Any]) -> None:
     """The dispatcher alone: other numbers of tokens on every rank, none on one; values and gradients."""
     ours = importlib.import_module(OURS)
     from torch.distributed.device_mesh import init_device_mesh
@@ -153,7 +203,7 @@ def uneven(rank: int, size: int) -> None:
 
     experts, top_k, hidden = 2 * size, 3, 8
     stock = AllToAllTokenDispatcher.Config(num_experts=experts, top_k=top_k)
-    config = ours.token_dispatcher(stock, config={"timeouts": {"host_seconds": 20}})
+    config = ours.token_dispatcher(stock, config={**config, "timeouts": {"host_seconds": 20}})
     mine, local = config.build(), config.build()
     mine.wire_meshes(ep_mesh=init_device_mesh("cpu", (size,), mesh_dim_names=("ep",)))
     local.wire_meshes(ep_mesh=None)
@@ -182,7 +232,8 @@ def uneven(rank: int, size: int) -> None:
 
 
 def test_uneven_tokens() -> None:
-    harness.run(3, uneven, timeout=240)
+    harness.run(3, uneven, {}, timeout=240)
+    harness.run(3, uneven_emulated, timeout=240)
 
 
 @pytest.mark.parametrize("missing", ["everything", "override"])

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.bench import report, rounds
+from epv2_plugin.bench import gemms, report, rounds
 from epv2_plugin.bench.ep import TIMEOUT, join
 from epv2_plugin.elastic import ElasticBuffer
 
 PINGS = 20  # there and back, in one measurement of latency
 INFLIGHT = 4
-GEMM = 8192  # rows and columns
-GEMM_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,11 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
     document["large_us"] = all_rounds.measure(ring.transfers(setup.large), setup.iterations)
     document["small_us"] = all_rounds.measure(ring.pings(setup.small), setup.iterations, divisor=2 * PINGS)
     if device.type == "cuda":
-        times = {name: statistics.median(report.slowest(found)) for name, found in document["large_us"].items()}
-        document["gemm_us"] = all_rounds.measure(ring.gemms(times), setup.iterations)
+        transfers = {
+            name: (start, statistics.median(report.slowest(document["large_us"][name])))
+            for name, start in ring.starts().items()
+        }
+        document["gemm_us"] = all_rounds.measure(gemms.beside(transfers, device), setup.iterations)
     ring.close()
     return all_rounds.finish(document, report.pp_text, json_file)
 
@@ -141,38 +142,18 @@ class _Ring:
 
         return {"epv2": ours, "torch": torchs}
 
-    def gemms(self, transfer_us: dict[str, float]) -> dict[str, Callable[[], object]]:
-        """A bf16 GEMM again and again, alone and beside transfers that last longer."""
-        a, b = (torch.randn(GEMM, GEMM, dtype=torch.bfloat16, device=self.device) for _ in range(2))
-        out = torch.empty_like(a)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(3):
-            begin.record()
-            torch.mm(a, b, out=out)
-            end.record()
-        end.synchronize()
-        count = max(4, round(GEMM_SECONDS * 1e3 / begin.elapsed_time(end)))
+    def starts(self) -> dict[str, Callable[[], object]]:
+        """Transfers of large tensors that nobody waits for."""
 
-        def alone() -> None:
-            for _ in range(count):
-                torch.mm(a, b, out=out)
+        def ours() -> None:
+            self.buffer.pp_recv(self.target, self.prev, async_with_compute_stream=True)
+            self.buffer.pp_send(self.source, self.next, async_with_compute_stream=True)
 
-        def transfers(name: str) -> int:
-            return max(4, round(2 * GEMM_SECONDS * 1e6 / transfer_us[name]))
+        def torchs() -> None:
+            operations = [
+                dist.P2POp(dist.isend, self.source, self.next),
+                dist.P2POp(dist.irecv, self.target, self.prev),
+            ]
+            dist.batch_isend_irecv(operations)
 
-        def beside_ours() -> None:
-            for _ in range(transfers("epv2")):
-                self.buffer.pp_recv(self.target, self.prev, async_with_compute_stream=True)
-                self.buffer.pp_send(self.source, self.next, async_with_compute_stream=True)
-            alone()
-
-        def beside_torchs() -> None:
-            for _ in range(transfers("torch")):
-                operations = [
-                    dist.P2POp(dist.isend, self.source, self.next),
-                    dist.P2POp(dist.irecv, self.target, self.prev),
-                ]
-                dist.batch_isend_irecv(operations)
-            alone()
-
-        return {"alone": alone, "beside epv2": beside_ours, "beside torch": beside_torchs}
+        return {"epv2": ours, "torch": torchs}

@@ -256,17 +256,45 @@ def pp_text(document: dict[str, Any]) -> str:
     lines += _wrap(f"{setup['small']} bytes from a rank to the next and back: microseconds of one way, {what}.")
     small = document["small_us"].items()
     lines += [*table(["", "one way"], [[name, spread(slowest(samples))] for name, samples in small])]
-    if "gemm_us" in document:
-        lines += ["", *_wrap(f"bf16 GEMMs alone and beside transfers that last longer, {what}.")]
-        alone = statistics.median(slowest(document["gemm_us"]["alone"]))
-        lines += table(
-            ["", "time", "of the lone speed"],
-            [
-                [name, spread(slowest(samples)), f"{alone / statistics.median(slowest(samples)):.1%}"]
-                for name, samples in document["gemm_us"].items()
-            ],
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_gemms(document, what)])
+
+
+def _gemms(document: dict[str, Any], what: str) -> list[str]:
+    """GEMMs beside transfers, where they were measured."""
+    if "gemm_us" not in document:
+        return []
+    alone = statistics.median(slowest(document["gemm_us"]["alone"]))
+    rows = [
+        [name, spread(slowest(samples)), f"{alone / statistics.median(slowest(samples)):.1%}"]
+        for name, samples in document["gemm_us"].items()
+    ]
+    about = f"bf16 GEMMs alone and beside transfers that last longer, microseconds of the slowest rank, {what}."
+    return ["", *_wrap(about), *table(["", "time", "of the lone speed"], rows)]
+
+
+def fsdp_text(document: dict[str, Any]) -> str:
+    """The report of `epv2 bench fsdp`, from what its JSON file holds."""
+    setup = document["setup"]
+    what = f"median of {setup['iterations']} repetitions ± half of the interquartile range"
+    lines = [
+        *head(document),
+        *_wrap(
+            f"{setup['ranks']} ranks, a layer of {setup['parameters']} parameters: gathered in bf16, gradients reduced "
+            f"in fp32 ({document['sms']} SMs of ours), {setup['backend']} backend"
+        ),
+        "",
+        *_wrap(
+            f"Microseconds of the slowest rank, {what}; GB/s that a rank receives or, of gradients, reads of others. "
+            "torch = FSDP2's own, over NCCL, on the host gloo. Results of both were compared."
+        ),
+    ]
+    rows = []
+    for kind, title in (("gather", "all-gather"), ("reduce", "reduce-scatter")):
+        for name, samples in document[f"{kind}_us"].items():
+            times = slowest(samples)
+            rate = document[f"{kind}_bytes"] / statistics.median(times) / 1e3
+            rows.append([f"{title}, {name}", spread(times), _rate(rate)])
+    return "\n".join([*lines, *table(["", "time", "GB/s"], rows), *_gemms(document, what)])
 
 
 def cp_text(document: dict[str, Any]) -> str:

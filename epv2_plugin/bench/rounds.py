@@ -1,4 +1,4 @@
-"""Works measured in turn on all ranks, each started together: what `epv2 bench pp` and `cp` share."""
+"""Works measured in turn on all ranks, each started together: what `epv2 bench pp`, `cp` and `fsdp` share."""
 
 from __future__ import annotations
 

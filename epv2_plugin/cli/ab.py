@@ -88,13 +88,15 @@ def _titan(args: argparse.Namespace) -> int:
     words = _words(args, folder)
     if "RANK" not in os.environ:
         check_titan_arms(recipe, arms, args.skew)
+        env = {"CUDA_VISIBLE_DEVICES": ""} if recipe.plugin.backend == "host" else {}
+        if recipe.plugin.backend != "host":
+            usable_gpus(recipe)
         make_folder(folder)
-        on_cpu = {"CUDA_VISIBLE_DEVICES": ""}
         with taken(folder, reuse=True):
             # An older seed checkpoint may be of another model.
             shutil.rmtree(folder / SEED_FOLDER, ignore_errors=True)
-            code = run_ranks("epv2_plugin.training.titan_ab", [args.recipe, str(folder)], 1, on_cpu)
-        return code or run_ranks("epv2_plugin.cli", words, recipe.train.processes, on_cpu)
+            code = run_ranks("epv2_plugin.training.titan_ab", [args.recipe, str(folder)], 1, env)
+        return code or run_ranks("epv2_plugin.cli", words, recipe.train.processes, env)
     with taken_by_rank_0(folder, reuse=True):
         from epv2_plugin.training.titan_ab import run
 

@@ -1,5 +1,5 @@
-"""`epv2 bench ep | sm | pp | cp | engram`: what dispatch and combine take, what one SM can copy, what transfers between
-stages and context-parallel attention take, what fetching rows takes."""
+"""`epv2 bench ep | sm | pp | cp | fsdp | engram`: what dispatch and combine take, what one SM can copy, what transfers
+between stages, context-parallel attention and FSDP2's collectives take, what fetching rows takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the `bench` command."""
     parser = subparsers.add_parser(
         "bench",
-        help="measure dispatch and combine, SMs' copy rates, pipeline, context parallelism, Engram",
+        help="measure dispatch and combine, SMs' copy rates, pipeline, context parallelism, FSDP2, Engram",
         description="Measure.",
     )
     kinds = parser.add_subparsers(metavar="WHAT", required=True)
@@ -91,6 +91,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     cp.add_argument("--width", type=positive, default=128, help="features of a head (default: %(default)s)")
     _add_common(cp)
     cp.set_defaults(main=main_cp)
+    fsdp = kinds.add_parser(
+        "fsdp",
+        help="a layer's parameter all-gather and gradient reduce-scatter against FSDP2's own, and GEMMs beside them",
+        description="Measure FSDP2's collectives of one layer, ours and its own in turn, each checked against the "
+        "other; on GPUs also a bf16 GEMM alone and beside them.",
+    )
+    fsdp.add_argument("--ranks", type=positive, help=f"ranks that share the layer (default: {RANKS}, or torchrun's)")
+    fsdp.add_argument("--parameters", type=positive, default=64 << 20, help="of the layer (default: %(default)s)")
+    fsdp.add_argument("--sms", type=positive, default=4, help="of a reduce-scatter (default: %(default)s)")
+    _add_common(fsdp)
+    fsdp.set_defaults(main=main_fsdp)
     engram = kinds.add_parser(
         "engram",
         help="rows a second from a table spread over ranks, against a local gather",
@@ -142,24 +153,48 @@ def main_cp(args: argparse.Namespace) -> int:
     def measure(command: str, ranks: int, backend: str) -> int:
         from epv2_plugin.bench.cp import Setup, run
 
-        if args.tokens % (2 * ranks):
-            raise ConfigError("epv2 bench cp", "--tokens", args.tokens, f"must be a multiple of {2 * ranks}")
         setup = Setup(ranks, args.tokens, args.heads, args.groups, args.width, args.iters, backend)
         return run(setup, command, args.json)
 
-    return _on_ranks("cp", args, ("tokens", "heads", "groups", "width"), RANKS, measure)
+    return _on_ranks("cp", args, ("tokens", "heads", "groups", "width"), RANKS, measure, ("tokens", 2))
+
+
+def main_fsdp(args: argparse.Namespace) -> int:
+    """Run `epv2 bench fsdp`; 0 = done and ours gave the same as FSDP2's own, 1 = other results.
+
+    Raises:
+        ConfigError: arguments that do not go together, or with this machine.
+    """
+
+    def measure(command: str, ranks: int, backend: str) -> int:
+        from epv2_plugin.bench.fsdp import Setup, run
+
+        return run(Setup(ranks, args.parameters, args.sms, args.iters, backend), command, args.json)
+
+    return _on_ranks("fsdp", args, ("parameters", "sms"), RANKS, measure, ("parameters", 1))
 
 
 def _on_ranks(
-    kind: str, args: argparse.Namespace, names: Sequence[str], usual: int, measure: Callable[[str, int, str], int]
+    kind: str,
+    args: argparse.Namespace,
+    names: Sequence[str],
+    usual: int,
+    measure: Callable[[str, int, str], int],
+    divided: tuple[str, int] | None = None,
 ) -> int:
-    """Start the ranks that will `measure`, or do so as one of torchrun's."""
+    """Start the ranks that will `measure`, or do so as one of torchrun's.
+
+    Args:
+        divided: an argument that must be a multiple of so many times the ranks.
+    """
     world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
     ranks = args.ranks or world or usual
     if ranks < 2:
         raise ConfigError(f"epv2 bench {kind}", "--ranks", ranks, "must be 2 or more")
     if world not in (None, ranks):
         raise ConfigError(f"epv2 bench {kind}", "--ranks", ranks, f"the job was started with {world} ranks")
+    if divided is not None and (value := getattr(args, divided[0])) % (multiple := divided[1] * ranks):
+        raise ConfigError(f"epv2 bench {kind}", f"--{divided[0]}", value, f"must be a multiple of {multiple}")
     backend, _ = _backend(args.backend, f"epv2 bench {kind}")
     if args.json is not None:
         check_file("--json", args.json)

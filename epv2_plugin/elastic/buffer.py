@@ -1109,7 +1109,7 @@ class ElasticBuffer:
         Args:
             t: floating, `[ranks, *shape]`: row p goes to rank p. Not to be changed before the wait.
             out: where to, one dense `[*shape]` for each of `t`, apart from it in memory; default: new.
-            scale: factor on every sum, before it is rounded; the cuda backend takes 1 only in this version.
+            scale: factor on every sum, before it is rounded.
 
         Returns:
             `(reduced, wait)` or `(*reduced, wait)`, reduced `[*shape]`, dtype of `t`.

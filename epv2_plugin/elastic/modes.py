@@ -42,7 +42,7 @@ def allow_hybrid(
         ValueError: `auto` between nodes, and a rate is neither given nor known; the message names the key to set.
     """
     size, per_node = dist.get_world_size(group), ranks_of_a_node(group)
-    if mode != "auto" or per_node == size:
+    if mode != "auto" or per_node == size or not torch.cuda.is_available():
         return mode != "direct"
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     nic, _ = network.rdma_rate(rdma_gbs, gpus_per_node=per_node)

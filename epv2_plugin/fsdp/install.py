@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,19 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from epv2_plugin.config import ConfigError, PluginConfig, load_config
+from epv2_plugin.elastic.backends.cuda_shards import Slots
 from epv2_plugin.elastic.buffer import resolve_backend
+from epv2_plugin.elastic.errors import UnavailableError
 from epv2_plugin.elastic.sizing import session_bytes
-from epv2_plugin.fsdp.collectives import Carrier, HostCarrier, PluginAllGather, PluginReduceScatter
+from epv2_plugin.fsdp.carriers import Carrier, CudaCarrier, HostCarrier
+from epv2_plugin.fsdp.collectives import PluginAllGather, PluginReduceScatter
 
 logger = logging.getLogger("epv2_plugin")
 
 # FSDP2 has setters for a module with one parameter group; a MoE block, whose experts are sharded over another mesh than
 # the rest, has several, and their attributes are set one by one.
 _COMMS = ("_all_gather_comm", "_reduce_scatter_comm")
-_AHEAD = 2  # layers in the window: one in use, one fetched ahead
+_AHEAD = 2  # layers in a window: one in use, one fetched ahead (or still read by a peer)
 
 
 @dataclass
@@ -43,17 +46,37 @@ class _Group:
 
     module: str
     param_group: Any
+    state: Any  # FSDP2's, of the module
 
     @property
-    def process_groups(self) -> list[dist.ProcessGroup]:
-        """Those that FSDP2 may call our objects with, the group of the shards first."""
+    def gather_groups(self) -> list[dist.ProcessGroup]:
+        """Those that FSDP2 may gather parameters with, the group of the shards first."""
         infos = (self.param_group.mesh_info, self.param_group.post_forward_mesh_info)
-        found = [getattr(info, "shard_process_group", None) for info in infos]
-        found.append(getattr(infos[0], "reduce_scatter_process_group", None))
-        return list(dict.fromkeys(group for group in found if group is not None))
+        return _several(getattr(info, "shard_process_group", None) for info in infos)
 
-    def window_bytes(self, ranks: int) -> int:
-        """Bytes of the gathered parameters, or of the gradients before they are reduced, whichever are more."""
+    @property
+    def reduce_groups(self) -> list[dist.ProcessGroup]:
+        """The one that FSDP2 reduces gradients with; none where one rank has all."""
+        info = self.param_group.mesh_info
+        own = getattr(info, "reduce_scatter_process_group", None) or getattr(info, "shard_process_group", None)
+        return _several([own])
+
+    def prefetched(self, group: dist.ProcessGroup) -> int:
+        """Most parameter groups of `group` that the module fetches ahead at once, where its user has named them."""
+        lists = (self.state._states_to_forward_prefetch, self.state._states_to_backward_prefetch)
+        return max(
+            sum(
+                getattr(other.mesh_info, "shard_process_group", None) is group
+                for state in states
+                for other in state._fsdp_param_groups
+            )
+            for states in lists
+        )
+
+    @property
+    def num_bytes(self) -> tuple[int, int]:
+        """Bytes of the gathered parameters, from however many ranks, and of the gradients before they are reduced."""
+        ranks = self.param_group.mesh_info.shard_mesh_size
         numel, gathered, policy = 0, 0, self.param_group.mp_policy
         widest = torch.float32 if policy.reduce_dtype is None else policy.reduce_dtype
         for param in self.param_group.fsdp_params:
@@ -62,7 +85,33 @@ class _Group:
             numel, gathered = numel + shard, gathered + shard * dtype.itemsize
             if policy.reduce_dtype is None:
                 widest = max(widest, dtype, key=lambda each: each.itemsize)
-        return max(session_bytes(ranks, (gathered,), 1), session_bytes(ranks, (numel,), widest.itemsize))
+        return session_bytes(ranks, (gathered,), 1), session_bytes(ranks, (numel,), widest.itemsize)
+
+
+def _several(groups: Iterable[dist.ProcessGroup | None]) -> list[dist.ProcessGroup]:
+    """Without repetitions, and without those of one rank, which FSDP2 never communicates with."""
+    return [group for group in dict.fromkeys(groups) if group is not None and group.size() > 1]
+
+
+@dataclass
+class _Need:
+    """What one process group must have room for: bytes of the largest layer, and layers at once.
+
+    Attributes:
+        gathered_at, reduced_at: names of the modules with these layers.
+    """
+
+    gathered: int = 0
+    reduced: int = 0
+    gathers: int = _AHEAD
+    reductions: int = _AHEAD
+    gathered_at: str = ""
+    reduced_at: str = ""
+
+    @property
+    def largest(self) -> tuple[int, str]:
+        """Of both kinds, with its module."""
+        return max((self.gathered, self.gathered_at), (self.reduced, self.reduced_at))
 
 
 def apply(model: nn.Module, config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None = None) -> None:
@@ -73,8 +122,8 @@ def apply(model: nn.Module, config: str | os.PathLike[str] | dict[str, Any] | Pl
 
     Args:
         model: itself sharded by `fully_shard`, or with modules in it that are.
-        config: a YAML file, a mapping, a `PluginConfig`, or None for the defaults; `fsdp`, `backend` and `timeouts`
-            count here. `fsdp.collectives: stock` leaves FSDP2 as it is.
+        config: a YAML file, a mapping, a `PluginConfig`, or None for the defaults; `fsdp`, `sm_budget.fsdp`, `backend`
+            and `timeouts` count here. `fsdp.collectives: stock` leaves FSDP2 as it is.
 
     Raises:
         ConfigError: the configuration is wrong, asks for what this version or machine does not have, or its
@@ -97,30 +146,39 @@ def apply(model: nn.Module, config: str | os.PathLike[str] | dict[str, Any] | Pl
     found = list(_parameter_groups(model))
     if not found:
         raise ValueError(f"model is a {type(model).__name__} without a module that fully_shard was called on")
-    _check_backend(loaded, found)
-    windows = _windows(loaded, found)
+    backend, needs = _backend(loaded, found), _needs(found)
+    for group, need in needs.items():
+        _check_window(loaded, backend, group, need)
     carriers: dict[dist.ProcessGroup, Carrier] = {}
     try:
-        for group, window_bytes in windows.items():
-            carriers[group] = HostCarrier(group, window_bytes, loaded)
-    except BaseException:
+        for group, need in needs.items():
+            carriers[group] = _carrier(loaded, backend, group, need)
+    except BaseException as error:
         for carrier in carriers.values():
             carrier.close()
+        if isinstance(error, UnavailableError):
+            raise loaded.fail("fsdp.collectives", f"{error}. 'stock' leaves them to FSDP2") from error
         raise
     installed = _Installed(loaded, [], carriers)
     for each in found:
         installed.before.append((weakref.ref(each.param_group), *(getattr(each.param_group, name) for name in _COMMS)))
-        own = {group: carriers[group] for group in each.process_groups}
-        each.param_group._all_gather_comm = PluginAllGather(own)
-        each.param_group._reduce_scatter_comm = PluginReduceScatter(own)
+        kinds = ((PluginAllGather, each.gather_groups), (PluginReduceScatter, each.reduce_groups))
+        for name, (kind, groups_of_kind) in zip(_COMMS, kinds, strict=True):
+            if groups_of_kind:
+                setattr(each.param_group, name, kind({group: carriers[group] for group in groups_of_kind}))
     _installed[model] = installed
     if dist.get_rank() == 0:
-        logger.info(
-            "epv2: FSDP2's all-gathers and reduce-scatters of %d parameter groups: host backend over gloo, sums in "
-            "fp32 in rank order; %s",
-            len(found),
-            ", ".join(f"{group.size()} ranks: window of {size} bytes" for group, size in windows.items()),
-        )
+        for carrier in carriers.values():
+            what = carrier.groups()
+            logger.info(
+                "epv2: FSDP2's all-gathers and reduce-scatters among %d ranks: %s backend over %s, 0 and %d SMs, sums "
+                "in fp32 in rank order; windows of %d bytes",
+                len(what["ranks"]),
+                what["backend"],
+                what["transport"],
+                what["sms"],
+                what["window_bytes"],
+            )
 
 
 def remove(model: nn.Module) -> None:
@@ -134,6 +192,27 @@ def remove(model: nn.Module) -> None:
                 setattr(param_group, name, comm)
     for carrier in installed.carriers.values():
         carrier.close()
+
+
+def watch(model: nn.Module, wrap: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> None:
+    """Let every all-gather and reduce-scatter of `model` be called through `wrap(call, name)`, whoever does it.
+
+    Args:
+        wrap: returns what is called instead of `call`; `name` is "all_gather" or "reduce_scatter".
+    """
+    for each in _parameter_groups(model):
+        for name, watched in zip(_COMMS, ("all_gather", "reduce_scatter"), strict=True):
+            setattr(each.param_group, name, _Watched(getattr(each.param_group, name), wrap, watched))
+
+
+class _Watched:
+    """One of FSDP2's two objects, called through something else."""
+
+    def __init__(self, comm: Any, wrap: Callable[[Callable[..., Any], str], Callable[..., Any]], name: str):
+        self.allocate, self._call = comm.allocate, wrap(comm, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
 
 
 def groups() -> list[dict[str, Any]]:
@@ -157,8 +236,8 @@ def _parameter_groups(model: nn.Module) -> Iterator[_Group]:
                 "with torch 2.13"
             )
         for param_group in param_groups:
-            found = _Group(name or "the root module", param_group)
-            if not found.process_groups:
+            found = _Group(name or "the root module", param_group, state)
+            if getattr(param_group.mesh_info, "shard_process_group", None) is None:
                 mesh = param_group.mesh_info.mesh
                 raise ValueError(
                     f"{found.module} is on the mesh {dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))}, "
@@ -167,36 +246,62 @@ def _parameter_groups(model: nn.Module) -> Iterator[_Group]:
             yield found
 
 
-def _check_backend(config: PluginConfig, found: list[_Group]) -> None:
+def _backend(config: PluginConfig, found: list[_Group]) -> str:
+    """The backend that runs, "host" or "cuda"."""
     try:
         backend = resolve_backend(config.backend)
     except RuntimeError as error:
         raise config.fail("backend", str(error)) from None
-    if backend == "cuda":
-        raise config.fail(
-            "backend",
-            "collectives of FSDP2 exist on the host backend only in this version: fsdp.collectives: stock leaves them "
-            "to FSDP2",
-        )
+    takes = (CudaCarrier if backend == "cuda" else HostCarrier).device
     for each in found:
-        if each.param_group.device.type != HostCarrier.device:
+        if each.param_group.device.type != takes:
             raise config.fail(
-                "backend", f"the parameters of {each.module} are on {each.param_group.device}, host takes the CPU's"
+                "backend",
+                f"the parameters of {each.module} are on {each.param_group.device}, {backend} takes {takes} tensors",
             )
+    if takes == "cuda":
+        config.check(device_sms=torch.cuda.get_device_properties(found[0].param_group.device).multi_processor_count)
+    return backend
 
 
-def _windows(config: PluginConfig, found: list[_Group]) -> dict[dist.ProcessGroup, int]:
-    """Bytes of each process group's window."""
-    windows: dict[dist.ProcessGroup, int] = {}
+def _needs(found: list[_Group]) -> dict[dist.ProcessGroup, _Need]:
+    """What each process group must have room for."""
+    needs: dict[dist.ProcessGroup, _Need] = {}
     for each in found:
-        for group in each.process_groups:
-            needed, limit = each.window_bytes(group.size()), config.fsdp.window_bytes
-            if limit != "auto" and needed > limit:
-                raise ConfigError(
-                    config.source,
-                    "fsdp.window_bytes",
-                    limit,
-                    f"{each.module} needs {needed} bytes on {group.size()} ranks",
-                )
-            windows[group] = max(windows.get(group, 0), _AHEAD * needed if limit == "auto" else limit)
-    return windows
+        for group in each.gather_groups:
+            need = needs.setdefault(group, _Need())
+            num_bytes, _ = each.num_bytes
+            need.gathered, need.gathered_at = max((need.gathered, need.gathered_at), (num_bytes, each.module))
+            # Beside the layers that a module fetches ahead by name lies what was gathered for itself.
+            need.gathers = max(need.gathers, 1 + each.prefetched(group))
+        for group in each.reduce_groups:
+            need = needs.setdefault(group, _Need())
+            _, num_bytes = each.num_bytes
+            need.reduced, need.reduced_at = max((need.reduced, need.reduced_at), (num_bytes, each.module))
+            need.reductions = max(need.reductions, 1 + each.param_group.reduce_scatter_max_input_buffers)
+    return needs
+
+
+def _check_window(config: PluginConfig, backend: str, group: dist.ProcessGroup, need: _Need) -> None:
+    """Raise where the configured window is too small."""
+    limit, (largest, module) = config.fsdp.window_bytes, need.largest
+    at_once = 1 if backend == "host" else _AHEAD
+    if limit != "auto" and limit < at_once * largest:
+        more = "" if at_once == 1 else f", {at_once} times {largest},"
+        raise ConfigError(
+            config.source,
+            "fsdp.window_bytes",
+            limit,
+            f"{module} needs {at_once * largest} bytes{more} on {group.size()} ranks",
+        )
+
+
+def _carrier(config: PluginConfig, backend: str, group: dist.ProcessGroup, need: _Need) -> Carrier:
+    limit = config.fsdp.window_bytes
+    if backend == "host":
+        return HostCarrier(group, _AHEAD * need.largest[0] if limit == "auto" else limit, config)
+    slots = [
+        Slots(num_bytes, (count if limit == "auto" else limit // num_bytes) if num_bytes else 0)
+        for num_bytes, count in ((need.gathered, need.gathers), (need.reduced, need.reductions))
+    ]
+    return CudaCarrier(group, slots[0], slots[1], config)

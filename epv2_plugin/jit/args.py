@@ -1,7 +1,8 @@
 """Arguments of kernels: a C++ header owns each struct, Python reads it, and kernels are compiled against that reading.
 
-A header (`csrc/kernels/*/args.h`) holds structs of `uint64_t int64_t uint32_t int32_t float` and of structs above them,
-one field a line, and comments after `//`. Anything else is an error: a kernel might not skip what this parser skipped.
+A header (`csrc/kernels/*/args.h`) holds structs of `uint64_t int64_t uint32_t int32_t float double` and of structs
+above them, one field a line, and comments after `//`. Anything else is an error: a kernel might not skip what this
+parser skipped.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
     "uint32_t": ctypes.c_uint32,
     "int32_t": ctypes.c_int32,
     "float": ctypes.c_float,
+    "double": ctypes.c_double,
 }
 _CODES: dict[type[_Field], str] = {
     ctypes.c_uint64: "Q",
@@ -30,6 +32,7 @@ _CODES: dict[type[_Field], str] = {
     ctypes.c_uint32: "I",
     ctypes.c_int32: "i",
     ctypes.c_float: "f",
+    ctypes.c_double: "d",
 }
 _HEAD = re.compile(r"struct\s+([A-Za-z]\w*)\s*\{")
 _FIELD = re.compile(r"(\w+)\s+([A-Za-z]\w*)\s*;")

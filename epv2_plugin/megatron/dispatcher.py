@@ -10,8 +10,6 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -24,9 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic import ElasticBuffer, EPHandle, EventOverlap, autograd
+from epv2_plugin.elastic.budget import expert_sms, hybrid_allowed
 from epv2_plugin.elastic.buffer import resolve_backend
 from epv2_plugin.elastic.model import Shape
-from epv2_plugin.elastic.modes import allow_hybrid
 from epv2_plugin.elastic.sizing import align
 from epv2_plugin.patches import Patches
 
@@ -440,7 +438,7 @@ def _make_shared(group: dist.ProcessGroup, sizes: _Sizes, limit: int) -> _Shared
         backend=_config.backend,
     )
     what = buffer.describe()
-    num_sms = _num_sms(buffer, sizes)
+    num_sms = expert_sms(_config, buffer, sizes.num_experts, sizes.num_topk)
     if dist.get_rank(group) == 0:
         logger.info(
             "epv2: EP group of %d ranks (first: global rank %d): %s backend over %s, %s mode, %s layout, "
@@ -459,44 +457,9 @@ def _make_shared(group: dist.ProcessGroup, sizes: _Sizes, limit: int) -> _Shared
 
 
 def _allow_hybrid(group: dist.ProcessGroup, sizes: _Sizes, limit: int) -> bool:
-    options, rates = _config.expert, _config.network
-    if resolve_backend(_config.backend) == "host":
-        return False
-    fp8 = options.dispatch_dtype == "fp8"
-    shape = Shape(limit, sizes.hidden, sizes.num_topk, sizes.num_experts, dist.get_world_size(group), fp8=fp8)
-    with _naming_rates():
-        return allow_hybrid(
-            options.mode,
-            group,
-            shape,
-            nvlink_gbs=rates.scale_up_gbytes_per_s,
-            rdma_gbs=rates.rdma_gbytes_per_s,
-        )
-
-
-def _num_sms(buffer: ElasticBuffer, sizes: _Sizes) -> int:
-    """SMs that an operation may hold: as configured, else by the analytic model; none on the host."""
-    budget, rates = _config.sm_budget.expert, _config.network
-    if budget != "auto" and buffer.describe()["backend"] != "host":
-        return budget
-    wanted = {"nvlink_gbs": rates.scale_up_gbytes_per_s, "rdma_gbs": rates.rdma_gbytes_per_s}
-    given = {name: rate for name, rate in wanted.items() if rate != "auto"}
-    with _naming_rates():
-        return buffer.get_theoretical_num_sms(sizes.num_experts, sizes.num_topk, **given)
-
-
-@contextmanager
-def _naming_rates() -> Iterator[None]:
-    """A rate that is neither given nor known is a mistake of the configuration."""
-    try:
-        yield
-    except ValueError as error:
-        for key in ("scale_up_gbytes_per_s", "rdma_gbytes_per_s"):
-            name = f"network.{key}"
-            if name in str(error):
-                value = getattr(_config.network, key)
-                raise _config.fail(name, str(error).removeprefix(f"{name} = {value!r}: ")) from None
-        raise
+    fp8 = _config.expert.dispatch_dtype == "fp8"
+    shape = Shape(max(1, limit), sizes.hidden, sizes.num_topk, sizes.num_experts, dist.get_world_size(group), fp8=fp8)
+    return hybrid_allowed(_config, group, shape)
 
 
 def _accept_backend(post_init: Any) -> Any:

@@ -140,9 +140,12 @@ def collectives(cfg: OptimizersContainer.Config, *, config: Config = None) -> An
         config: the plugin's YAML file (or its content).
 
     Raises:
-        ConfigError: it is wrong.
+        ConfigError: it is wrong, or asks for what this version or machine does not have.
     """
-    return derive(cfg, PluginOptimizers.Config, **_carried(load_config(config)))
+    loaded = load_config(config)
+    if loaded.fsdp.collectives != "stock":
+        dispatcher.check_backend(loaded)
+    return derive(cfg, PluginOptimizers.Config, **_carried(loaded))
 
 
 def groups() -> list[dict[str, Any]]:

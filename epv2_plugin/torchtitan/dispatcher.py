@@ -23,7 +23,9 @@ from torchtitan.models.common.token_dispatcher import BaseEPTokenDispatcher, Loc
 
 from epv2_plugin.config import PluginConfig, parse_config
 from epv2_plugin.elastic import ElasticBuffer, EPHandle
+from epv2_plugin.elastic.budget import expert_sms, hybrid_allowed
 from epv2_plugin.elastic.buffer import resolve_backend
+from epv2_plugin.elastic.model import Shape
 from epv2_plugin.elastic.quant import per_token_cast_back
 
 logger = logging.getLogger("epv2_plugin")
@@ -191,31 +193,56 @@ class EpTokenDispatcher(BaseEPTokenDispatcher):
             return _shared[key]
         config.check_degrees("torchtitan", expert=group.size())
         config.check(num_experts=self.num_experts)
-        limit, budget, fp8 = config.expert.max_tokens_per_rank, config.sm_budget.expert, config.expert.dispatch_dtype
+        limit, fp8, qps = config.expert.max_tokens_per_rank, config.expert.dispatch_dtype, config.network.qps
+        tokens = 0 if limit == "auto" else limit
+        shape = Shape(max(1, tokens), hidden, self.top_k, self.num_experts, group.size(), fp8=fp8 == "fp8")
         buffer = ElasticBuffer(
             group,
-            num_max_tokens_per_rank=0 if limit == "auto" else limit,
+            num_max_tokens_per_rank=tokens,
             hidden=hidden,
             num_topk=self.top_k,
             use_fp8_dispatch=fp8 == "fp8",
+            allow_hybrid_mode=hybrid_allowed(config, group, shape),
+            num_allocated_qps=0 if qps == "auto" else qps,
             num_cpu_timeout_secs=config.timeouts.host_seconds,
             num_gpu_timeout_secs=config.timeouts.gpu_seconds,
             backend=config.backend,
         )
         what = buffer.describe()
+        num_sms = expert_sms(config, buffer, self.num_experts, self.top_k)
         if dist.get_rank(group) == 0:
             logger.info(
-                "epv2: EP group of %d ranks (first: global rank %d): %s backend over %s, dispatch in %s",
+                "epv2: EP group of %d ranks (first: global rank %d): %s backend over %s, dispatch in %s, %d SMs%s",
                 group.size(),
                 dist.get_rank(),
                 what["backend"],
                 what["transport"],
                 fp8 if fp8 == "fp8" else "the activations' dtype",
+                num_sms,
+                "" if limit == "auto" else f", at most {limit} tokens per rank",
             )
         number = _shared[key] = next(_numbers)
-        num_sms = 0 if budget == "auto" or what["backend"] == "host" else budget
         _by_number[number] = _Shared(buffer, num_sms, fp8 == "fp8")
         return number
+
+
+def check_backend(config: PluginConfig) -> str:
+    """The backend that runs, "host" or "cuda": torchtitan computes on the GPU where there is one.
+
+    Raises:
+        ConfigError: it can't run here, or needs more SMs than there are.
+    """
+    try:
+        backend = resolve_backend(config.backend)
+    except RuntimeError as error:
+        raise config.fail("backend", str(error)) from None
+    cuda = torch.cuda.is_available()
+    if cuda and backend == "host":
+        raise config.fail(
+            "backend", "the host backend trains on the CPU; hide the GPU (CUDA_VISIBLE_DEVICES=) to use it"
+        )
+    config.check(device_sms=torch.cuda.get_device_properties(0).multi_processor_count if cuda else None)
+    return backend
 
 
 def check(config: PluginConfig) -> None:
@@ -224,14 +251,7 @@ def check(config: PluginConfig) -> None:
     Raises:
         ConfigError: a key, its value and what is allowed.
     """
-    try:
-        backend = resolve_backend(config.backend)
-    except RuntimeError as error:
-        raise config.fail("backend", str(error)) from None
-    if torch.cuda.is_available() and backend == "host":
-        raise config.fail(
-            "backend", "the host backend trains on the CPU; hide the GPU (CUDA_VISIBLE_DEVICES=) to use it"
-        )
+    backend = check_backend(config)
     if config.expert.mode == "hybrid" and backend == "host":
         raise config.fail("expert.mode", "the host backend makes one hop: 'auto' or 'direct'")
     if config.expert.layout != "expanded":

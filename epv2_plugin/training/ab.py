@@ -23,11 +23,12 @@ from epv2_plugin.megatron import context_parallel, dispatcher, pipeline
 from epv2_plugin.megatron.dispatcher import EpTokenDispatcher
 from epv2_plugin.training import devices
 from epv2_plugin.training.data import TokenStream
+from epv2_plugin.training.instruments import PeakMemory
 from epv2_plugin.training.launcher import INTERRUPTED
 from epv2_plugin.training.machine import machine, versions
 from epv2_plugin.training.recipe import Recipe, check_arms, parameter_count
 from epv2_plugin.training.report import OURS, write_report
-from epv2_plugin.training.stages import PeakMemory, StageClock, StockTraffic, moe_layers, skew_routing
+from epv2_plugin.training.stages import StockTraffic, clock_of, moe_layers, skew_routing
 from epv2_plugin.training.trainer import Arm, Interrupts, leave, setup
 
 STOCK = ("alltoall", "allgather")
@@ -149,7 +150,7 @@ class _MeasuredArm:
     def __init__(self, arm: Arm, skew: float | None):
         self.arm = arm
         self.record: dict[str, Any] = {}
-        self._clock, self._memory, self._traffic = StageClock(arm.chunks), PeakMemory(), StockTraffic(arm.chunks)
+        self._clock, self._memory, self._traffic = clock_of(arm.chunks), PeakMemory(), StockTraffic(arm.chunks)
         dispatchers = [layer.token_dispatcher for layer in moe_layers(arm.chunks)]
         self._ours = [dispatcher for dispatcher in dispatchers if isinstance(dispatcher, EpTokenDispatcher)]
         if skew is not None:
@@ -186,8 +187,7 @@ class _MeasuredArm:
             "peak_mib": round(float(largest[1]) / 2**20, 1),
         }
         for stage, total in zip(stages, sums[len(SENT) :].tolist(), strict=True):
-            name, _, backward = stage.partition("_")
-            self.record[f"{name}_backward_ms" if backward else f"{name}_ms"] = round(total / ranks * 1e3, 3)
+            self.record[f"{stage}_ms"] = round(total / ranks * 1e3, 3)
         return self.record
 
     def _sent(self) -> tuple[int, int, int, int]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from epv2_plugin.training.recipe import Recipe
+from epv2_plugin.training.titan_recipe import TitanRecipe
 
 CPU = torch.device("cpu")
 # CTAs of NCCL's own kernels on one GPU, all its ranks together. A kernel waits for those of the other ranks, so all of
@@ -45,7 +46,7 @@ class Place:
         return {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": str(ctas)}
 
 
-def usable_gpus(recipe: Recipe) -> int:
+def usable_gpus(recipe: Recipe | TitanRecipe) -> int:
     """GPUs of this machine that the recipe's ranks can compute on; 0 = they compute on the CPU.
 
     Raises:

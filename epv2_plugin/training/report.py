@@ -23,11 +23,17 @@ logger = logging.getLogger("epv2_plugin")
 OURS = "epv2"
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative, at every step
 CHANCE = 3.0  # two runs that differ by rounding alone may be this many times further apart than two others
+_NOISE = (
+    "stock's two dispatchers compute the same function, but alltoall sums all of a token's expert rows at once, and "
+    "allgather those of each rank first"
+)
 _LEAST_NOISE = 1e-7  # what a loss in fp32 is rounded by
 MIN_PAIRS = 5  # fewer steps say nothing about a difference in time
 RESAMPLES = 4000
 MIB = 1 << 20
 PHASES = ("dispatch", "expert", "combine")
+# What runs beside the rest, on streams of its own; and how it is called.
+BESIDE = {"all_gather": "parameter all-gathers", "reduce_scatter": "gradient reduce-scatters"}
 NO_VALUE = "-"
 
 
@@ -306,6 +312,8 @@ def _times(run: Run) -> str:
         names.append((f"{phase} forward", f"{phase}_ms"))
         names.append((f"{phase} backward", f"{phase}_backward_ms"))
         names.append((f"**{phase}**", _both(phase)))
+    beside = [(title, f"{name}_ms") for name, title in BESIDE.items()]
+    names += [(title, key) for title, key in beside if any(len(run.values(arm, key)) for arm in run.arms)]
     for label, key in names:
         cells = [_spread(run.values(arm, key)) for arm in run.arms]
         for arm in run.arms[1:]:
@@ -409,11 +417,7 @@ def _losses(run: Run) -> str:
     if "missing" in (run.meta.get("noise") or {}):
         text += [f"Rounding noise is not known: {run.meta['noise']['missing']}", ""]
     elif noise is not None:
-        text += [
-            "Rounding noise: stock's two dispatchers compute the same function, but alltoall sums all of a token's "
-            "expert rows at once, and allgather those of each rank first.",
-            "",
-        ]
+        text += [f"Rounding noise: {(run.meta.get('noise') or {}).get('why', _NOISE)}.", ""]
     columns = ["step", *run.arms, *(f"{arm} difference" for arm in rivals), *(["noise"] if noise is not None else [])]
     table = _table(columns, rows)
     text += ["<details><summary>Loss of every step</summary>", "", table, "", "</details>"]
@@ -473,6 +477,11 @@ def _limits(run: Run) -> str:
         "- The time of a stage includes waiting: a rank that arrives early in an exchange waits for the slower ones, "
         "and that wait counts as communication.",
     ]
+    if any(len(run.values(arm, f"{name}_ms")) for arm in run.arms for name in BESIDE):
+        lines.append(
+            "- Parameter all-gathers and gradient reduce-scatters are timed on their own streams; on a GPU they run "
+            "beside the rest of the step."
+        )
     scope = "- The numbers hold for this model, these sizes and this machine."
     if not _on_gpu(run):
         lines.append(

@@ -1,18 +1,10 @@
-"""What one step of an arm spends where: time of dispatch, experts and combine, bytes sent, memory.
-
-The stages are bracketed by identity functions in the graph, which note the time when the forward and when the backward
-pass comes through. Between the bracket before dispatch and the one behind it lies the dispatch, and so on; the
-backward pass meets the brackets in reverse. Waiting for slower ranks falls into the stage that waits.
-"""
+"""What one step of an arm spends where under Megatron: clocks on its MoE layers, bytes that its communication sends."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +15,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from epv2_plugin.patches import Patches
-from epv2_plugin.training import devices
-
-# The brackets in the order in which the forward pass meets them, and the stage that ends at each.
-BRACKETS = ("before dispatch", "after dispatch", "before combine", "after combine")
-STAGE_ENDING_AT = {"after dispatch": "dispatch", "before combine": "expert", "after combine": "combine"}
-STAGE_STARTING_AT = dict(zip(BRACKETS, ("dispatch", "expert", "combine"), strict=False))
-STAGES = ("dispatch", "expert", "combine")
+from epv2_plugin.training.instruments import StageClock
 
 
 def moe_layers(chunks: list[Any]) -> list[MoELayer]:
@@ -37,75 +23,19 @@ def moe_layers(chunks: list[Any]) -> list[MoELayer]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
 
 
-class _Bracket(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, clock: StageClock, name: str) -> torch.Tensor:
-        ctx.clock, ctx.name = clock, name
-        clock.forward(name)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        ctx.clock.backward(ctx.name)
-        return grad, None, None
-
-
-class StageClock:
-    """Seconds per stage since `reset`, summed over the MoE layers and micro-batches of `chunks`.
-
-    On a GPU the time is that of the stream that runs the layer: work on other streams counts where that one waits.
-    """
-
-    def __init__(self, chunks: list[Any]):
-        self.reset()
-        for layer in moe_layers(chunks):
-            dispatcher = layer.token_dispatcher
-            for method, brackets in {
-                "dispatch_preprocess": ("before dispatch", None),
-                "dispatch_postprocess": (None, "after dispatch"),
-                "combine_preprocess": ("before combine", None),
-                "combine_postprocess": (None, "after combine"),
-            }.items():
-                setattr(dispatcher, method, self._bracketed(getattr(dispatcher, method), *brackets))
-
-    def reset(self) -> None:
-        """Start counting anew."""
-        self._passed: list[tuple[str | None, Any]] = []  # stage that ended, time
-
-    def seconds(self) -> dict[str, float]:
-        """Forward seconds by stage, and backward seconds by stage + "_backward". Waits for the device."""
-        devices.synchronize()
-        sums = {stage + suffix: 0.0 for suffix in ("", "_backward") for stage in STAGES}
-        for (_, begin), (stage, end) in itertools.pairwise(self._passed):
-            if stage is not None:
-                sums[stage] += devices.seconds_between(begin, end)
-        return sums
-
-    def forward(self, bracket: str) -> None:
-        """The forward pass is at `bracket`."""
-        self._pass(STAGE_ENDING_AT.get(bracket))
-
-    def backward(self, bracket: str) -> None:
-        """The backward pass is at `bracket`."""
-        stage = STAGE_STARTING_AT.get(bracket)
-        self._pass(stage and stage + "_backward")
-
-    def _pass(self, stage: str | None) -> None:
-        self._passed.append((stage, devices.mark()))
-
-    def _bracketed(self, method: Callable, before: str | None, after: str | None) -> Callable:
-        @functools.wraps(method)
-        def call(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if before is not None:
-                hidden_states = _Bracket.apply(hidden_states, self, before)
-            result = method(hidden_states, *args, **kwargs)
-            if after is None:
-                return result
-            if isinstance(result, tuple):
-                return (_Bracket.apply(result[0], self, after), *result[1:])
-            return _Bracket.apply(result, self, after)
-
-        return call
+def clock_of(chunks: list[Any]) -> StageClock:
+    """A clock over the MoE layers and micro-batches of `chunks`."""
+    clock = StageClock()
+    for layer in moe_layers(chunks):
+        dispatcher = layer.token_dispatcher
+        for method, brackets in {
+            "dispatch_preprocess": ("before dispatch", None),
+            "dispatch_postprocess": (None, "after dispatch"),
+            "combine_preprocess": ("before combine", None),
+            "combine_postprocess": (None, "after combine"),
+        }.items():
+            setattr(dispatcher, method, clock.bracketed(getattr(dispatcher, method), *brackets))
+    return clock
 
 
 class StockTraffic:
@@ -219,31 +149,3 @@ def skew_routing(chunks: list[Any], share: float) -> None:
     """Give every MoE layer a `SkewedRouting`."""
     for layer in moe_layers(chunks):
         layer.router.router_replay = SkewedRouting(share)
-
-
-class PeakMemory:
-    """Peak memory of this process in bytes since `reset`: on a GPU, what torch allocated there; on the CPU, resident
-    memory, since the start of the process where Linux can't reset it."""
-
-    _clear, _status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
-    def reset(self) -> None:
-        """Forget the peak so far."""
-        if devices.on_gpu():
-            torch.cuda.reset_peak_memory_stats()
-            return
-        try:
-            self._clear.write_text("5")
-            self._resettable = True
-        except OSError:
-            self._resettable = False
-
-    def read(self) -> int:
-        """The peak in bytes."""
-        if devices.on_gpu():
-            return torch.cuda.max_memory_allocated()
-        if self._resettable:
-            for line in self._status.read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,10 @@
 """A/B under torchtitan: its trainer as it is, with its own all-to-all and FSDP2's collectives, and with the plugin's.
 
 Both arms live in the same processes, begin with the same seed checkpoint, see the same data and take turns step by
-step. `python -m epv2_plugin.training.titan_ab RECIPE FOLDER` makes that checkpoint, on one process.
+step. In bf16 stock with tensor parallelism follows, alone: how far the losses of stock's two layouts, which round other
+parts of the same sums, are apart is what the plugin's are judged by.
+
+`python -m epv2_plugin.training.titan_ab RECIPE FOLDER` makes that checkpoint, on one process.
 """
 
 from __future__ import annotations
@@ -10,9 +13,7 @@ import datetime
 import json
 import math
 import os
-import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +25,9 @@ import torch.distributed as dist
 
 import epv2_plugin.torchtitan as adapter  # first: without a GPU it makes torchtitan importable
 from epv2_plugin import fsdp
+from epv2_plugin.training import devices
 from epv2_plugin.training.data import TokenStream
+from epv2_plugin.training.instruments import PeakMemory, StageClock
 from epv2_plugin.training.launcher import process_group_store
 from epv2_plugin.training.machine import machine, versions
 from epv2_plugin.training.report import OURS, write_report
@@ -38,6 +41,9 @@ from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.models.common import token_dispatcher
 
 WARMUP_STEPS = 3
+# Tensor-parallel ranks of the run whose rounding is the yardstick. Another number of ranks for experts would be none:
+# stock sums a token's rows in the same order then.
+NOISE_TENSOR = 2
 
 
 class _Bytes(BaseTokenizer):
@@ -104,24 +110,29 @@ class _Arm:
     """A trainer, and what was seen of its last step.
 
     Attributes:
-        name: "alltoall" or "epv2".
+        name: "epv2"; anything else is stock.
+
+    Args:
+        tensor: ranks that share a matrix.
     """
 
-    def __init__(self, recipe: TitanRecipe, folder: Path, name: str):
+    def __init__(self, recipe: TitanRecipe, folder: Path, name: str, tensor: int = 1):
         self.name = name
         plugin = json.dumps({"config": recipe.plugin.model_dump(exclude_defaults=True)})
         ours = [f"{adapter.__name__}.{each}={plugin}" for each in ("token_dispatcher", "collectives")]
         ours.append(f"{adapter.__name__}.activation_checkpoint")
-        local = recipe.train.global_batch_size // recipe.train.processes
+        local = recipe.train.global_batch_size * tensor // recipe.train.processes
         self._trainer = _trainer(
             recipe,
             folder,
             ours if name == OURS else [],
             *("--checkpoint.load_only", "--training.local_batch_size", str(local)),
             *("--parallelism.expert_parallel_degree", str(recipe.expert)),
+            *("--parallelism.tensor_parallel_degree", str(tensor)),
         )
         self._resends = not isinstance(self._trainer.config.activation_checkpoint, SelectiveAC.Config | None)
         self._trainer.metrics_processor.log = self._note
+        self._clock, self._memory = _clock_of(self._trainer.model_parts), PeakMemory()
         self._trainer.checkpointer.load(step=-1)
         self._batches = self._trainer.batch_generator(self._trainer.dataloader)
         self._seen: dict[str, float] = {}
@@ -135,16 +146,22 @@ class _Arm:
             FloatingPointError: the loss is not finite; raised on every rank.
         """
         before = _sent()
+        self._clock.reset()
+        self._memory.reset()
+        devices.synchronize()
         dist.barrier()
-        begin = time.perf_counter()
+        begin = devices.mark()
         self._trainer.step += 1
         with _counting_stock(self._resends) as stock:
             self._trainer.train_step(self._batches)
-        seconds = time.perf_counter() - begin
+        end = devices.mark()
+        stages = self._clock.seconds()  # waits for the device
+        seconds = devices.seconds_between(begin, end)
         sent, plain = (now - then for now, then in zip(_sent(), before, strict=True))
-        sums = torch.tensor([sent + stock.sent_bytes, plain + stock.sent_bytes], dtype=torch.float64)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        largest = torch.tensor([seconds, peak], dtype=torch.float64)
+        values = [sent + stock.sent_bytes, plain + stock.sent_bytes, *stages.values()]
+        here = devices.current()
+        sums = torch.tensor(values, dtype=torch.float64, device=here)
+        largest = torch.tensor([seconds, self._memory.read() / 2**20], dtype=torch.float64, device=here)
         dist.all_reduce(sums)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         self.record = {
@@ -157,6 +174,8 @@ class _Arm:
             "undeduplicated_bytes": int(sums[1]),
             "peak_mib": round(float(largest[1]), 1),
         }
+        for stage, total in zip(stages, sums[2:].tolist(), strict=True):
+            self.record[f"{stage}_ms"] = round(total / dist.get_world_size() * 1e3, 3)
         if not math.isfinite(self._seen["loss"]):
             raise FloatingPointError(f"{self.name}: step {self._trainer.step - 1}: loss {self._seen['loss']}")
         return self.record
@@ -174,6 +193,18 @@ class _Arm:
 
     def _note(self, step: int, loss: float, largest: float, norm: float, **rest: Any) -> None:
         self._seen = {"loss": loss, "grad_norm": norm}
+
+
+def _clock_of(model_parts: list[Any]) -> StageClock:
+    """A clock over dispatch, experts and combine of every MoE layer, and over FSDP2's collectives."""
+    clock = StageClock()
+    for module in (module for part in model_parts for module in part.modules()):
+        if (dispatcher := getattr(module, "token_dispatcher", None)) is not None:
+            dispatcher.dispatch = clock.bracketed(dispatcher.dispatch, "before dispatch", "after dispatch")
+            dispatcher.combine = clock.bracketed(dispatcher.combine, "before combine", "after combine")
+    for part in model_parts:
+        fsdp.watch(part, clock.timed)
+    return clock
 
 
 def _sent() -> tuple[int, int]:
@@ -215,10 +246,22 @@ class _counting_stock:
 
 
 def _join(recipe: TitanRecipe) -> int:
-    """Join the process group, which torchtitan then leaves as it is, and open the data; returns the rank."""
+    """Take a device, join the process group, which torchtitan then leaves as it is, and open the data; returns the
+    rank."""
+    where = devices.place(devices.usable_gpus(recipe))
+    if note := devices.take(where):
+        print(note, file=sys.stderr)
+    if where.device.index is not None:
+        os.environ["LOCAL_RANK"] = str(where.device.index)  # torchtitan's device
     timeout = timedelta(seconds=recipe.plugin.timeouts.host_seconds)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", store=process_group_store(timeout), rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(
+        devices.process_group_backend(),
+        store=process_group_store(timeout),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+    )
     torch.autograd.set_multithreading_enabled(False)  # as torchtitan does where it makes the group
     _Recipe.stream = TokenStream(recipe)
     return rank
@@ -244,19 +287,20 @@ def run(recipe: TitanRecipe, folder: Path, arms: list[str], *, command: str) -> 
     meta, failure = _meta(recipe, measured, command), ""
     metrics: IO[str] | None = open(folder / "metrics.jsonl", "w") if rank == 0 else None  # noqa: SIM115
     try:
-        for step in range(recipe.train.steps):
-            turn = step % len(measured)
-            for arm in measured[turn:] + measured[:turn]:
-                record = arm.step()
-                if metrics is not None:
-                    metrics.write(json.dumps(record) + "\n")
-                    metrics.flush()
-            if metrics is not None:
-                parts = [f"{m.name} {m.record['loss']:.4f} {m.record['step_ms']:.0f} ms" for m in measured]
-                print(f"step {step + 1}/{recipe.train.steps}  " + "  |  ".join(parts), flush=True)
+        _steps(recipe, measured, metrics)
+        meta["expert_parallel"] = adapter.groups()
+        for arm in measured:
+            arm.close()
+        measured = []
+        if "noise" in meta:
+            try:
+                measured = [_Arm(recipe, folder, meta["noise"]["arm"], NOISE_TENSOR)]
+            except (ValueError, NotImplementedError) as error:  # every rank raises it: a layout that the model has not
+                meta["noise"]["missing"] = str(error)
+            else:
+                _steps(recipe, measured, metrics)
     except FloatingPointError as error:  # every rank raises it
         failure = str(error)
-    meta["expert_parallel"] = adapter.groups()
     for arm in measured:
         arm.close()
     adapter.release()
@@ -272,9 +316,24 @@ def run(recipe: TitanRecipe, folder: Path, arms: list[str], *, command: str) -> 
     return 1 if failure else 0
 
 
+def _steps(recipe: TitanRecipe, measured: list[_Arm], metrics: IO[str] | None) -> None:
+    """Train the arms, which take turns."""
+    for step in range(recipe.train.steps):
+        turn = step % len(measured)
+        for arm in measured[turn:] + measured[:turn]:
+            record = arm.step()
+            if metrics is not None:
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
+        if metrics is not None:
+            parts = [f"{m.name} {m.record['loss']:.4f} {m.record['step_ms']:.0f} ms" for m in measured]
+            print(f"step {step + 1}/{recipe.train.steps}  " + "  |  ".join(parts), flush=True)
+
+
 def _meta(recipe: TitanRecipe, measured: list[_Arm], command: str) -> dict[str, Any]:
     stock = {"expert": "torchtitan's all-to-all", "fsdp": "FSDP2's own"}
-    return {
+    where = devices.place(devices.usable_gpus(recipe))
+    meta: dict[str, Any] = {
         "name": recipe.name,
         "recipe": recipe.source,
         "command": command,
@@ -286,13 +345,18 @@ def _meta(recipe: TitanRecipe, measured: list[_Arm], command: str) -> dict[str, 
         "layout": f"EP{recipe.expert} x shard {recipe.train.processes // recipe.expert}",
         "skew": None,
         "versions": versions("epv2_plugin", "torch", "torchtitan", "numpy"),
-        "machine": machine(),
+        "machine": {**machine(), **devices.facts(where)},
         "data": {"path": recipe.data.path, "tokens": _Recipe.stream.num_tokens, "digest": _Recipe.stream.digest},
-        "precision": "fp32",
+        "precision": recipe.precision,
         "parameters": measured[0].parameters,
         "dispatch_dtype": recipe.plugin.expert.dispatch_dtype,
         "sm_budget": recipe.plugin.sm_budget.expert,
     }
+    if recipe.precision == "bf16":
+        base = next(arm for arm in meta["arms"] if arm != OURS)
+        why = f"stock with matrices over {NOISE_TENSOR} ranks computes the same function, but rounds parts of its sums"
+        meta["noise"] = {"arm": f"{base}, TP {NOISE_TENSOR}", "base": base, "why": why}
+    return meta
 
 
 if __name__ == "__main__":

@@ -68,6 +68,11 @@ class TitanRecipe(Document):
         degree = self.plugin.parallel.expert
         return 1 if degree == "auto" else degree
 
+    @property
+    def precision(self) -> str:
+        """Of gathered parameters and what is computed with them: "fp32", or torchtitan's "bf16"."""
+        return "fp32" if self.torchtitan.arguments.get("training.mixed_precision_param") == "float32" else "bf16"
+
 
 def is_titan(path: str | os.PathLike[str]) -> bool:
     """Whether the recipe is one for torchtitan. Raises ConfigError where it can't be read."""

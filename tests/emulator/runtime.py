@@ -88,6 +88,10 @@ class Window:
             raise ValueError(f"rank {rank} is on another node: this one has ranks {self.node[0]} to {self.node[-1]}")
         return self.mappings[rank].data_ptr() + offset
 
+    def part(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """Some of `tensor`, with a storage of its own."""
+        return torch.from_numpy(self.tensor.numpy()[offset : offset + num_bytes])
+
 
 @dataclass
 class Mapped:

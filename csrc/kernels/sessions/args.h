@@ -7,5 +7,6 @@ struct ReduceScatterArgs {
   uint64_t offset;    // of what belongs to this rank, in every rank's window
   uint64_t out;       // the sums
   uint64_t count;     // values
+  double scale;       // factor on each sum
   int32_t num_ranks;
 };

@@ -1,4 +1,4 @@
-// Sums of this rank's part over the ranks' windows, in rank order, in fp32 (fp64 of fp64), rounded once. The stream has
+// Sums of this rank's part over the ranks' windows, in rank order, in fp32 (fp64 of fp64), scaled, rounded once. The stream has
 // waited for every rank's part before: no rank waits for another in here.
 // Resources: registers only. A thread has kVectors loads of 16 bytes in flight, and those of the next rank behind them.
 #include "common/device.cuh"
@@ -45,6 +45,10 @@ struct Sum {
 #pragma unroll
     for (int i = 0; i < 8; i++) values[i] = __fadd_rn(values[i], other.values[i]);
   }
+  __device__ __forceinline__ void scale(double factor) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] = __fmul_rn(values[i], static_cast<float>(factor));
+  }
   __device__ __forceinline__ uint4 get() const {
     return {pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
             pack(values[6], values[7])};
@@ -65,6 +69,10 @@ struct Sum {
 #pragma unroll
     for (int i = 0; i < 4; i++) values[i] = __fadd_rn(values[i], other.values[i]);
   }
+  __device__ __forceinline__ void scale(double factor) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) values[i] = __fmul_rn(values[i], static_cast<float>(factor));
+  }
   __device__ __forceinline__ uint4 get() const {
     return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
             __float_as_uint(values[3])};
@@ -80,6 +88,7 @@ struct Sum {
     values[0] += make_double(v.x, v.y);
     values[1] += make_double(v.z, v.w);
   }
+  __device__ __forceinline__ void scale(double factor) { values[0] *= factor, values[1] *= factor; }
   __device__ __forceinline__ uint4 get() const {
     return {double_low(values[0]), double_high(values[0]), double_low(values[1]), double_high(values[1])};
   }
@@ -112,6 +121,7 @@ EPV2_KERNEL(epv2_reduce_scatter, ReduceScatterArgs, 512) {
       Sum sum;
       sum.set(widen(reinterpret_cast<const Value*>(part(0))[i]));
       for (int rank = 1; rank < args.num_ranks; rank++) sum.add(widen(reinterpret_cast<const Value*>(part(rank))[i]));
+      sum.scale(args.scale);
       out[i] = narrow(sum.get());
     }
     return;
@@ -141,6 +151,9 @@ EPV2_KERNEL(epv2_reduce_scatter, ReduceScatterArgs, 512) {
     }
 #pragma unroll
     for (int i = 0; i < kVectors; i++)
-      if (first + i * threads < vectors) store_streaming(out + first + i * threads, sums[i].get());
+      if (first + i * threads < vectors) {
+        sums[i].scale(args.scale);
+        store_streaming(out + first + i * threads, sums[i].get());
+      }
   }
 }

@@ -7,15 +7,11 @@ word, and one kernel sums what belongs to this rank from all windows, in rank or
 
 A session overwrites the one before. So a rank tells everybody when it begins one, in the order of its current stream,
 behind all that it has still read and copied in the last; and nobody copies before all have begun.
-
-Streams write words only into their own rank's memory; a copy brings them to the peers, as data.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -24,16 +20,12 @@ import torch
 
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import SessionState, Traffic, describe
-from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word, same_turn
-from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window, require_one_node
+from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word
+from epv2_plugin.elastic.backends.cuda_parts import Parts, prepare_sums
+from epv2_plugin.elastic.backends.device import Runtime, Window, require_one_node
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import CommunicationError
 from epv2_plugin.elastic.sizing import SessionLayout, align, session_bytes
-from epv2_plugin.jit import kernels
-
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-_THREADS, _VECTORS_OF_A_THREAD, _VECTOR_BYTES = 512, 4, 16
-_EXPLANATION_SECONDS = 2.0
 
 
 class CudaSessions(SessionState):
@@ -79,8 +71,7 @@ class CudaSessions(SessionState):
 
         def step() -> str:
             check_connections()
-            for kernel in kernels.REDUCE_SCATTER.values():
-                self._runtime.prepare(kernel)
+            prepare_sums(self._runtime)
             return str(values)
 
         phase = f"{name}, values"
@@ -100,7 +91,8 @@ class CudaSessions(SessionState):
                 self._runtime.stream_ops([self._watch.note(zeroed)])
             self._watch.finish(zeroed)
             self._runtime.meeting.agree(f"{name}/zeroed", lambda: "", f"{name}, end")
-        self._bases = [self._window.peer_pointer(peer, 0) for peer in range(self._runtime.size)]
+        self._parts = Parts(self._runtime, self._watch, self._traffic, self._window, self._layout, name)
+        self._bases = self._parts.bases
         self._max_bytes, self._max_operations, self._session = max_session_bytes, max_operations, 0
         self._num_sms = min(num_sms or sizing.REDUCE_SCATTER_SMS, self._runtime.num_sms)
 
@@ -119,13 +111,10 @@ class CudaSessions(SessionState):
         before = [runtime.record()]
         with runtime.on_stream(scatter):
             before.append(runtime.record())
-        own = self._bases[runtime.rank] + self._layout.begun_outbox
         with runtime.on_stream(gather):
             for event in before:
                 runtime.wait(event)
-            runtime.stream_ops([("write32", own, self._session)])
-            for peer in self._peers:
-                runtime.copy(self._bases[peer] + self._layout.begun + 4 * runtime.rank, own, 4)
+            self._parts.begin(self._session)
             begun = runtime.record()
         with runtime.on_stream(scatter):
             runtime.wait(begun)
@@ -166,12 +155,12 @@ class CudaSessions(SessionState):
             runtime.wait(before)
             self._await_begin("gather", "all_gather", number, spoil)
             for tensor, offset in zip(tensors, offsets, strict=True):
-                self._push(tensor, offset)
+                self._parts.push(tensor, offset)
             done = Wait(runtime.rank, "", "", "gather", keep=(*tensors,))
-            self._tell("gather", number, word, done)
+            self._parts.tell(number, word, done)
             pushed = runtime.record()
         num_bytes = len(self._peers) * sum(tensor.nbytes for tensor in tensors)
-        self._count(num_bytes)
+        self._parts.count(num_bytes)
         copied = keep or out is not None
         kept = gathered
         if copied:
@@ -201,8 +190,6 @@ class CudaSessions(SessionState):
         self, tensors: Sequence[torch.Tensor], out: Sequence[torch.Tensor] | None = None, scale: float = 1.0
     ) -> tuple[list[torch.Tensor], Callable[[], None]]:
         self._watch.check()
-        if scale != 1.0:
-            raise ValueError(f"scale = {scale}: the cuda backend sums without one in this version: must be 1")
         runtime, rank = self._runtime, self._runtime.rank
         sizes = [session_bytes(tensor.shape[0], tensor.shape[1:], tensor.itemsize) for tensor in tensors]
         number, free = self._admit("reduce_scatter", sum(sizes))
@@ -218,14 +205,14 @@ class CudaSessions(SessionState):
             for tensor, offset in zip(tensors, offsets, strict=True):
                 if tensor.nbytes:
                     runtime.copy(self._bases[rank] + offset, tensor.data_ptr(), tensor.nbytes)
-            self._tell("scatter", number, word, None)
+            self._parts.tell(number, word, None)
             self._await_parts("reduce_scatter", number, text, word, spoil, "scatter")
-            for tensor, offset, target in zip(tensors, offsets, reduced, strict=True):
-                self._sum(offset, tensor, target)
+            for offset, target in zip(offsets, reduced, strict=True):
+                self._parts.sum(offset, target, scale, self._num_sms)
             summed = Wait(rank, "", "", "scatter", keep=(*tensors, *reduced))
             runtime.stream_ops([self._watch.note(summed)])
             done = runtime.record()
-        self._count(len(self._peers) * sum(out.nbytes for out in reduced))
+        self._parts.count(len(self._peers) * sum(out.nbytes for out in reduced))
 
         def wait() -> None:
             self._watch.check()
@@ -264,106 +251,13 @@ class CudaSessions(SessionState):
         if lane in self._begun_on:
             return
         self._begun_on.add(lane)
-        own, session = self._bases[self._runtime.rank] + self._layout.begun, self._session
-        operations: list[StreamOp] = [("wait32_geq", own + 4 * peer, session) for peer in self._peers]
-
-        def judge(words: bytes) -> tuple[int, str] | None:
-            begun = struct.unpack(f"<{self._runtime.size}I", words)
-            return next(((peer, "") for peer in self._peers if (begun[peer] - session) & 0xFFFFFFFF >= 1 << 31), None)
-
-        wait = Wait(
-            self._peers[0] if self._peers else self._runtime.rank,
-            f"{call} #{number} of session #{session}, begin",
-            f"the begin of session #{session}",
-            lane,
-            look=(own, 4 * self._runtime.size),
-            judge=judge,
-            release=[("write32", address, value) for _, address, value in operations],
-            spoil=[(address, num_bytes) for address, num_bytes in spoil if num_bytes],
-        )
-        self._runtime.stream_ops([*operations, self._watch.note(wait)])
-
-    def _push(self, tensor: torch.Tensor, offset: int) -> None:
-        """Copy this rank's part to where it belongs in every window."""
-        if not tensor.nbytes:
-            return
-        runtime = self._runtime
-        place = offset + runtime.rank * tensor.nbytes
-        own = self._bases[runtime.rank] + place
-        if tensor.data_ptr() != own:
-            runtime.copy(own, tensor.data_ptr(), tensor.nbytes)
-        # Every rank begins with another, so that not all write to the same one.
-        for step in range(1, runtime.size):
-            runtime.copy(self._bases[(runtime.rank + step) % runtime.size] + place, tensor.data_ptr(), tensor.nbytes)
-
-    def _tell(self, lane: str, number: int, word: int, done: Wait | None) -> None:
-        """Say to every rank that this rank's part of an operation is ready."""
-        runtime = self._runtime
-        outbox = self._bases[runtime.rank] + self._layout.outbox(number)
-        runtime.stream_ops([("write32", outbox, word), *([] if done is None else [self._watch.note(done)])])
-        for peer in self._peers:
-            runtime.copy(self._bases[peer] + self._layout.arrived(number, runtime.rank), outbox, 4)
+        session = self._session
+        phase = f"{call} #{number} of session #{session}, begin"
+        self._parts.await_begun(session, phase, f"the begin of session #{session}", lane, spoil)
 
     def _await_parts(
         self, call: str, number: int, text: str, word: int, spoil: Sequence[tuple[int, int]], lane: Any
     ) -> None:
         """Make the current stream wait for every rank's part of an operation."""
-        own, rank = self._bases[self._runtime.rank], self._runtime.rank
-        key = f"agrs_set_config #{self._configured}/session {self._session} {number} of rank"
-        operations: list[StreamOp] = [
-            ("wait32_eq", own + self._layout.arrived(number, peer), word) for peer in self._peers
-        ]
-
-        def judge(words: bytes) -> tuple[int, str] | None:
-            arrived = struct.unpack(f"<{self._runtime.size}I", words)
-            missing = [peer for peer in self._peers if arrived[peer] != word]
-            for peer in missing:
-                if same_turn(arrived[peer], word):
-                    self._runtime.meeting.post(f"{key} {rank}", f"{call} of {text}")
-                    return peer, self._explanation(f"{key} {peer}")
-            return (missing[0], "") if missing else None
-
-        wait = Wait(
-            self._peers[0] if self._peers else rank,
-            f"{call} #{number} of session #{self._session}",
-            f"{text} as on this rank",
-            lane,
-            look=(own + self._layout.arrived(number, 0), 4 * self._runtime.size),
-            judge=judge,
-            release=[("write32", address, value) for _, address, value in operations],
-            spoil=[(address, num_bytes) for address, num_bytes in spoil if num_bytes],
-        )
-        self._runtime.stream_ops([*operations, self._watch.note(wait)])
-
-    def _explanation(self, key: str) -> str:
-        """What a rank that came with something else says that it is; it sees the difference, too."""
-        deadline = time.monotonic() + _EXPLANATION_SECONDS
-        while (text := self._runtime.meeting.peek(key)) is None:
-            if time.monotonic() > deadline:
-                return "other tensors or another operation"
-            time.sleep(0.01)
-        return text
-
-    def _sum(self, offset: int, tensor: torch.Tensor, out: torch.Tensor) -> None:
-        if not out.numel() or self._window is None:
-            return
-        kernel = kernels.REDUCE_SCATTER[_DTYPES[tensor.dtype]]
-        arguments = kernels.args_type(kernel).pack(
-            window=self._window.handle,
-            offset=offset + self._runtime.rank * out.nbytes,
-            out=out.data_ptr(),
-            count=out.numel(),
-            num_ranks=self._runtime.size,
-        )
-        per_cta = _THREADS * _VECTORS_OF_A_THREAD * _VECTOR_BYTES
-        self._runtime.launch(
-            kernel,
-            arguments,
-            ctas=min(self._num_sms, -(-out.nbytes // per_cta)),
-            threads=_THREADS,
-            shared_bytes=sizing.LEAST_SHARED_BYTES,
-        )
-
-    def _count(self, num_bytes: int) -> None:
-        self._traffic.sent_bytes += num_bytes
-        self._traffic.undeduplicated_bytes += num_bytes
+        phase, key = f"{call} #{number} of session #{self._session}", f"session {self._session} {number}"
+        self._parts.await_arrived(number, word, phase, text, f"{call} of {text}", key, lane, spoil)

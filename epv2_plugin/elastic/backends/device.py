@@ -50,6 +50,9 @@ class Window(Protocol):
             ValueError: that rank is on another node.
         """
 
+    def part(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """`tensor[offset : offset + num_bytes]` with a storage of its own, by which one can tell when nobody has it."""
+
 
 class Mapped(Protocol):
     """Host memory that kernels and `Runtime.stream_ops` can write. Gone after `close` of its runtime.
@@ -174,8 +177,11 @@ class _DeviceBytes:
 class _CudaWindow:
     def __init__(self, raw: _C.Window, node: range, device: torch.device):
         self.handle, self.num_bytes = raw.handle, raw.num_bytes
-        self._raw, self._node = raw, node
-        self.tensor = torch.as_tensor(_DeviceBytes(raw.pointer, raw.num_bytes, raw), device=device)
+        self._raw, self._node, self._device = raw, node, device
+        self.tensor = self.part(0, raw.num_bytes)
+
+    def part(self, offset: int, num_bytes: int) -> torch.Tensor:
+        return torch.as_tensor(_DeviceBytes(self._raw.pointer + offset, num_bytes, self._raw), device=self._device)
 
     def peer_pointer(self, rank: int, offset: int) -> int:
         if rank not in self._node:

@@ -1,0 +1,131 @@
+"""`epv2 bench fsdp` on a rank: a layer's parameter all-gather and gradient reduce-scatter as FSDP2 calls them, ours and
+its own; and GEMMs beside them.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+
+from epv2_plugin.bench import gemms, report, rounds
+from epv2_plugin.bench.ep import TIMEOUT, join
+from epv2_plugin.config import PluginConfig
+from epv2_plugin.elastic.backends.cuda_shards import Slots
+from epv2_plugin.fsdp.carriers import Carrier, CudaCarrier, HostCarrier
+from epv2_plugin.fsdp.collectives import PluginAllGather, PluginReduceScatter
+
+SLOTS = 2
+TOLERANCE = 1e-5  # of fp32 sums in another order, relative to the largest
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured: a layer of `parameters` in bf16, gradients reduced in fp32 by `sms` CTAs, 0 = as few as do."""
+
+    ranks: int
+    parameters: int
+    sms: int
+    iterations: int
+    backend: str
+
+
+def run(setup: Setup, command: str, json_file: Path | None) -> int:
+    """Measure as one rank; rank 0 prints the report and writes the JSON. Returns the exit code, 1 = a wrong result."""
+    device = join(setup.backend)
+    all_rounds, bench = rounds.Rounds(device), _Bench(setup, device)
+    if wrong := bench.wrong():
+        print(f"epv2 bench fsdp: WRONG RESULT: {wrong} of rank {all_rounds.rank}", file=sys.stderr)
+        return 1  # without leaving in order: the others are waiting for this rank
+    document = rounds.document("bench fsdp", command, device, asdict(setup))
+    others = setup.parameters // setup.ranks * (setup.ranks - 1)
+    document["sms"] = bench.carrier.groups()["sms"]
+    document["gather_bytes"], document["reduce_bytes"] = 2 * others, 4 * others
+    works = bench.works()
+    for kind in works:
+        document[f"{kind}_us"] = all_rounds.measure(works[kind], setup.iterations)
+    if device.type == "cuda":
+        transfers = {
+            f"{name}, {kind}": (bench.aside(work), statistics.median(report.slowest(document[f"{kind}_us"][name])))
+            for kind in works
+            for name, work in works[kind].items()
+        }
+        document["gemm_us"] = all_rounds.measure(gemms.beside(transfers, device), setup.iterations)
+        torch.cuda.synchronize(device)
+    bench.carrier.close()
+    return all_rounds.finish(document, report.fsdp_text, json_file)
+
+
+class _Bench:
+    def __init__(self, setup: Setup, device: torch.device):
+        self.setup, self.device, self.group = setup, device, dist.group.WORLD
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        assert self.group is not None
+        self.carrier = self._carrier(self.group)
+        ours = {self.group: self.carrier}
+        self._gathers = {"epv2": PluginAllGather(ours), "torch": DefaultAllGather()}
+        self._reduces = {"epv2": PluginReduceScatter(ours), "torch": DefaultReduceScatter()}
+        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def _carrier(self, group: dist.ProcessGroup) -> Carrier:
+        config = PluginConfig.model_validate(
+            {"sm_budget": {"fsdp": self.setup.sms}, "timeouts": {"host_seconds": int(TIMEOUT.total_seconds())}}
+        )
+        gathered, gradients = 2 * self.setup.parameters, 4 * self.setup.parameters
+        if self.device.type == "cpu":
+            return HostCarrier(group, SLOTS * gradients, config)
+        return CudaCarrier(group, Slots(gathered, SLOTS), Slots(gradients, SLOTS), config)
+
+    def gather(self, name: str, value: float | None = None) -> torch.Tensor:
+        """As `foreach_all_gather` of FSDP2, whose shards lie in the gathered tensor; `value` to fill the shard with."""
+        comm: Any = self._gathers[name]
+        out = comm.allocate((self.setup.parameters,), dtype=torch.bfloat16, device=self.device)
+        shard = out.view(self.size, -1)[self.rank]
+        if value is not None:
+            shard.fill_(value)
+        comm(out, shard, self.group)
+        return out
+
+    def reduce(self, name: str, values: torch.Tensor | None = None) -> torch.Tensor:
+        """As `foreach_reduce`; gloo lacks the mean, so a sum."""
+        comm: Any = self._reduces[name]
+        options = {"dtype": torch.float32, "device": self.device}
+        parts = comm.allocate((self.setup.parameters,), **options)
+        out = comm.allocate((self.setup.parameters // self.size,), **options)
+        if values is not None:
+            parts.copy_(values)
+        comm(out, parts, self.group, dist.ReduceOp.SUM)
+        return out
+
+    def wrong(self) -> str:
+        """Which of our results is not torch's; empty = none."""
+        if not torch.equal(self.gather("epv2", self.rank), self.gather("torch", self.rank)):
+            return "the all-gather"
+        gen = torch.Generator(self.device).manual_seed(self.rank)
+        values = torch.randn(self.setup.parameters, generator=gen, device=self.device)
+        ours, theirs = self.reduce("epv2", values), self.reduce("torch", values)
+        return "" if bool(((ours - theirs).abs() <= TOLERANCE * theirs.abs().max()).all()) else "the reduce-scatter"
+
+    def works(self) -> dict[str, dict[str, Callable[[], object]]]:
+        """What is measured, by kind and whose it is."""
+        return {
+            "gather": {name: functools.partial(self.gather, name) for name in self._gathers},
+            "reduce": {name: functools.partial(self.reduce, name) for name in self._reduces},
+        }
+
+    def aside(self, work: Callable[[], object]) -> Callable[[], object]:
+        """`work` on another stream, as FSDP2 calls it."""
+
+        def call() -> None:
+            with torch.cuda.stream(self._side):
+                work()
+
+        return call

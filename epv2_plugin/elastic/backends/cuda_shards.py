@@ -1,0 +1,355 @@
+"""All-gathers and reduce-scatters that go on for a whole training, as FSDP's do, between GPUs that reach each other.
+
+A window has slots, each for one gathered (or unreduced) tensor, which are used in turn: the n-th tensor lies in slot n
+modulo their number, at the same place on every rank. The caller gets such a tensor before it is gathered (`gathered`,
+`unreduced`) and fills in his part, so that nothing is copied twice; one from elsewhere is copied to or from a slot.
+
+An all-gather copies this rank's part into everybody's window and then a word that says so. Before that it waits until
+every rank has opened the slot, which a rank does when it hands the slot out, behind all that it still does with what
+lay there before. A reduce-scatter waits for everybody's word, and one kernel sums over all windows in rank order; then
+this rank tells that it has read, for which whoever is given that slot again waits, on the stream that will fill it.
+
+Nothing here holds the host up, and nothing ends between two tensors: no rank waits for more than the slot it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from epv2_plugin.elastic import sizing
+from epv2_plugin.elastic.backends.base import Traffic
+from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word
+from epv2_plugin.elastic.backends.cuda_parts import Parts, prepare_sums
+from epv2_plugin.elastic.backends.device import Runtime
+from epv2_plugin.elastic.backends.host_p2p import describe
+from epv2_plugin.elastic.backends.watch import Wait, Watch
+from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError
+from epv2_plugin.elastic.sizing import SessionLayout, align
+
+_GATHERED, _GRADIENTS = "gathered parameters", "gradients"
+
+
+@dataclass(frozen=True)
+class Slots:
+    """`count` slots for tensors of at most `num_bytes`, the parts of all ranks together; none of either = no window."""
+
+    num_bytes: int
+    count: int
+
+
+class _Slot:
+    """One slot: the turn it is in, the tensor that was handed out for it, and the last operation in it."""
+
+    def __init__(self) -> None:
+        self.turn = -1
+        self.lent: StorageWeakRef | None = None
+        self.unused = False  # handed out, and no operation has come with it yet
+        self.last: _Operation | None = None
+
+
+class _Operation:
+    """An operation in a slot.
+
+    Attributes:
+        turn: of the slot. after: the event behind it, once that is known.
+
+    Args:
+        complete: puts what is left to do on the current stream, and returns `after`.
+    """
+
+    def __init__(self, turn: int, after: Any = None, complete: Callable[[], Any] | None = None):
+        self.turn, self.after, self._complete = turn, after, complete
+
+    def finish(self, runtime: Runtime) -> None:
+        """Make the current stream wait for it."""
+        if self._complete is None:
+            runtime.wait(self.after)
+        else:
+            self.after, self._complete = self._complete(), None
+
+
+class _Ring:
+    """The slots of a window."""
+
+    def __init__(self, runtime: Runtime, watch: Watch, traffic: Traffic, slots: Slots, what: str):
+        self._runtime, self._limit, self._what = runtime, slots, what
+        slot_bytes = align(slots.num_bytes, sizing.RING_ALIGNMENT)
+        self._layout = SessionLayout(
+            num_ranks=runtime.size, max_operations=slots.count, max_session_bytes=slots.count * slot_bytes
+        )
+        self._slot_bytes, self._turn = slot_bytes, 0
+        self._window = runtime.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
+        self.num_bytes = self._window.num_bytes
+        self.parts = Parts(runtime, watch, traffic, self._window, self._layout, what)
+        self._slots = [_Slot() for _ in range(slots.count)]
+
+    def number(self, turn: int) -> int:
+        """Of the slot of a turn."""
+        return turn % len(self._slots)
+
+    def offset(self, turn: int) -> int:
+        """Where its tensor begins in every window."""
+        return self._layout.tensors + self.number(turn) * self._slot_bytes
+
+    def own(self, turn: int) -> int:
+        """The same in this rank's window, as an address."""
+        return self.parts.bases[self._runtime.rank] + self.offset(turn)
+
+    def slot(self, turn: int) -> _Slot:
+        return self._slots[self.number(turn)]
+
+    def word(self, turn: int, text: str) -> int:
+        """What every rank must come with."""
+        return hash_word(f"{self._what} {turn} {text}", turn // len(self._slots))
+
+    def take(self, num_bytes: int) -> int:
+        """The next turn.
+
+        Raises:
+            BufferSizeError: the tensor does not fit, or its slot is still held.
+        """
+        count, limit = len(self._slots), self._limit.num_bytes
+        if num_bytes > limit:
+            raise BufferSizeError(
+                f"{self._what} of {num_bytes} bytes do not fit a slot of {limit} bytes: {count} slots need "
+                f"{count * num_bytes} bytes"
+            )
+        slot = self.slot(self._turn)
+        if slot.lent is not None and not slot.lent.expired():
+            raise BufferSizeError(
+                f"{self._what}: all {count} slots are in use, the oldest since {count} tensors: {count + 1} slots need "
+                f"{(count + 1) * limit} bytes"
+            )
+        slot.turn, slot.lent, slot.unused = self._turn, None, False
+        self._turn += 1
+        return slot.turn
+
+    def lend(self, turn: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The tensor in the slot of a turn."""
+        slot, num_bytes = self.slot(turn), math.prod(shape) * dtype.itemsize
+        flat = self._window.part(self.offset(turn), num_bytes)
+        slot.lent, slot.unused = StorageWeakRef(flat.untyped_storage()), True
+        return flat.view(dtype).view(shape)
+
+    def turn_of(self, tensor: torch.Tensor) -> int | None:
+        """The turn that a tensor was handed out for; None if it lies elsewhere.
+
+        Raises:
+            ValueError: it lies in the window, but was not handed out, or has been used.
+        """
+        place = tensor.data_ptr() - self.parts.bases[self._runtime.rank]
+        if not self._layout.tensors <= place < self._layout.end:
+            return None
+        number, inside = divmod(place - self._layout.tensors, self._slot_bytes)
+        slot = self._slots[number]
+        if inside or not slot.unused:
+            raise ValueError(f"{self._what}: a tensor in the window that was not allocated for this call")
+        slot.unused = False
+        return slot.turn
+
+
+class CudaShards:
+    """Collectives of one group for as long as it trains (legend: P ranks, N values of a shard). Collective.
+
+    Args:
+        runtime: the device; `close` closes it. timeout_seconds: after which a wait gives up.
+        gathers, sums: room for gathered tensors, and for those that are to be summed.
+        num_sms: CTAs of a reduce-scatter, 0 = few; an all-gather has none.
+
+    Attributes:
+        traffic: bytes to other ranks so far. num_sms: as it runs. window_bytes: of this rank's windows.
+
+    Raises:
+        ValueError: more SMs than the device has. CommunicationError: other ranks have other arguments, or did not come.
+        UnavailableError: transfers can't work here.
+    """
+
+    def __init__(self, runtime: Runtime, timeout_seconds: float, gathers: Slots, sums: Slots, num_sms: int):
+        if num_sms > runtime.num_sms:
+            raise ValueError(f"num_sms = {num_sms}: must be at most the device's {runtime.num_sms}")
+        self.num_sms = min(num_sms or sizing.REDUCE_SCATTER_SMS, runtime.num_sms)
+        self.traffic = Traffic()
+        self._runtime = runtime
+        self._peers = runtime.size - 1
+        values = f"{gathers.count} x {gathers.num_bytes} and {sums.count} x {sums.num_bytes} bytes"
+
+        def step() -> str:
+            check_connections()
+            prepare_sums(runtime)
+            return values
+
+        phase = "windows of shards"
+        for peer, seen in enumerate(runtime.meeting.agree("shards/values", step, phase)):
+            if seen != values:
+                raise CommunicationError(runtime.rank, peer, phase, f"slots of {values} as on this rank", seen)
+        self._watch = Watch(runtime, timeout_seconds)
+        try:
+            self._open_stream, self._gather_stream, self._sum_stream = (runtime.new_stream() for _ in range(3))
+            self._rings = {
+                what: _Ring(runtime, self._watch, self.traffic, slots, what)
+                for what, slots in ((_GATHERED, gathers), (_GRADIENTS, sums))
+                if slots.count
+            }
+        except BaseException:
+            self._watch.close()
+            raise
+        self.window_bytes = sum(ring.num_bytes for ring in self._rings.values())
+
+    def describe(self) -> dict[str, Any]:
+        """Transport, device and versions."""
+        return dict(self._runtime.description)
+
+    def close(self) -> None:
+        """Release everything; what was handed out is gone."""
+        self._watch.close()
+        self._runtime.close(abandon=self._watch.failure is not None)
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def gathered(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a tensor that `all_gather` will fill; the current stream may fill this rank's part.
+
+        It is handed out again after as many others as there are slots. By then nobody may hold it, and what was put on
+        streams for it must come before the current stream, as if it were freed.
+
+        Raises:
+            BufferSizeError: it does not fit, or somebody still holds what has that memory.
+        """
+        ring = self._begin(_GATHERED)
+        if not math.prod(shape):
+            return torch.empty(tuple(shape), dtype=dtype, device=self._runtime.device)
+        return ring.lend(self._open(ring, math.prod(shape) * dtype.itemsize), tuple(shape), dtype)
+
+    def unreduced(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a tensor that `reduce_scatter` will read; the current stream may fill it. Rest as `gathered`."""
+        ring = self._begin(_GRADIENTS)
+        if not math.prod(shape):
+            return torch.empty(tuple(shape), dtype=dtype, device=self._runtime.device)
+        turn = ring.take(math.prod(shape) * dtype.itemsize)
+        self._await_read(ring, turn)
+        return ring.lend(turn, tuple(shape), dtype)
+
+    def _begin(self, what: str) -> _Ring:
+        self._watch.check()
+        if self._runtime.is_capturing():
+            raise RuntimeError(f"{what} can't be captured into a CUDA graph: tensors have numbers, which would repeat")
+        if what not in self._rings:
+            raise RuntimeError(f"this group has no window for {what}")
+        return self._rings[what]
+
+    def _open(self, ring: _Ring, num_bytes: int) -> int:
+        """Take the next turn and let every rank write into its slot, behind the current stream."""
+        turn, runtime = ring.take(num_bytes), self._runtime
+        if (last := ring.slot(turn).last) is not None:
+            last.finish(runtime)
+        before = runtime.record()
+        with runtime.on_stream(self._open_stream):
+            runtime.wait(before)
+            ring.parts.begin(turn + 1)
+        return turn
+
+    def _await_read(self, ring: _Ring, turn: int) -> None:
+        """Make the current stream wait until every rank has read what lay in the slot of a turn before."""
+        if (last := ring.slot(turn).last) is None:
+            return
+        self._runtime.wait(last.after)
+        phase, expected = f"reduce-scatter #{turn}, slot", f"the end of reduce-scatter #{last.turn}"
+        # Of one lane with what waits on the stream of sums, though on another stream: of reduce-scatter n the slot
+        # comes before the parts, and no parts wait for a later slot.
+        ring.parts.await_begun(last.turn + 1, phase, expected, "sums", ())
+
+    # ---- operations -------------------------------------------------------------------------------------------------
+
+    def all_gather(self, out_PN: torch.Tensor, shard_N: torch.Tensor) -> Callable[[], None]:
+        """Start gathering every rank's shard into `out_PN`; returns what makes the current stream wait for it.
+
+        Args:
+            out_PN: of `gathered`; any other is copied to when it is waited for. shard_N: a row of it, or any other.
+
+        Raises:
+            BufferSizeError: as `gathered`. CommunicationError: this rank has given up; known only some time after.
+        """
+        ring, runtime = self._begin(_GATHERED), self._runtime
+        if not out_PN.numel():
+            return lambda: None
+        turn = ring.turn_of(out_PN)
+        target = None
+        if turn is None:
+            turn, target = self._open(ring, out_PN.nbytes), out_PN
+        text, own, name = describe(shard_N), ring.own(turn), f"all-gather #{turn}"
+        word, spoil = ring.word(turn, text), [(own, out_PN.nbytes)]
+        place = own + runtime.rank * shard_N.nbytes
+        keep = () if shard_N.data_ptr() == place else (shard_N,)
+        before = runtime.record()
+        with runtime.on_stream(self._gather_stream):
+            runtime.wait(before)
+            ring.parts.await_begun(turn + 1, f"{name}, slot", "an open slot", "gathers", spoil)
+            ring.parts.push(shard_N, ring.offset(turn))
+            ring.parts.tell(ring.number(turn), word, Wait(runtime.rank, "", "", "gathers", keep=keep))
+            pushed = runtime.record()
+        ring.parts.count(self._peers * shard_N.nbytes)
+        num_bytes = out_PN.nbytes  # whoever holds the operation must not hold what lies in the slot
+
+        def complete() -> Any:
+            runtime.wait(pushed)
+            lane = ("current", runtime.current_stream())
+            what, key = f"all-gather of {text}", f"gather {turn}"
+            ring.parts.await_arrived(ring.number(turn), word, name, text, what, key, lane, spoil)
+            if target is not None:
+                runtime.copy(target.data_ptr(), own, num_bytes)
+            return runtime.record()
+
+        return self._started(ring, _Operation(turn, complete=complete))
+
+    def reduce_scatter(self, out_N: torch.Tensor, parts_PN: torch.Tensor, scale: float) -> Callable[[], None]:
+        """Start summing row p of every rank's parts for rank p, times `scale`; returns as `all_gather`.
+
+        Sums run in fp32 in rank order and are rounded once.
+
+        Args:
+            out_N: anywhere. parts_PN: of `unreduced`; any other is copied first.
+
+        Raises:
+            As `all_gather`.
+        """
+        ring, runtime = self._begin(_GRADIENTS), self._runtime
+        if not parts_PN.numel():
+            return lambda: None
+        turn = ring.turn_of(parts_PN)
+        copied = turn is None
+        if turn is None:
+            turn = ring.take(parts_PN.nbytes)
+        text, own, name = f"{describe(parts_PN)} times {scale:g}", ring.own(turn), f"reduce-scatter #{turn}"
+        word, spoil = ring.word(turn, text), [(own, parts_PN.nbytes)]
+        before = runtime.record()
+        with runtime.on_stream(self._sum_stream):
+            runtime.wait(before)
+            if copied:
+                self._await_read(ring, turn)
+                runtime.copy(own, parts_PN.data_ptr(), parts_PN.nbytes)
+            ring.parts.tell(ring.number(turn), word, None)
+            what, key = f"reduce-scatter of {text}", f"sum {turn}"
+            ring.parts.await_arrived(ring.number(turn), word, name, text, what, key, "sums", spoil)
+            ring.parts.sum(ring.offset(turn), out_N, scale, self.num_sms)
+            summed = Wait(runtime.rank, "", "", "sums", keep=(out_N, *((parts_PN,) if copied else ())))
+            runtime.stream_ops([self._watch.note(summed)])
+            done = runtime.record()
+            ring.parts.begin(turn + 1)
+        ring.parts.count(self._peers * out_N.nbytes)
+        return self._started(ring, _Operation(turn, done))
+
+    def _started(self, ring: _Ring, operation: _Operation) -> Callable[[], None]:
+        ring.slot(operation.turn).last = operation
+
+        def wait() -> None:
+            self._watch.check()
+            operation.finish(self._runtime)
+            self._watch.check()
+
+        return wait
