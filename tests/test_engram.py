@@ -46,9 +46,10 @@ _buffers: dict[str, ElasticBuffer] = {}
 
 
 def engram_buffer(kind: str, seconds: float = 20) -> ElasticBuffer:
-    """A buffer for a table of the backend `kind`; waits of every sort end after `seconds`."""
-    timeouts = {"num_cpu_timeout_secs": seconds, "num_gpu_timeout_secs": seconds}
-    return make_buffer(kind, **timeouts) if kind == "host" else make_buffer(kind, num_bytes=None, **timeouts)
+    """A buffer for a table of the backend `kind`, whose waits for peers end after `seconds`."""
+    if kind == "host":
+        return make_buffer(kind, num_cpu_timeout_secs=seconds)
+    return make_buffer(kind, num_bytes=None, num_cpu_timeout_secs=60, num_gpu_timeout_secs=seconds)
 
 
 def shared_buffer(kind: str) -> ElasticBuffer:
@@ -112,7 +113,7 @@ def exchange(rank: int, size: int, case: Case, kind: str, num_sms: int = 0) -> d
     storage, scales = (None if part is None else part.to(at) for part in case.shard(rank))
     if scales is not None and case.replicated_sf:
         scales = torch.cat([case.shard(r)[1] for r in range(size)]).to(at)
-    changed = torch.arange(rank % 2, case.rows, 3, device=at).flip(0)
+    changed = torch.arange(rank % 2, case.rows, 3, device=at).flip(0).repeat_interleave(2)[::2]  # strided
     new, new_scales = (None if part is None else part.to(at) for part in case.shard(rank, version=1))
     last = len(case.tokens) - 1
     with torch.inference_mode(case.inference):

@@ -59,6 +59,7 @@ class ElasticBuffer:
         num_bytes: size of the buffer. On the host backend a limit only: nothing is allocated ahead. On the cuda backend
             the bytes of the window; without it the MoE sizes below say how many, for rows of 2 bytes per value. Rings
             of `pp_send` and sessions have windows of their own, made when they are configured; `num_bytes` limits them.
+            So has an Engram table, made when it is written: it and what `engram_reduce` needs have no limit.
         num_cpu_bytes: part of `num_bytes` in CPU memory, for an Engram table; the rest is then for the rows fetched.
             0 = no limit set (host backend).
         num_max_tokens_per_rank: most tokens that any rank dispatches at once; 0 = the ranks agree at each dispatch

@@ -78,8 +78,12 @@ __device__ void sum_rows(const EngramSumArgs& args, const Source* sources) {
         }
       }
       float* out = reinterpret_cast<float*>(args.out) + static_cast<int64_t>(row) * args.hidden + column * kWidth;
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) out[i] = sum.v[i];
+      if constexpr (kWidth == 4) {
+        store_streaming(out, make_uint4(__float_as_uint(sum.v[0]), __float_as_uint(sum.v[1]),
+                                        __float_as_uint(sum.v[2]), __float_as_uint(sum.v[3])));
+      } else {
+        *out = sum.v[0];
+      }
     }
   }
 }

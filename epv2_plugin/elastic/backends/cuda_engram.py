@@ -33,7 +33,7 @@ from epv2_plugin.jit.kernels import Kernel
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _STATE_WORDS, _ERROR_WORDS = 32, 32
-_MAX_ENTRIES = 1 << 30
+_MAX_ENTRIES = 1 << 28  # of which the hash table, a power of two above twice as many, has 2^30 slots
 _DIGITS = 256  # of a pass of the sort
 
 # Flags of csrc/kernels/engram/engram.cuh, which are what a wait is for; reasons to give up, as in ep/protocol.cuh.
@@ -153,7 +153,7 @@ class CudaEngram:
 
     def update(self, rows_U: torch.Tensor, storage_UH: torch.Tensor, scales: torch.Tensor | None) -> None:
         """See `Engram.update`. Peers are sent nothing: whoever left it out is noticed in the next fetch or reduce."""
-        self._change("engram_update", rows_U, storage_UH, scales)
+        self._change("engram_update", rows_U.contiguous(), storage_UH, scales)
 
     def storage(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Engram.storage`."""
