@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -127,6 +128,24 @@ def test_absent_peer_times_out_on_every_rank(kind: str) -> None:
     assert all(kind for kind, _ in results)
     assert CommunicationTimeout.__name__ in {results[0][0], results[2][0]}
     assert any("waiting for rank 1 in engram_fetch: expected operation 2 within 2 s" in text for _, text in results)
+
+
+def nothing_that_looks_like_rows(rank: int, size: int, kind: str) -> None:
+    """Rank 1 stays away: what the others would have got is no number."""
+    buffer = test_engram.engram_buffer(kind, seconds=1)
+    buffer.engram_write(torch.zeros(4, 3, device=buffer.device, dtype=torch.bfloat16))
+    if rank == 1:
+        time.sleep(3)
+        return
+    hook = buffer.engram_fetch(torch.arange(3, device=buffer.device))
+    with pytest.raises(CommunicationTimeout):
+        settle(buffer, hook)
+    assert inspect.getclosurevars(hook).nonlocals["data"].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_did_not_come_are_nan(kind: str) -> None:
+    harness.run(2, nothing_that_looks_like_rows, kind, timeout=60)
 
 
 def wrong_row(rank: int, size: int, kind: str, call: str) -> str:

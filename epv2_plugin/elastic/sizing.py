@@ -290,7 +290,7 @@ class SessionLayout:
 
 # ---- Engram on the cuda backend -------------------------------------------------------------------------------------
 
-# SMs of an operation unless its caller says: rows of 256 bytes are under way by the thousand, in 128 KiB of an SM's
+# SMs of an operation unless its caller says: rows of 256 bytes are under way by the hundred, in 96 KiB of an SM's
 # registers, and a transfer of a few megabytes is over before more SMs would help.
 ENGRAM_SMS = 16
 TOLD_BYTES = 16  # what a rank tells each owner in a reduce, `Told` in csrc/kernels/engram/engram.cuh

@@ -101,23 +101,30 @@ struct Parts {
 
 constexpr int kTile = 1024;  // rows that a CTA moves at once
 
-// All threads of the CTA: `store(row, part, load(row, part))` for every part of `rows` rows. A thread has kInFlight
-// loads under way; neighbours have neighbouring parts.
-template <typename Load, typename Store>
+// All threads of the CTA: `store(row, part, load(row, part))` for every part of `rows` rows. A thread has
+// kInFlight loads under way; neighbours have neighbouring parts. It steps from part to part without dividing, which for short rows
+// would take longer than the loads.
+template <int kInFlight, typename Load, typename Store>
 __device__ __forceinline__ void move_parts(int rows, int parts, Load load, Store store) {
-  constexpr int kInFlight = 8;
-  const int units = rows * parts, threads = blockDim.x;
-  for (int first = threadIdx.x; first < units; first += kInFlight * threads) {
+  const int threads = blockDim.x, row_step = threads / parts, part_step = threads % parts;
+  const auto step = [&](int& row, int& part) {
+    row += row_step;
+    part += part_step;
+    if (part >= parts) row++, part -= parts;
+  };
+  int row = static_cast<int>(threadIdx.x) / parts, part = static_cast<int>(threadIdx.x) % parts;
+  while (row < rows) {
     uint4 v[kInFlight];
+    int next_row = row, next_part = part;
 #pragma unroll
     for (int k = 0; k < kInFlight; k++) {
-      const int unit = first + k * threads;
-      v[k] = unit < units ? load(unit / parts, unit % parts) : make_uint4(0, 0, 0, 0);
+      v[k] = next_row < rows ? load(next_row, next_part) : make_uint4(0, 0, 0, 0);
+      step(next_row, next_part);
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; k++) {
-      const int unit = first + k * threads;
-      if (unit < units) store(unit / parts, unit % parts, v[k]);
+      if (row < rows) store(row, part, v[k]);
+      step(row, part);
     }
   }
 }

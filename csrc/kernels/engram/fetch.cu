@@ -27,7 +27,11 @@ __device__ int find_leader(const EngramFetchArgs& args, int64_t index, int entry
 }
 
 __device__ void poison_outputs(const EngramFetchArgs& args) {
-  poison(args.out, static_cast<uint64_t>(args.num_entries) * args.data_bytes);
+  const uint64_t bytes = static_cast<uint64_t>(args.num_entries) * args.data_bytes;
+  poison(args.out, bytes);
+  if (blockIdx.x == 0 && threadIdx.x < bytes % 4) {
+    reinterpret_cast<uint8_t*>(args.out)[bytes / 4 * 4 + threadIdx.x] = 0xff;
+  }
   poison(args.out_scales, static_cast<uint64_t>(args.num_entries) * args.scale_bytes);
 }
 
@@ -110,7 +114,7 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, 1024) {
       atomicAdd(&pulled[1], wanted);
     }
     __syncthreads();
-    move_parts(
+    move_parts<6>(
         min(end - first, kTile), parts.all,
         [&](int i, int part) {
           if (sources[i] < 0) return make_uint4(0, 0, 0, 0);
@@ -136,7 +140,7 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, 1024) {
     const int entry = first + threadIdx.x;
     if (entry < end) sources[threadIdx.x] = leaders[entry] == entry ? kSkip : leaders[entry];
     __syncthreads();
-    move_parts(
+    move_parts<4>(
         min(end - first, kTile), parts.all,
         [&](int i, int part) {
           if (sources[i] == kSkip) return make_uint4(0, 0, 0, 0);

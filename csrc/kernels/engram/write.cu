@@ -25,7 +25,7 @@ EPV2_KERNEL(epv2_engram_write, EngramWriteArgs, 1024) {
       }
     }
     __syncthreads();
-    move_parts(
+    move_parts<4>(
         count, parts.all,
         [&](int i, int part) {
           return load_part(parts.place(args.data, args.scales, first + i, part), parts.bytes(part));
