@@ -46,7 +46,7 @@ def exchange(rank: int, size: int, case: Case, kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_any_table(pool: Callable[[int], Pool], ranks: int, kind: str) -> None:
-    @settings(max_examples=8, phases=[Phase.generate])
+    @settings(max_examples=6, phases=[Phase.generate])
     @given(st.composite(test_engram.cases)(ranks))
     def compare(case: Case) -> None:
         test_engram.check(case, pool(ranks).run(exchange, case, kind, timeout=120), kind)
