@@ -59,6 +59,15 @@ def test_structs_in_structs_are_packed_as_their_bytes(tmp_path):
         outer.pack(inner=b"abc")
 
 
+def test_structs_of_another_header_come_along(tmp_path):
+    for folder, text in {"ep": HEADER, "engram": '#include "ep/args.h"\nstruct Outer {\n  Second inner;\n};\n'}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "args.h").write_text(text)
+    structs = args.load(tmp_path / "engram" / "args.h")
+    assert list(structs) == ["DispatchStageArgs", "Second", "Outer"]
+    assert structs["Outer"].pack(inner=structs["Second"].pack(b=3)) == bytes(8) + b"\3" + bytes(7)
+
+
 def test_wrong_values_are_refused(header):
     stage = args.load(header)["DispatchStageArgs"]
     with pytest.raises(AttributeError, match="DispatchStageArgs has no field 'num_tokns'"):

@@ -217,19 +217,24 @@ def engram_text(document: dict[str, Any]) -> str:
         f"{setup['ranks']} ranks x {setup['rows']} rows of {setup['hidden']} {setup['dtype']}; each fetches "
         f"{setup['tokens']} x {setup['entries']} random rows; {setup['backend']} backend"
     )
+    if setup["backend"] == "cuda":
+        what += f", at most {setup['sms']} SMs for a kernel of ours, the local gather as many as torch takes"
     entries = setup["tokens"] * setup["entries"]
+    gather = statistics.median(slowest(document["samples_us"]["gather"]))
     rows = []
     for name, samples in document["samples_us"].items():
         times, row_bytes = slowest(samples), document["row_bytes"][name]
         median = statistics.median(times)
-        rows.append([name, spread(times), _rate(entries * row_bytes / median / 1e3), f"{entries / median:.3g}"])
+        share = f"{gather / median:.0%}" if row_bytes == document["row_bytes"]["gather"] else ""
+        rate = _rate(entries * row_bytes / median / 1e3)
+        rows.append([name, spread(times), rate, f"{entries / median:.3g}", share])
     lines = [*head(document), *_wrap(what), ""]
     lines += _wrap(
         f"Microseconds of the slowest rank, median of {setup['iterations']} repetitions ± half of the interquartile "
         "range; GB/s and million rows/s of each rank, duplicates counted. gather = index_select from a local table of "
         "as many rows as all ranks have, at most 1 GiB. Every fetch was checked against the table."
     )
-    return "\n".join([*lines, *table(["", "time", "GB/s", "Mrows/s"], rows)])
+    return "\n".join([*lines, *table(["", "time", "GB/s", "Mrows/s", "of the gather"], rows)])
 
 
 def pp_text(document: dict[str, Any]) -> str:

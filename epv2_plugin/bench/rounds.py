@@ -1,4 +1,4 @@
-"""Works measured in turn on all ranks, each started together: what `epv2 bench pp`, `cp` and `fsdp` share."""
+"""Works measured in turn on all ranks, each started together: what `epv2 bench pp`, `cp`, `fsdp` and `engram` share."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class Rounds:
             torch.cuda.synchronize(self.device)
         dist.barrier(self._control)
 
-    def time(self, work: Callable[[], object]) -> float:
-        """Microseconds of one call, from a common start; on a GPU of the current stream."""
+    def time(self, work: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+        """Microseconds of one call, from a common start and behind `before`; on a GPU of the current stream."""
         self.align()
+        before()
         self._watch.mark()
         work()
         self._watch.mark()

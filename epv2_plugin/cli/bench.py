@@ -113,8 +113,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     engram.add_argument("--tokens", type=positive, default=512, help="tokens of each rank (default: %(default)s)")
     engram.add_argument("--entries", type=positive, default=24, help="rows of a token (default: %(default)s)")
     engram.add_argument("--dtype", choices=["bf16", "fp32", "fp8"], default="bf16", help="(default: %(default)s)")
-    engram.add_argument("--iters", type=positive, default=30, help="repetitions (default: %(default)s)")
-    engram.add_argument("--json", type=Path, metavar="FILE", help="write every sample, too")
+    engram.add_argument("--sms", type=positive, default=16, help="budget on a GPU (default: %(default)s)")
+    _add_common(engram)
     engram.set_defaults(main=main_engram)
 
 
@@ -310,34 +310,37 @@ def main_sm(args: argparse.Namespace) -> int:
 
 
 def main_engram(args: argparse.Namespace) -> int:
-    """Run `epv2 bench engram` on the host backend; 0 = done and every row was right, 1 = a wrong row.
+    """Run `epv2 bench engram`; 0 = done and every row was right, 1 = a wrong row.
 
     Raises:
-        ConfigError: the ranks are not the job's, or a file can't be written.
+        ConfigError: arguments that do not go together, or with this machine.
     """
-    from epv2_plugin.bench.engram import Setup, run, table_bytes
     from epv2_plugin.environment import memory_bytes
 
-    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
-    ranks = args.ranks or world or RANKS
-    if world not in (None, ranks):
-        raise ConfigError("epv2 bench engram", "--ranks", ranks, f"the job was started with {world} ranks")
-    if args.json is not None:
-        check_file("--json", args.json)
-    needed = ranks * table_bytes(args.rows, args.hidden)
-    if world is None and needed > memory_bytes():
-        allowed = (
-            f"{ranks} ranks need {needed / 2**30:,.0f} GiB for them, this machine has {memory_bytes() / 2**30:,.0f}"
+    command = "epv2 bench engram"
+    backend, device_sms = _backend(args.backend, command)
+    if device_sms and args.sms > device_sms:
+        raise ConfigError(command, "--sms", args.sms, f"must be at most the device's {device_sms} SMs")
+    if backend == "host" and "RANK" not in os.environ:
+        from epv2_plugin.bench.engram import table_bytes
+
+        ranks = args.ranks or RANKS
+        needed = ranks * table_bytes(args.rows, args.hidden)
+        if needed > memory_bytes():
+            allowed = (
+                f"{ranks} ranks need {needed / 2**30:,.0f} GiB for them, this machine has {memory_bytes() / 2**30:,.0f}"
+            )
+            raise ConfigError(command, "--rows", args.rows, allowed)
+
+    def measure(command: str, ranks: int, backend: str) -> int:
+        from epv2_plugin.bench.engram import Setup, run
+
+        setup = Setup(
+            ranks, args.rows, args.hidden, args.tokens, args.entries, args.dtype, args.iters, backend, args.sms
         )
-        raise ConfigError("epv2 bench engram", "--rows", args.rows, allowed)
-    words = ["bench", "engram", "--ranks", str(ranks)]
-    for name in ("rows", "hidden", "tokens", "entries", "dtype", "iters"):
-        words += [f"--{name}", str(getattr(args, name))]
-    words += ["--json", str(args.json)] if args.json is not None else []
-    if world is None:
-        return run_ranks("epv2_plugin.cli", words, ranks, {})
-    setup = Setup(ranks, args.rows, args.hidden, args.tokens, args.entries, args.dtype, args.iters)
-    return run(setup, shlex.join(["epv2", *words]), args.json)
+        return run(setup, command, args.json)
+
+    return _on_ranks("engram", args, ("rows", "hidden", "tokens", "entries", "dtype", "sms"), RANKS, measure)
 
 
 def _wrong(option: str, value: object, allowed: str) -> ConfigError:

@@ -64,6 +64,7 @@ class ElasticBuffer:
         num_bytes: size of the buffer. On the host backend a limit only: nothing is allocated ahead. On the cuda backend
             the bytes of the window; without it the MoE sizes below say how many, for rows of 2 bytes per value. Rings
             of `pp_send` and sessions have windows of their own, made when they are configured; `num_bytes` limits them.
+            So has an Engram table, made when it is written: it and what `engram_reduce` needs have no limit.
         num_cpu_bytes: part of `num_bytes` in CPU memory, for an Engram table; the rest is then for the rows fetched.
             0 = no limit set (host backend).
         num_max_tokens_per_rank: most tokens that any rank dispatches at once; 0 = the ranks agree at each dispatch
@@ -601,7 +602,7 @@ class ElasticBuffer:
 
     @_collective
     @torch.no_grad()
-    def engram_write(self, storage: torch.Tensor, sf: torch.Tensor | None = None) -> None:
+    def engram_write(self, storage: torch.Tensor, sf: torch.Tensor | None = None, *, num_sms: int = 0) -> None:
         """Make `storage` this rank's part of the table. Every rank calls it, with as many rows.
 
         Row r of the table is row r % num_entries of rank r // num_entries. Fetches that started before still return the
@@ -612,9 +613,12 @@ class ElasticBuffer:
             sf: scale factors of e4m3, fp32 or int32 (four packed UE8M0) `[num_entries, S]`, any S. A row's travel with
                 it. The scales of all ranks `[ranks * num_entries, S]`, which DeepEP V2 keeps on each, are taken, too:
                 this rank's part is kept.
+            num_sms: most thread blocks of any kernel of this table's operations from now on; 0 = 16 (unused on the
+                host).
 
         Raises:
-            TypeError, ValueError, BufferSizeError: wrong dtype or shape, or above `num_cpu_bytes`; nothing was sent.
+            TypeError, ValueError, BufferSizeError: wrong dtype, shape or number of SMs, or above `num_cpu_bytes`;
+                nothing was sent. RuntimeError: a CUDA graph is being captured.
             CommunicationError: a peer died, did not answer within the timeout, or has rows of another kind.
         """
         engram = self._open().engram
@@ -630,7 +634,8 @@ class ElasticBuffer:
         needed = entries * table.layout.stride
         if self.num_cpu_bytes and needed > self.num_cpu_bytes:
             raise BufferSizeError(f"storage needs {needed} bytes, num_cpu_bytes is {self.num_cpu_bytes}")
-        engram.write(table, _dense(storage), sf)
+        self._check_sms(num_sms, "as few as do")
+        engram.write(table, _dense(storage), sf, num_sms)
 
     @_collective
     @torch.no_grad()
@@ -786,11 +791,14 @@ class ElasticBuffer:
 
     # ---- checks -------------------------------------------------------------------------------------------------
 
-    def _sms(self, num_sms: int, num_experts: int, num_topk: int) -> int:
+    def _check_sms(self, num_sms: int, what_zero_is: str) -> None:
         most = self._open().num_sms
         if num_sms < 0 or (most and num_sms > most):
             allowed = f"to the device's {most}" if most else "or more"
-            raise ValueError(f"num_sms = {num_sms}: must be 0 (by the model) {allowed}")
+            raise ValueError(f"num_sms = {num_sms}: must be 0 ({what_zero_is}) {allowed}")
+
+    def _sms(self, num_sms: int, num_experts: int, num_topk: int) -> int:
+        self._check_sms(num_sms, "by the model")
         return num_sms or self.get_theoretical_num_sms(num_experts, num_topk)
 
     def _check_rows(self, x: torch.Tensor | Fp8Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -1021,9 +1029,7 @@ class ElasticBuffer:
         if self._limit_bytes is not None and max_session_bytes > self._limit_bytes:
             raise BufferSizeError(f"the buffer has {self._limit_bytes} bytes, the session needs {max_session_bytes}")
         backend = self._open()
-        if num_sms < 0 or (backend.num_sms and num_sms > backend.num_sms):
-            allowed = f"to the device's {backend.num_sms}" if backend.num_sms else "or more"
-            raise ValueError(f"num_sms = {num_sms}: must be 0 (as few as do) {allowed}")
+        self._check_sms(num_sms, "as few as do")
         backend.sessions.configure(max_session_bytes, max_all_gathers_per_session, num_sms)
 
     def create_agrs_session(self) -> None:

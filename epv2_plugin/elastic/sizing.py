@@ -399,6 +399,33 @@ class SessionLayout:
         return self._outbox + 4 * operation
 
 
+# ---- Engram on the cuda backend -------------------------------------------------------------------------------------
+
+# SMs of an operation unless its caller says: rows of 256 bytes are under way by the hundred, in 96 KiB of an SM's
+# registers, and a transfer of a few megabytes is over before more SMs would help.
+ENGRAM_SMS = 16
+TOLD_BYTES = 16  # what a rank tells each owner in a reduce, `Told` in csrc/kernels/engram/engram.cuh
+
+
+def engram_control_bytes(num_ranks: int) -> int:
+    """Flags and the like, then what each rank has told this one."""
+    return control_bytes(num_ranks) + TOLD_BYTES * num_ranks
+
+
+class EngramStagingLayout:
+    """Where a rank puts rows and their sums for the owners: offsets in the window.
+
+    Args:
+        max_rows: distinct rows that there is room for.
+    """
+
+    def __init__(self, max_rows: int, hidden: int):
+        sections = _Sections(0)
+        self.rows = sections.take(8 * max_rows)
+        self.sums = sections.take(4 * max_rows * hidden)
+        self.end = sections.end
+
+
 def counts_words(num_ranks: int, num_local_experts: int) -> int:
     """int32 words of what a dispatch counts, see `Counts` in csrc/kernels/ep/protocol.cuh."""
     return (2 * num_ranks + 1) * (num_local_experts + 1) + num_ranks + 1
@@ -489,6 +516,18 @@ def _ring_shape(row_bytes: int, *, addresses: int, others: int, most_warps: int,
         stages=stages,
         groups=groups,
     )
+
+
+@functools.cache
+def engram_shape(kernel: str, num_ranks: int) -> LaunchShape:
+    """Of Engram's kernels, "write", "fetch", "group" or "sum": see what each says about its shared memory."""
+    warps, digits, tile = 16, 256, 1024
+    return {
+        "write": _shape(1024, 16 + 8 * tile),
+        "fetch": _shape(1024, 16 + 8 * tile + 8 * num_ranks),
+        "group": _shape(32 * warps, 16 + 4 * warps + 4 * digits * (warps + 1) + 4 * (num_ranks + 1)),
+        "sum": _shape(1024, 16 + 16 * num_ranks),
+    }[kernel]
 
 
 def _piece(row_bytes: int, most: int) -> int:

@@ -36,6 +36,7 @@ class ShardedNgramMemory(torch.nn.Module):
         init_std: standard deviation of the initial values.
         seed: of the initial values.
         gradient_scale: see `elastic.engram.fetch`.
+        num_sms: see `ElasticBuffer.engram_write`.
 
     Attributes:
         weight: fp32 `[rows of this rank, D]`, what is trained; for dtype fp32 the buffer's own memory.
@@ -58,6 +59,7 @@ class ShardedNgramMemory(torch.nn.Module):
         init_std: float = 0.02,
         seed: int = 0,
         gradient_scale: float = 1.0,
+        num_sms: int = 0,
     ):
         super().__init__()
         if row_dim < 1:
@@ -70,13 +72,13 @@ class ShardedNgramMemory(torch.nn.Module):
             raise ValueError(f"init_std = {init_std}: must be 0 or more")
         self.buffer, self.hashing, self.row_dim, self.dtype, self.combine = buffer, hashing, row_dim, dtype, combine
         self.output_dtype = output_dtype or (torch.bfloat16 if dtype == _FP8 else dtype)
-        self.init_std, self.seed, self.gradient_scale = init_std, seed, gradient_scale
+        self.init_std, self.seed, self.gradient_scale, self.num_sms = init_std, seed, gradient_scale, num_sms
         self.num_rows = hashing.num_rows
         share = -(-self.num_rows // buffer.num_ranks)
         self.first_row = share * buffer.rank_idx
         values = torch.zeros(share, row_dim, device=buffer.device, dtype=torch.float32)
         self._initialize(values)
-        buffer.engram_write(*self._rounded(values))
+        buffer.engram_write(*self._rounded(values), num_sms=num_sms)
         self.weight = torch.nn.Parameter(buffer.engram_storage[0] if dtype == torch.float32 else values)
         self.register_load_state_dict_post_hook(lambda module, _: module.publish())
 
@@ -139,7 +141,7 @@ class ShardedNgramMemory(torch.nn.Module):
 
         Needed after a change of `weight` other than by `assign`, an optimizer of this package, or `load_state_dict`.
         """
-        self.buffer.engram_write(*self._rounded(self.weight.detach()))
+        self.buffer.engram_write(*self._rounded(self.weight.detach()), num_sms=self.num_sms)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Which rows a checkpoint holds, and how they are found."""

@@ -1,8 +1,8 @@
 """Arguments of kernels: a C++ header owns each struct, Python reads it, and kernels are compiled against that reading.
 
 A header (`csrc/kernels/*/args.h`) holds structs of `uint64_t int64_t uint32_t int32_t float double` and of structs
-above them, one field a line, and comments after `//`. Anything else is an error: a kernel might not skip what this
-parser skipped.
+above them, one field a line, and comments after `//`; `#include "FOLDER/args.h"` takes the structs of another.
+Anything else is an error: a kernel might not skip what this parser skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _CODES: dict[type[_Field], str] = {
 }
 _HEAD = re.compile(r"struct\s+([A-Za-z]\w*)\s*\{")
 _FIELD = re.compile(r"(\w+)\s+([A-Za-z]\w*)\s*;")
-_OUTSIDE = re.compile(r'#pragma once|#include\s+(<[\w./]+>|"[\w./]+")')
+_OUTSIDE = re.compile(r"#pragma once|#include\s+<[\w./]+>")
+_INCLUDE = re.compile(r'#include\s+"([\w./]+)"')
 
 
 class HeaderError(ValueError):
@@ -102,7 +103,7 @@ def _packing(fields: Mapping[str, type[_Field]]) -> _Packing:
 
 
 def load(path: Path) -> dict[str, type[Arguments]]:
-    """The structs of an argument header by name, in the header's order, laid out as C++ does.
+    """The structs of an argument header by name, in the header's order, laid out as C++ does; included ones come along.
 
     Raises:
         HeaderError: a line that is not understood, named with file, line number and text.
@@ -120,7 +121,9 @@ def load(path: Path) -> dict[str, type[Arguments]]:
         if not text:
             continue
         if not name:
-            if head := _HEAD.fullmatch(text):
+            if include := _INCLUDE.fullmatch(text):
+                structs |= load(path.parent.parent / include[1])
+            elif head := _HEAD.fullmatch(text):
                 name, begun, fields = head[1], number, {}
                 if name in structs:
                     raise fail(f"struct {name} is there already")

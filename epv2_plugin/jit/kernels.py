@@ -137,6 +137,14 @@ REDUCE_SCATTER = {
     dtype: Kernel("epv2_reduce_scatter", "sessions/reduce_scatter.cu", "ReduceScatterArgs", (("EPV2_DTYPE", code),))
     for dtype, code in (_DTYPES | {"fp64": "4"}).items()
 }
+ENGRAM_WRITE = Kernel("epv2_engram_write", "engram/write.cu", "EngramWriteArgs")
+ENGRAM_FETCH = Kernel("epv2_engram_fetch", "engram/fetch.cu", "EngramFetchArgs")
+ENGRAM_GROUP = Kernel("epv2_engram_group", "engram/group.cu", "EngramGroupArgs")
+# By the dtype that is summed.
+ENGRAM_SUM = {
+    dtype: Kernel("epv2_engram_sum", "engram/sum.cu", "EngramSumArgs", (("EPV2_DTYPE", code),))
+    for dtype, code in _DTYPES.items()
+}
 SM_COPY = Kernel("epv2_sm_copy", "bench/sm_copy.cu", "SmCopyArgs")
 
 KERNELS: tuple[Kernel, ...] = (
@@ -146,5 +154,9 @@ KERNELS: tuple[Kernel, ...] = (
     COMBINE_PUT,
     *COMBINE_RELAY.values(),
     *REDUCE_SCATTER.values(),
+    ENGRAM_WRITE,
+    ENGRAM_FETCH,
+    ENGRAM_GROUP,
+    *ENGRAM_SUM.values(),
     SM_COPY,
 )

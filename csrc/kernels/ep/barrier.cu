@@ -22,5 +22,8 @@ EPV2_KERNEL(epv2_barrier, BareArgs, 1024) {
     signal_node(c, kBarrierEnd, number);
     if (!wait_node(c, kBarrierEnd, number, false, scratch)) return;
   }
-  if (threadIdx.x == 0) finish_operation(c, kSequence, kBarriers, number);
+  if (threadIdx.x == 0) {
+    ++*state_word(c, kBarriers);
+    finish_operation(c, kSequence, number);
+  }
 }

@@ -132,6 +132,9 @@ EPV2_KERNEL(epv2_combine_pull, CombineArgs, 768) {
   run_rings(args, [&](int group, const Ring& ring) { produce(args, group, ring, peers); });
   if (last_to_arrive(c, kArrived, scratch)) {
     signal_node(c, kCombineDone, number);
-    if (threadIdx.x == 0) finish_operation(c, kLastCombine, kCombines, number);
+    if (threadIdx.x == 0) {
+      ++*state_word(c, kCombines);
+      finish_operation(c, kLastCombine, number);
+    }
   }
 }

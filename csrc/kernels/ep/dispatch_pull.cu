@@ -195,6 +195,9 @@ EPV2_KERNEL(epv2_dispatch_pull, DispatchPullArgs, 256) {
   if (args.zero_padding) zero_gaps(args, counts);
   if (last_to_arrive(c, kArrived, scratch)) {
     signal_node(c, kDispatchDone, number);
-    if (threadIdx.x == 0) finish_operation(c, kLastDispatch, kDispatches, number);
+    if (threadIdx.x == 0) {
+      ++*state_word(c, kDispatches);
+      finish_operation(c, kLastDispatch, number);
+    }
   }
 }

@@ -410,10 +410,9 @@ __device__ inline void signal_node(const Common& c, int kind, uint32_t number) {
   }
 }
 
-// One thread of the operation's last CTA. `last_word` gets its number, `count_word` counts it.
-__device__ __forceinline__ void finish_operation(const Common& c, int last_word, int count_word, uint32_t number) {
+// One thread of the operation's last CTA.
+__device__ __forceinline__ void finish_operation(const Common& c, int last_word, uint32_t number) {
   *state_word(c, last_word) = number;
-  *state_word(c, count_word) += 1;
   *state_word(c, kSequence) = number;
 }
 

@@ -207,6 +207,25 @@ class EngramTable:
         """How a row lies in memory and travels: its scales with it."""
         return RowLayout(self.hidden * self.dtype.itemsize, 4 * self.scale_columns)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must have alike, by name; scales that are packed are counted below zero."""
+        packed = -1 if self.scale_dtype == torch.int32 else 1
+        return {
+            "number of rows": self.rows,
+            "hidden size": self.hidden,
+            "dtype": self.dtype,
+            "scales per row": packed * self.scale_columns,
+        }
+
+    def views(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Values and scales of rows as they lie in memory, `[X, words]`."""
+        layout, num_bytes = self.layout, rows.view(torch.uint8)
+        data = num_bytes[:, : layout.data_bytes].view(self.dtype)
+        if self.scale_dtype is None:
+            return data, None
+        return data, num_bytes[:, layout.scale_offset :][:, : layout.scale_bytes].view(self.scale_dtype)
+
 
 class Engram(Protocol):
     """A table spread over the ranks of a group (legend: N entries asked for, U distinct rows, H hidden).
@@ -217,7 +236,7 @@ class Engram(Protocol):
 
     table: EngramTable | None
 
-    def write(self, table: EngramTable, storage: torch.Tensor, scales: torch.Tensor | None) -> None:
+    def write(self, table: EngramTable, storage: torch.Tensor, scales: torch.Tensor | None, num_sms: int) -> None:
         """See `ElasticBuffer.engram_write`."""
 
     def update(self, rows_U: torch.Tensor, storage_UH: torch.Tensor, scales: torch.Tensor | None) -> None:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from epv2_plugin.elastic import model, network, sizing
-from epv2_plugin.elastic.backends.base import Engram, Received, Traffic
+from epv2_plugin.elastic.backends.base import Received, Traffic
+from epv2_plugin.elastic.backends.cuda_engram import CudaEngram
 from epv2_plugin.elastic.backends.cuda_p2p import CudaPointToPoint
 from epv2_plugin.elastic.backends.cuda_sessions import CudaSessions
 from epv2_plugin.elastic.backends.device import Runtime
@@ -261,6 +262,8 @@ class CudaBackend:
         finally:
             if "_watch" in self.__dict__:
                 self._failure = self._failure or self._watch.failure
+            if "engram" in self.__dict__:
+                self._failure = self._failure or self.engram.close()
             self._error_words = self._error_words.copy()  # events may outlive the mapped memory
             # After a failure some peer does not take part in anything that all must take part in.
             self.runtime.close(abandon=self._failure is not None or bool(self._error_words[0]))
@@ -270,12 +273,14 @@ class CudaBackend:
 
         Raises:
             CommunicationError: a peer did not come, gave up or came with other arguments.
-            ValueError: `topk_idx` of an operation named no expert.
+            ValueError: `topk_idx` of an operation named no expert, indices of Engram no row.
         """
         if self._failure is None and int(self._error_words[0]):
             self._failure = self._read_error()
         if self._failure is None and "_watch" in self.__dict__:
             self._failure = self._watch.failure
+        if self._failure is None and "engram" in self.__dict__:
+            self._failure = self.engram.failure
         if self._failure is not None:
             raise self._failure
 
@@ -881,12 +886,22 @@ class CudaBackend:
     def sessions(self) -> CudaSessions:
         return CudaSessions(self.runtime, self._watch, self.traffic, self._refused)
 
-    @property
-    def engram(self) -> Engram:
-        raise RuntimeError("the cuda backend has no Engram in this version; ElasticBuffer(..., backend='host') has")
+    @cached_property
+    def engram(self) -> CudaEngram:
+        return CudaEngram(
+            self.runtime,
+            self.traffic,
+            self._operation,
+            self.check,
+            self._refused,
+            host_timeout_seconds=self._host_timeout,
+            gpu_timeout_seconds=self._gpu_timeout,
+        )
 
     def refuse(self, call: str, error: BaseException) -> None:
         self._refused += 1
+        if "engram" in self.__dict__:
+            self.engram.refused = self._refused
         if "sessions" in self.__dict__:
             self.sessions.refused = self._refused
 

@@ -26,7 +26,7 @@ from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import Traffic
 from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word
 from epv2_plugin.elastic.backends.cuda_parts import Parts, prepare_sums
-from epv2_plugin.elastic.backends.device import Runtime
+from epv2_plugin.elastic.backends.device import Runtime, require_one_node
 from epv2_plugin.elastic.backends.host_p2p import describe
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError
@@ -171,6 +171,7 @@ class CudaShards:
     """
 
     def __init__(self, runtime: Runtime, timeout_seconds: float, gathers: Slots, sums: Slots, num_sms: int):
+        require_one_node(runtime, "FSDP2's collectives")
         if num_sms > runtime.num_sms:
             raise ValueError(f"num_sms = {num_sms}: must be at most the device's {runtime.num_sms}")
         self.num_sms = min(num_sms or sizing.REDUCE_SCATTER_SMS, runtime.num_sms)

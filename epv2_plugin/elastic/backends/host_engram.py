@@ -22,7 +22,6 @@ from epv2_plugin.elastic.event import HostEvent
 
 _HEADER, _INDICES, _ROWS = range(3)  # steps of an operation
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
-_FIELDS = ("number of rows", "hidden size", "dtype", "scales per row")
 _ANSWER, _COLLECT, _STOP = range(3)  # what the thread does first when it has the choice
 
 
@@ -113,12 +112,13 @@ class HostEngram:
         """End the thread, but first give the rows that peers still need, at most until the timeout."""
         self._worker.close(wait=not self._transport.failed)
 
-    def write(self, table: EngramTable, storage: torch.Tensor, scales: torch.Tensor | None) -> None:
+    def write(self, table: EngramTable, storage: torch.Tensor, scales: torch.Tensor | None, num_sms: int) -> None:
         """See `Engram.write`."""
+        del num_sms
         operation = self._transport.begin("engram_write")
         self._worker.drain()
-        packed = 0 if table.scale_dtype is None else -1 if table.scale_dtype == torch.int32 else 1
-        ours = [table.rows, table.hidden, _DTYPES.index(table.dtype), packed * table.scale_columns]
+        facts = table.facts
+        ours = [*(facts | {"dtype": _DTYPES.index(table.dtype)}).values()]
         answers_PF = torch.empty(self._transport.size, len(ours), dtype=torch.int64)
         header = torch.tensor(ours)
         answers_PF[operation.rank] = header
@@ -127,7 +127,7 @@ class HostEngram:
         wait()
         operation.wait_sent()
         for peer, theirs in enumerate(answers_PF.tolist()):
-            for name, a, b in zip(_FIELDS, ours, theirs, strict=True):
+            for name, a, b in zip(facts, ours, theirs, strict=True):
                 if a != b:
                     told, seen = (_DTYPES[a], _DTYPES[b]) if name == "dtype" else (a, b)
                     raise operation.mismatch(peer, "header", f"{name} {told} as on this rank", f"{name} {seen}")
@@ -148,7 +148,7 @@ class HostEngram:
 
     def storage(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Engram.storage`."""
-        return _unpack(self._table(), self._rows)
+        return self._table().views(self._rows)
 
     def fetch(self, indices_N: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
         """See `Engram.fetch`."""
@@ -178,7 +178,7 @@ class HostEngram:
             answered.wait()
             collected.wait()
             self._count_answers(table)
-            data, scales = _unpack(table, rows_UW.index_select(0, place_N))
+            data, scales = table.views(rows_UW.index_select(0, place_N))
             return data.contiguous(), None if scales is None else scales.contiguous()
 
         return _once(finish)
@@ -270,18 +270,9 @@ def _index_dtype(table: EngramTable) -> torch.dtype:
     return torch.int32 if table.rows < 1 << 31 else torch.int64
 
 
-def _unpack(table: EngramTable, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Values and scales of `rows` `[X, W]`, as views."""
-    layout, num_bytes = table.layout, rows.view(torch.uint8)
-    data = num_bytes[:, : layout.data_bytes].view(table.dtype)
-    if table.scale_dtype is None:
-        return data, None
-    return data, num_bytes[:, layout.scale_offset :][:, : layout.scale_bytes].view(table.scale_dtype)
-
-
 def _pack(table: EngramTable, storage: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor) -> None:
     """Write values and scales into `rows` `[X, W]`."""
-    data, factors = _unpack(table, rows)
+    data, factors = table.views(rows)
     data.copy_(storage)
     if factors is not None and scales is not None:
         factors.copy_(scales)

@@ -1,0 +1,132 @@
+// What Engram's kernels share. Operations are numbered, ranks wait for each other and give up as ep/protocol.cuh says,
+// with a window, state and error record of Engram's own: its operations have numbers apart from dispatch and combine.
+#pragma once
+
+#include "engram/args.h"
+#include "ep/protocol.cuh"
+
+namespace epv2 {
+
+// Words of `Common::state`, behind those of ep/protocol.cuh.
+enum EngramState {
+  kLastFetch = 16,    // number of the last fetch
+  kLastReduce = 17,   // number of the last reduce
+  kFetches = 18,      // how many there were
+  kGridArrived = 19,  // CTAs that are at the barrier of the running kernel
+  kGridTurn = 20,     // barriers so far
+};
+
+// Flags. A rank that has all it needs of one fetch may begin the next while others still look at its flag: fetches take
+// turns with two, and nobody is two fetches ahead.
+enum EngramFlag {
+  kFetchEven = 0,    // fetch: this rank's rows are what this fetch is to see
+  kFetchOdd = 1,
+  kFetchDone = 2,    // fetch: this rank has read what it needs
+  kRowsTold = 3,     // reduce: how many rows there are for whom
+  kSumsStaged = 4,   // reduce: rows and sums
+  kReduceDone = 5,   // reduce: this rank has read what it needs
+};
+
+constexpr uint32_t kBadRow = 16;  // error code: entry `seen` names row extra * 2^32 + expected, which there is not
+
+// What a rank tells each owner in a reduce.
+struct Told {
+  int32_t rows;      // for this owner
+  int32_t first;     // of them, among all that are staged
+  int32_t distinct;  // rows for all owners
+  int32_t entries;   // whose gradients are in the owner's rows
+};
+
+__device__ __forceinline__ void refuse_row(const Common& c, int flag, int64_t entry, int64_t row) {
+  give_up(c, kBadRow, c.rank, flag, static_cast<uint32_t>(row), static_cast<uint32_t>(entry),
+          static_cast<uint32_t>(row >> 32));
+}
+
+// All threads of all CTAs: wait for each other. false = this rank gave up. `word` of the shared memory is scratch.
+__device__ inline bool grid_sync(const Common& c, uint32_t* word) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t* turn = state_word(c, kGridTurn);
+    const uint32_t mine = load_acquire_system(turn);
+    __threadfence_system();
+    if (atomic_add_acq_rel(state_word(c, kGridArrived), 1) == gridDim.x - 1) {
+      *state_word(c, kGridArrived) = 0;
+      store_release_system(turn, mine + 1);
+    } else {
+      while (load_acquire_system(turn) == mine && !failed(c)) pause();
+    }
+  }
+  return !agree_failed(c, word);
+}
+
+// Up to 16 bytes as a vector, whatever they are aligned to.
+__device__ __forceinline__ uint4 load_part(const uint8_t* from, int bytes) {
+  if (bytes == 16 && reinterpret_cast<uint64_t>(from) % 16 == 0) return load_streaming(from);
+  uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 16; i++)
+    if (i < bytes) words[i / 4] |= static_cast<uint32_t>(from[i]) << 8 * (i % 4);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+__device__ __forceinline__ void store_part(uint8_t* to, uint4 v, int bytes) {
+  if (bytes == 16 && reinterpret_cast<uint64_t>(to) % 16 == 0) {
+    store_streaming(to, v);
+    return;
+  }
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 16; i++)
+    if (i < bytes) to[i] = static_cast<uint8_t>(words[i / 4] >> 8 * (i % 4));
+}
+
+// A row in parts of 16 bytes: those of its values, then those of its scale factors.
+struct Parts {
+  int data_bytes, scale_bytes, data, all;
+
+  __device__ Parts(int data_bytes, int scale_bytes)
+      : data_bytes(data_bytes), scale_bytes(scale_bytes), data((data_bytes + 15) / 16),
+        all(data + (scale_bytes + 15) / 16) {}
+
+  __device__ bool is_scale(int part) const { return part >= data; }
+  __device__ int offset(int part) const { return 16 * (is_scale(part) ? part - data : part); }
+  __device__ int bytes(int part) const { return min(16, (is_scale(part) ? scale_bytes : data_bytes) - offset(part)); }
+
+  // Where the part lies if values and scale factors have an array each.
+  __device__ uint8_t* place(uint64_t values, uint64_t scales, int64_t row, int part) const {
+    return reinterpret_cast<uint8_t*>(is_scale(part) ? scales + row * scale_bytes : values + row * data_bytes) +
+           offset(part);
+  }
+};
+
+constexpr int kTile = 1024;  // rows that a CTA moves at once
+
+// All threads of the CTA: `store(row, part, load(row, part))` for every part of `rows` rows. A thread has
+// kInFlight loads under way; neighbours have neighbouring parts. It steps from part to part without dividing, which for short rows
+// would take longer than the loads.
+template <int kInFlight, typename Load, typename Store>
+__device__ __forceinline__ void move_parts(int rows, int parts, Load load, Store store) {
+  const int threads = blockDim.x, row_step = threads / parts, part_step = threads % parts;
+  const auto step = [&](int& row, int& part) {
+    row += row_step;
+    part += part_step;
+    if (part >= parts) row++, part -= parts;
+  };
+  int row = static_cast<int>(threadIdx.x) / parts, part = static_cast<int>(threadIdx.x) % parts;
+  while (row < rows) {
+    uint4 v[kInFlight];
+    int next_row = row, next_part = part;
+#pragma unroll
+    for (int k = 0; k < kInFlight; k++) {
+      v[k] = next_row < rows ? load(next_row, next_part) : make_uint4(0, 0, 0, 0);
+      step(next_row, next_part);
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; k++) {
+      if (row < rows) store(row, part, v[k]);
+      step(row, part);
+    }
+  }
+}
+
+}  // namespace epv2

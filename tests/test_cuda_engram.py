@@ -1,0 +1,294 @@
+"""Engram of the cuda backend: the host's cases, bit by bit, on the emulator, and with mark gpu on a device."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from epv2_plugin import CommunicationError, CommunicationTimeout
+from tests import harness, test_engram
+from tests.buffers import SMS, emulated_buffer, settle
+from tests.harness import Pool
+from tests.test_engram import Case
+
+KINDS = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+# Beyond one tile of a CTA, one turn of a warp's digits, one pass of the sort; all entries one row; rows of any bytes.
+LARGE_CASES = {
+    "many rows": Case(2, 1500, 8, "fp32", 1, ((700, 2500),), 2, 1.0, 0.1, False, False, False, False, 1),
+    "one row": Case(3, 40, 4, "bf16", 1, ((900, 3, 600),), 3, 0.001, 0.0, True, False, False, False, 2),
+    "wide rows": Case(2, 30, 1001, "fp16", 1, ((40, 20),), 1, 0.5, 0.2, False, False, False, False, 3),
+    "scales": Case(2, 300, 128, "fp8", 3, ((200, 90),), 2, 0.3, 0.2, False, True, False, False, 4),
+}
+
+
+def exchange(rank: int, size: int, case: Case, kind: str) -> dict[str, Any]:
+    """`test_engram.exchange` within a budget of SMs, which no launch exceeds."""
+    buffer = test_engram.shared_buffer(kind)
+    budget = SMS - case.seed % SMS
+    if kind == "emulated":
+        buffer.runtime.launches.clear()
+    result = test_engram.exchange(rank, size, case, kind, num_sms=budget)
+    if kind == "emulated":
+        launches = [launch for launch in buffer.runtime.launches if "engram" in launch.kernel]
+        assert len(launches) == len(buffer.runtime.launches) >= 8
+        assert all(launch.ctas == budget for launch in launches)
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_any_table(pool: Callable[[int], Pool], ranks: int, kind: str) -> None:
+    @settings(max_examples=6, phases=[Phase.generate])
+    @given(st.composite(test_engram.cases)(ranks))
+    def compare(case: Case) -> None:
+        test_engram.check(case, pool(ranks).run(exchange, case, kind, timeout=120), kind)
+
+    compare()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LARGE_CASES)
+def test_large_table(pool: Callable[[int], Pool], name: str, kind: str) -> None:
+    case = LARGE_CASES[name]
+    test_engram.check(case, pool(case.ranks).run(exchange, case, kind, timeout=120), kind)
+
+
+def repeated(rank: int, size: int, seeds: range) -> None:
+    """The same operations under many schedules of the kernels' threads; tables are overwritten."""
+    buffer = emulated_buffer()
+    gen = torch.Generator().manual_seed(rank)
+    index = torch.randint(-1, 5 * size, (40,), generator=gen)
+    grads = torch.randn(40, 8, generator=gen)
+    want: Any = None
+    for seed in seeds:
+        buffer.runtime.reseed(seed)
+        table = torch.arange(5 * size).view(-1, 1).expand(-1, 8) + 100.0 * seed
+        buffer.engram_write(table[5 * rank :][:5], num_sms=1 + seed % SMS)
+        first = buffer.engram_fetch(index)
+        buffer.engram_update(torch.arange(5), -table[5 * rank :][:5])
+        second = buffer.engram_fetch(index)
+        rows = table.index_select(0, index.clamp(min=0)) * (index >= 0).unsqueeze(1)
+        assert torch.equal(first()[0], rows)
+        assert torch.equal(second()[0], -rows)
+        got = buffer.engram_reduce(index, grads)()
+        want = want or got
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_no_schedule_changes_a_bit(pool: Callable[[int], Pool]) -> None:
+    pool(3).run(repeated, range(12), timeout=240)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_against_a_dense_table(pool: Callable[[int], Pool], kind: str) -> None:
+    test_engram.check_gradients(pool(3).run(test_engram.gradients, "fp8", kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_has_the_bits_of_the_host(pool: Callable[[int], Pool], kind: str) -> None:
+    host, device = (
+        pool(2).run(test_engram.train, "adagrad", "fp32", (0, 4), "concat", None, backend, timeout=120)
+        for backend in ("host", kind)
+    )
+    if kind == "emulated":  # a GPU's own sums in the model around it are others
+        assert torch.equal(test_engram.table_of(device), test_engram.table_of(host))
+    torch.testing.assert_close(test_engram.table_of(device), test_engram.table_of(host), rtol=1e-5, atol=1e-6)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", test_engram.DISAGREEMENTS)
+def test_ranks_that_disagree(what: str, kind: str) -> None:
+    messages = harness.run(2, test_engram.disagree, what, kind, timeout=60)
+    test_engram.check_disagreement(messages, what)
+    if what == "operation":
+        assert any(
+            "engram_fetch after 1 writes and updates" in text and "engram_fetch after 2" in text for text in messages
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_peer(kind: str) -> None:
+    test_engram.check_killed(harness.outcomes(3, test_engram.dies, kind, 3, timeout=60))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_absent_peer_times_out_on_every_rank(kind: str) -> None:
+    results = harness.run(3, test_engram.never_calls, kind, timeout=60)
+    assert all(kind for kind, _ in results)
+    assert CommunicationTimeout.__name__ in {results[0][0], results[2][0]}
+    assert any("waiting for rank 1 in engram_fetch: expected operation 2 within 2 s" in text for _, text in results)
+
+
+def nothing_that_looks_like_rows(rank: int, size: int, kind: str) -> None:
+    """Rank 1 stays away: what the others would have got is no number."""
+    buffer = test_engram.engram_buffer(kind, seconds=1)
+    buffer.engram_write(torch.zeros(4, 3, device=buffer.device, dtype=torch.bfloat16))
+    if rank == 1:
+        time.sleep(3)
+        return
+    hook = buffer.engram_fetch(torch.arange(3, device=buffer.device))
+    with pytest.raises(CommunicationTimeout):
+        settle(buffer, hook)
+    assert inspect.getclosurevars(hook).nonlocals["data"].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_did_not_come_are_nan(kind: str) -> None:
+    harness.run(2, nothing_that_looks_like_rows, kind, timeout=60)
+
+
+def wrong_row(rank: int, size: int, kind: str, call: str) -> str:
+    """A row that only the kernel sees not to be there: a GPU's values are not looked at before."""
+    buffer = test_engram.engram_buffer(kind, seconds=10)
+    buffer._check_range = lambda *_: None
+    at = buffer.device
+    buffer.engram_write(torch.zeros(4, 8, device=at))
+    index = torch.arange(6, device=at)
+    if rank == 1 and call != "engram_update":
+        index[5] = 4 * size if call == "engram_fetch" else -2
+    try:
+        if call == "engram_update":
+            rows = torch.tensor([3, 2 if rank == 0 else 1 << 40], device=at)
+            buffer.engram_update(rows, torch.ones(2, 8, device=at))
+        if call == "engram_reduce":
+            buffer.engram_reduce(index, torch.ones(6, 8, device=at))()
+        settle(buffer, buffer.engram_fetch(index))
+        settle(buffer, buffer.engram_fetch(index))
+    except (CommunicationError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", ["engram_fetch", "engram_reduce", "engram_update"])
+def test_row_that_is_not_there_is_named_by_the_rank_that_asked_for_it(
+    pool: Callable[[int], Pool], call: str, kind: str
+) -> None:
+    first, second = pool(2).run(wrong_row, kind, call, timeout=60)
+    assert "waiting for rank 1" in first
+    assert "gave up" in first
+    allowed = {
+        "engram_fetch": "indices.flatten()[5] = 8: must be -1 (zeros) or a row of the table, 0..7",
+        "engram_reduce": "indices.flatten()[5] = -2: must be -1 (zeros) or a row of the table, 0..7",
+        "engram_update": f"rows[1] = {1 << 40}: must be a row of this rank, 0..3",
+    }[call]
+    phase = "engram_reduce, counts" if call == "engram_reduce" else call
+    assert second == f"ValueError: rank 1, {phase}: {allowed}"
+
+
+def refused_on_one_rank(rank: int, size: int, kind: str) -> str:
+    """Rank 1's first fetch is refused, and it catches that: its second must not meet the others' first."""
+    buffer = test_engram.engram_buffer(kind, seconds=5)
+    at = buffer.device
+    buffer.engram_write(torch.zeros(4, 8, device=at))
+    index = torch.arange(4, device=at)
+    try:
+        for number in range(2):
+            if rank == 1 and number == 0:
+                with pytest.raises(TypeError):
+                    buffer.engram_fetch(index.float())
+            else:
+                settle(buffer, buffer.engram_fetch(index))
+        settle(buffer, buffer.engram_fetch(index))
+    except CommunicationError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_that_only_one_rank_refused_is_an_error_everywhere(kind: str) -> None:
+    said = harness.run(2, refused_on_one_rank, kind, timeout=60)
+    assert all(text.startswith(f"rank {rank}, waiting for rank {1 - rank}") for rank, text in enumerate(said)), said
+    assert any("1 refused" in text for text in said), said
+
+
+def tables_in_turn(rank: int, size: int, kind: str) -> None:
+    """Another table in the same buffer: what was fetched and lent before stays as it was."""
+    buffer = test_engram.engram_buffer(kind)
+    at = buffer.device
+    with pytest.raises(RuntimeError, match="engram_fetch before engram_write"):
+        buffer.engram_fetch(torch.arange(2, device=at))
+    with pytest.raises(ValueError, match=r"num_sms = -1: must be 0 \(as few as do\) to the device's"):
+        buffer.engram_write(torch.zeros(4, 8, device=at), num_sms=-1)
+    buffer.engram_write(torch.full((4, 8), 1.0 + rank, device=at))
+    lent, _ = buffer.engram_storage
+    index = torch.arange(4 * size, device=at)
+    before = buffer.engram_fetch(index)
+    buffer.engram_write(torch.full((9, 3), 7.0 + rank, device=at, dtype=torch.bfloat16))
+    after = buffer.engram_fetch(torch.tensor([8, 9], device=at))
+    assert before()[0][:, 0].tolist() == [1.0 + row // 4 for row in range(4 * size)]
+    assert after()[0].tolist() == [[7.0] * 3, [8.0 if size > 1 else 7.0] * 3]
+    assert lent.tolist() == [[1.0 + rank] * 8] * 4
+    rows, sums = buffer.engram_reduce(torch.tensor([8, 8], device=at), torch.ones(2, 3, device=at))()
+    assert rows.tolist() == ([8] if rank == 0 else [])
+    assert sums.tolist() == ([[2.0 * size] * 3] if rank == 0 else [])
+    many = torch.arange(9 * size, device=at).repeat(3)
+    rows, sums = buffer.engram_reduce(many, torch.ones(len(many), 3, device=at))()  # more than there was room for
+    assert rows.tolist() == list(range(9))
+    assert sums.unique().tolist() == [3.0 * size]
+    settle(buffer)
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_in_turn(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(tables_in_turn, kind, timeout=60)
+
+
+def captured(rank: int, size: int) -> None:
+    """A fetch in a CUDA graph: each replay sees the table and the indices of its time."""
+    buffer = test_engram.engram_buffer("cuda")
+    table = torch.arange(8.0 * size, device="cuda").view(-1, 1).expand(-1, 8).contiguous()
+    mine = table[8 * rank :][:8]
+    buffer.engram_write(mine)
+    index = torch.arange(100, device="cuda") % (8 * size)
+    buffer.engram_fetch(index)()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows, _ = buffer.engram_fetch(index)()
+    for step in range(5):
+        buffer.engram_update(torch.arange(8, device="cuda"), mine + step)
+        index.copy_((torch.arange(100, device="cuda") + step) % (8 * size))
+        graph.replay()
+        assert torch.equal(rows, table[index] + step)
+    settle(buffer)
+
+
+@pytest.mark.gpu
+def test_fetch_in_a_graph() -> None:
+    harness.run(2, captured, timeout=120)
+
+
+def late_peer(rank: int, size: int) -> float:
+    """A fetch returns at once, and only its hook waits for a rank that comes late. Seconds that the call took."""
+    buffer = test_engram.engram_buffer("cuda")
+    buffer.engram_write(torch.full((4, 8), float(rank), device="cuda"))
+    index = torch.arange(4 * size, device="cuda")
+    settle(buffer, buffer.engram_fetch(index))
+    if rank == 1:
+        time.sleep(2)
+    begin = time.monotonic()
+    hook = buffer.engram_fetch(index)
+    called = time.monotonic() - begin
+    product = torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")
+    assert float(product[0, 0]) == 64  # the current stream goes on meanwhile
+    computed = time.monotonic() - begin
+    settle(buffer, hook)
+    return max(called, computed)
+
+
+@pytest.mark.gpu
+def test_fetch_returns_at_once() -> None:
+    assert max(harness.run(2, late_peer, timeout=60)) < 1.5
