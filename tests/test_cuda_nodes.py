@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -230,7 +231,8 @@ def test_ranks_of_both_nodes_say_why_they_gave_up(mode: str, what: str) -> None:
 
 def overflows(rank: int, size: int) -> str:
     """Every token goes to rank 0, which has room for those of one rank of the other node."""
-    sizing._LEAST_TARGETS, sizing.CAPACITY_FACTOR = 1, 1.0
+    sizing._LEAST_TARGETS = 1
+    sizing.Nodes = functools.partial(sizing.Nodes, capacity_factor=1.0)  # type: ignore[misc, assignment]
     made = made_for((2, 2), "direct", num_max_tokens_per_rank=8, num_gpu_timeout_secs=8)
     for tokens in (4, 8):
         x, idx = torch.randn(tokens, 32), torch.zeros(tokens, 1, dtype=torch.int64)
