@@ -11,10 +11,17 @@ EPV2_KERNEL(epv2_barrier, BareArgs, 1024) {
   signal_node(c, kBarrier, number);
   if (!wait_node(c, kBarrier, number, true, scratch)) return;
   if constexpr (kNodes) {
-    const uint32_t count = *state_word(c, kBarriers) + 1;
+    const uint32_t count = 2 * *state_word(c, kBarriers);
     for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) send_record(c, remote(c, i), kBarrierSignal);
     for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
-      wait_signal(c, kBarrierSignal, remote(c, i), count, kBarrier, number) && check_record(c, remote(c, i), kBarrier);
+      const int peer = remote(c, i);
+      if (!wait_signal(c, kBarrierSignal, peer, count + 1, kBarrier, number)) continue;
+      if (!check_record(c, peer, kBarrier)) continue;
+      // Only now may that rank go on to another operation, whose record would take this one's place.
+      network_signal(network(c, 0), peer, signal_index(c, kBarrierSignal, c.rank), kSignalUnit);
+    }
+    for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
+      wait_signal(c, kBarrierSignal, remote(c, i), count + 2, kBarrier, number);
     }
     const bool gave_up = agree_failed(c, scratch);
     if (threadIdx.x == 0) network_flush(network(c, 0));

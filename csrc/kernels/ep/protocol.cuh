@@ -51,8 +51,8 @@ enum Flag {
 };
 constexpr int kPlaces = 7;  // what a sender waits for at a relay: no flag, but a phase of its own
 
-// Signals of the network: [kind][rank that sends it]. Each grows by kSignalUnit with every operation, in one step or in
-// as many as the sender has CTAs.
+// Signals of the network: [kind][rank that sends it]. Each grows by kSignalUnit with every operation (twice with a
+// barrier), in one step or in as many as the sender has CTAs.
 enum Signal { kHello = 0, kAnswer = 1, kRowsSent = 2, kReturnsFree = 3, kReturned = 4, kBarrierSignal = 5, kGaveUp = 6 };
 constexpr int kSignalKinds = 7;
 constexpr uint64_t kSignalUnit = 1024;
