@@ -77,7 +77,8 @@ class ElasticBuffer:
             `allow_multiple_reduction`. False = one hop, as always on the host backend; `elastic.modes` chooses.
         allow_multiple_reduction: True = the expert's rank sums its rows of a token first and rounds to the row's dtype
             before it sends them; False = all rows travel and are rounded once.
-        prefer_overlap_with_compute, sl_idx, num_allocated_qps: GPU and network tuning (unused by the host backend).
+        num_allocated_qps: queue pairs to each peer in another node on the cuda backend; 0 = 4.
+        prefer_overlap_with_compute, sl_idx: accepted for compatibility.
         num_cpu_timeout_secs: seconds after which a wait on the host gives up.
         num_gpu_timeout_secs: the same for waits in GPU kernels (unused by the host backend).
         explicitly_destroy: the caller promises to call `destroy()`; otherwise it happens at garbage collection.
@@ -158,6 +159,7 @@ class ElasticBuffer:
                 allow_multiple_reduction=allow_multiple_reduction,
                 # Hybrid mode adds up the rows of a node before they travel.
                 hybrid=allow_hybrid_mode and allow_multiple_reduction,
+                num_qps=num_allocated_qps,
                 host_timeout_seconds=num_cpu_timeout_secs,
                 gpu_timeout_seconds=num_gpu_timeout_secs,
             )

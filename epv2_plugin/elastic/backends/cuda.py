@@ -40,7 +40,7 @@ MAX_TOPK = 32  # one lane of a warp for each
 MAX_EXPERTS = 1 << 15  # an expert is an int16 on its way
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _STATE_WORDS, _ERROR_WORDS = 32, 32
-_CONTEXTS = 4  # of the network; a CTA uses one
+_CONTEXTS = 4  # of the network, each with a queue pair to every peer, unless the caller says; a CTA uses one
 
 # What csrc/kernels/ep/protocol.cuh numbers: flags, which are what a wait is for, and reasons to give up.
 _PHASES = (
@@ -178,6 +178,7 @@ class CudaBackend:
             with where none of them is given.
         max_tokens, hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction: see `ElasticBuffer`.
         hybrid: between nodes a row goes to each node once, and is passed on there; in one node it has no effect.
+        num_qps: queue pairs to each peer in another node; 0 = 4.
         host_timeout_seconds, gpu_timeout_seconds: after which a wait on the host, in a kernel gives up.
 
     Raises:
@@ -199,6 +200,7 @@ class CudaBackend:
         use_fp8_dispatch: bool,
         allow_multiple_reduction: bool,
         hybrid: bool,
+        num_qps: int,
         host_timeout_seconds: float,
         gpu_timeout_seconds: float,
     ):
@@ -211,8 +213,9 @@ class CudaBackend:
         self._nodes = nodes = sizing.Nodes(runtime.size, runtime.lsa_size, hybrid and between)
         self.num_nodes, self.hybrid = runtime.size // runtime.lsa_size, nodes.hybrid
         self._kernels = kernels.BETWEEN_NODES if between else kernels.IN_NODE
+        self._contexts = num_qps or _CONTEXTS
         self._network = (
-            runtime.network(sizing.SIGNAL_KINDS * runtime.size, _CONTEXTS, self._nodes.hybrid) if between else 0
+            runtime.network(sizing.SIGNAL_KINDS * runtime.size, self._contexts, nodes.hybrid) if between else 0
         )
         self._shares = sizing.window_split(nodes, num_topk or sizing.MAX_TOPK)
         control = sizing.control_bytes(runtime.size)
@@ -247,7 +250,7 @@ class CudaBackend:
     # ---- what it is ---------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        return self.runtime.description | ({"qps": _CONTEXTS} if self._nodes.others else {})
+        return self.runtime.description | ({"qps": self._contexts} if self._nodes.others else {})
 
     def capture(self) -> Event:
         return CudaEvent(self)
@@ -420,7 +423,7 @@ class CudaBackend:
             lsa_begin=self.runtime.rank // self.runtime.lsa_size * self.runtime.lsa_size,
             lsa_size=self.runtime.lsa_size,
             network=self._network,
-            contexts=_CONTEXTS,
+            contexts=self._contexts,
             rail=int(self._nodes.hybrid),
             **shared,
         )
