@@ -20,7 +20,7 @@ logger = logging.getLogger("epv2_plugin")
 # Keys, and whole sections, that have nothing to act on with a backend.
 WITHOUT_EFFECT = {
     "host": ("sm_budget", "network", "timeouts.gpu_seconds", "fsdp"),
-    "cuda": ("sm_budget.pipeline", "sm_budget.fsdp", "network.rdma_gbytes_per_s", "fsdp"),
+    "cuda": ("sm_budget.pipeline", "sm_budget.fsdp", "fsdp"),
 }
 
 

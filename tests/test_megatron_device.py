@@ -298,5 +298,5 @@ def test_keys_without_effect_depend_on_the_backend() -> None:
         "timeouts.gpu_seconds",
     ]
     assert sorted(_unused(config, "host")) == sorted(on_host)
-    assert _unused(config, "cuda") == ["sm_budget.pipeline", "network.rdma_gbytes_per_s"]
+    assert _unused(config, "cuda") == ["sm_budget.pipeline"]
     assert set(WITHOUT_EFFECT) == {"host", "cuda"}
