@@ -88,6 +88,12 @@ LARGE_CASES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_more_chunks_than_warps(pool: Callable[[int], Pool], mode: str) -> None:
+    """A warp that sends takes a second chunk of tokens, with what it keeps of the first."""
+    compare(pool, Case((470, 9), hidden=16, local_experts=3, topk=4, seed=SMS - 1), (2, 1), mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", LARGE_CASES)
 def test_large_case(pool: Callable[[int], Pool], name: str, mode: str) -> None:
     compare(pool, LARGE_CASES[name], (2, 2), mode)

@@ -418,7 +418,8 @@ class ElasticBuffer:
 
         Raises:
             TypeError, ValueError: an argument has a wrong type, dtype, shape or value; nothing was sent.
-            BufferSizeError: more than the buffer was made for; nothing was sent.
+            BufferSizeError: more than the buffer was made for; nothing was sent. Or, between nodes, more rows came to
+                this rank than it has room for; the buffer can't be used any more, and its peers raise, too.
             CommunicationError: a peer died, did not answer within the timeout, or called with other arguments.
         """
         backend = self._open()

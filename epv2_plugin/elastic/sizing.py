@@ -74,7 +74,13 @@ def max_expanded_rows(
     num_ranks: int, num_max_tokens_per_rank: int, num_topk: int, num_local_experts: int, alignment: int
 ) -> int:
     """Most rows (one per token and local expert, groups padded to `alignment`) that a rank can hold."""
-    rows = max_received_rows(num_ranks, num_max_tokens_per_rank) * min(num_topk, num_local_experts)
+    rows = max_received_rows(num_ranks, num_max_tokens_per_rank)
+    return expanded_rows(rows, num_topk, num_local_experts, alignment)
+
+
+def expanded_rows(received_rows: int, num_topk: int, num_local_experts: int, alignment: int) -> int:
+    """The same for so many rows of one per token and rank."""
+    rows = received_rows * min(num_topk, num_local_experts)
     return align(rows + (alignment - 1) * num_local_experts, alignment)
 
 
@@ -499,7 +505,7 @@ def sum_shape(num_ranks: int, row_bytes: int) -> LaunchShape:
 @functools.cache
 def relay_shape(per_node: int, row_bytes: int) -> LaunchShape:
     """Of combine_relay: the same with a warp more in each group, which sends, and a word for each warp."""
-    return _ring_shape(row_bytes, addresses=per_node, others=2, most_warps=27, words=27)
+    return _ring_shape(row_bytes, addresses=per_node, others=2, most_warps=20, words=20)
 
 
 def _ring_shape(row_bytes: int, *, addresses: int, others: int, most_warps: int, words: int = 0) -> LaunchShape:

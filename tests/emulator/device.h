@@ -248,6 +248,7 @@ void network_put_value(Network network, int peer, uint64_t window, uint64_t to, 
 void network_signal(Network network, int peer, uint32_t signal, uint64_t value);
 uint64_t network_signal_value(Network network, uint32_t signal);
 void network_flush(Network network);
+void network_abandon(Network network);
 
 namespace emulator {
 

@@ -1467,6 +1467,12 @@ void network_flush(Network network) {
   fiber.flushes.clear();
 }
 
+void network_abandon(Network network) {
+  find_communicator("network_abandon", network);
+  for (const auto& put : run.current->cta->puts)
+    if (put->communicator == network.communicator && put->context == network.context) put->flushed = true;
+}
+
 }  // namespace epv2
 
 // For runtime.py.

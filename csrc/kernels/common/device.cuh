@@ -155,14 +155,15 @@ __device__ __forceinline__ uint8_t* peer_pointer(uint64_t window, uint64_t offse
 
 // ---- the network ----------------------------------------------------------------------------------------------
 
-// A way to ranks of other nodes. Every function below is for one thread; `peer` is a rank of the group, offsets are
-// bytes in `window`, of this rank (`from`) and of the peer (`to`).
+// A way to ranks of other nodes. The functions below are for one thread, but for `network_flush`; `peer` is a rank of the
+// group, offsets are bytes in `window`, of this rank (`from`) and of the peer (`to`).
 struct Network {
   uint64_t communicator;  // address of an ncclDevComm in device memory
   int context;            // of the communicator; a signal with the same number in another context is another signal
   int rail;               // 1: RAIL connections, which lead to ranks of the same LSA rank; 0: FULL connections
 };
 
+// Calls are not inlined: NCCL's three backends behind each take up to 200 registers, and kernels have many.
 struct NetworkPeer {
   ncclGin gin;
   ncclTeam team;
@@ -184,7 +185,7 @@ constexpr cuda::thread_scope kReleased = cuda::thread_scope_system;
 __device__ __forceinline__ void release_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Copy from this rank's window into the peer's, at any time: after other puts, or in parts.
-__device__ __forceinline__ void network_put(Network network, int peer, uint64_t window, uint64_t to, uint64_t from,
+static __device__ __noinline__ void network_put(Network network, int peer, uint64_t window, uint64_t to, uint64_t from,
                                             uint32_t bytes) {
   const NetworkPeer at(network, peer);
   const auto memory = reinterpret_cast<ncclWindow_t>(window);
@@ -194,7 +195,7 @@ __device__ __forceinline__ void network_put(Network network, int peer, uint64_t 
 }
 
 // The same for 8 bytes that need no source; `to` is a multiple of 8.
-__device__ __forceinline__ void network_put_value(Network network, int peer, uint64_t window, uint64_t to,
+static __device__ __noinline__ void network_put_value(Network network, int peer, uint64_t window, uint64_t to,
                                                   uint64_t value) {
   const NetworkPeer at(network, peer);
   release_system();
@@ -203,7 +204,7 @@ __device__ __forceinline__ void network_put_value(Network network, int peer, uin
 }
 
 // Add to the peer's signal, after all that was put to it in this context before.
-__device__ __forceinline__ void network_signal(Network network, int peer, uint32_t signal, uint64_t value) {
+static __device__ __noinline__ void network_signal(Network network, int peer, uint32_t signal, uint64_t value) {
   const NetworkPeer at(network, peer);
   release_system();
   at.gin.signal(at.team, at.index, ncclGin_StrongSignalAdd{signal, value}, ncclCoopThread{}, ncclGin_None{}, kReleased,
@@ -211,14 +212,18 @@ __device__ __forceinline__ void network_signal(Network network, int peer, uint32
 }
 
 // This rank's signal. What was put before it was added to may be read then.
-__device__ __forceinline__ uint64_t network_signal_value(Network network, uint32_t signal) {
+static __device__ __noinline__ uint64_t network_signal_value(Network network, uint32_t signal) {
   return ncclGin(NetworkPeer::communicator(network), network.context).readSignal(signal);
 }
 
-// The sources of all that this CTA has put in this context may be written again. (The data may not be there yet.)
+// All threads of the CTA: the sources of all that it has put in this context may be written again. (The data may not be
+// there yet.) Has no end where a peer is gone.
 __device__ __forceinline__ void network_flush(Network network) {
-  ncclGin(NetworkPeer::communicator(network), network.context).flush(ncclCoopThread{});
+  ncclGin(NetworkPeer::communicator(network), network.context).flush(ncclCoopCta{});
 }
+
+// One thread, instead of a flush, where what was put need not arrive as it was.
+__device__ __forceinline__ void network_abandon(Network) {}
 
 // ---- time -----------------------------------------------------------------------------------------------------
 

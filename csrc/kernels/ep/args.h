@@ -95,7 +95,6 @@ struct DispatchRouteArgs {
   uint64_t topk_offset;
   uint64_t weights_offset;
   uint64_t prefix_offset;
-  uint64_t mirror_offset;
   uint64_t arrivals_offset;
   uint64_t origin;          // int32 [rows_capacity]: which arrival a row from another node is; between nodes only
   uint64_t relayed;         // int32 [A, 1 + K]: of what arrived at this rank, source slot and trailer's expert words

@@ -4,7 +4,7 @@
 
 using namespace epv2;
 
-EPV2_KERNEL(epv2_barrier, BareArgs, 1024) {
+EPV2_KERNEL(epv2_barrier, BareArgs, 64) {
   const Common& c = args.common;
   const uint32_t number = operation_number(c);
   uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
@@ -23,9 +23,7 @@ EPV2_KERNEL(epv2_barrier, BareArgs, 1024) {
     for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
       wait_signal(c, kBarrierSignal, remote(c, i), count + 2, kBarrier, number);
     }
-    const bool gave_up = agree_failed(c, scratch);
-    if (threadIdx.x == 0) network_flush(network(c, 0));
-    if (gave_up) return;
+    if (agree_failed(c, scratch)) return;
     signal_node(c, kBarrierEnd, number);
     if (!wait_node(c, kBarrierEnd, number, false, scratch)) return;
   }

@@ -41,13 +41,14 @@ __device__ void put_arrival(const CombineArgs& args, int context, int arrival) {
 
 }  // namespace
 
-EPV2_KERNEL(epv2_combine_put, CombineArgs, 512) {
+EPV2_KERNEL(epv2_combine_put, CombineArgs, 256) {
   const Common& c = args.common;
   const uint32_t number = operation_number(c), count = *state_word(c, kCombines) + 1;
   const int context = blockIdx.x % c.contexts;
-  if (wait_owners(c, number, count, reinterpret_cast<uint32_t*>(shared_memory()))) {
+  uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
+  if (wait_owners(c, number, count, scratch)) {
     const int arrived = Counts(args.counts, c).arrived(), step = gridDim.x * blockDim.x;
     for (int i = blockIdx.x + gridDim.x * threadIdx.x; i < arrived; i += step) put_arrival(args, context, i);
-    tell_owners(c, context);
+    tell_owners(c, context, scratch);
   }
 }

@@ -101,7 +101,7 @@ __device__ void send(const CombineArgs& args, const uint32_t* done, int consumer
 }  // namespace
 
 // Shared memory: see make_ring; then the addresses of the node's windows, then a word for each consumer warp.
-EPV2_KERNEL(epv2_combine_relay, CombineArgs, 864) {
+EPV2_KERNEL(epv2_combine_relay, CombineArgs, 640) {
   const Common& c = args.common;
   const uint32_t number = operation_number(c), count = *state_word(c, kCombines) + 1;
   const int context = blockIdx.x % c.contexts;
@@ -125,5 +125,5 @@ EPV2_KERNEL(epv2_combine_relay, CombineArgs, 864) {
   } else {
     consume(ring, role - 1, last_vectors(args), num_pieces(args), done + group * consumers + role - 1);
   }
-  tell_owners(c, context);
+  tell_owners(c, context, scratch);
 }

@@ -122,9 +122,5 @@ EPV2_KERNEL(epv2_combine_stage, CombineArgs, 768) {
   } else {
     run_rings(args, [&](int group, const Ring& ring) { produce(args, group, ring); });
   }
-  if (kNodes && blockIdx.x == 0) {
-    __syncthreads();
-    if (threadIdx.x == 0) network_flush(network(c, 0));
-  }
   if (last_to_arrive(c, kArrived, scratch)) signal_node(c, kSumsReady, number);
 }

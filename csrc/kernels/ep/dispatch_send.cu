@@ -94,7 +94,7 @@ __device__ void welcome(const DispatchSendArgs& args, uint32_t number, uint32_t 
 __device__ void pass_on(const Common& c, uint32_t number, uint32_t count) {
   for (int i = threadIdx.x % kWarp; i < num_remotes(c); i += kWarp) {
     const int source = remote(c, i);
-    if (!wait_signal(c, kRowsSent, source, count, kRowsReady, number)) continue;
+    if (!wait_signal(c, kRowsSent, source, count, kRowsReady, number, c.contexts)) continue;
     tell_node(c, kRowsReady, source, number);
   }
 }
@@ -192,10 +192,9 @@ __device__ void send_chunk(const DispatchSendArgs& args, int chunk, Warp memory,
   }
   __threadfence_system();
   __syncwarp();
-  if (lane >= num_tokens) return;
   int32_t* slots = reinterpret_cast<int32_t*>(args.sent_slots) + static_cast<int64_t>(first + lane) * args.num_returns;
   const uint64_t from = args.rows_offset + static_cast<uint64_t>(first + lane) * args.row_stride;
-  for (; leads != 0; leads &= leads - 1) {
+  for (; leads != 0; leads &= leads - 1) {  // none of lanes without a token
     const int k = __ffs(leads) - 1, order = memory.order[lane * c.num_topk + k], target = target_of(c, mine[k]);
     const int to = c.rail ? target * c.lsa_size + c.rank - c.lsa_begin : target;
     if (!args.cached) {
@@ -207,6 +206,7 @@ __device__ void send_chunk(const DispatchSendArgs& args, int chunk, Warp memory,
     network_put(network(c, context), to, c.window,
                 args.arrivals_offset + static_cast<uint64_t>(slots[order]) * args.row_stride, from, args.row_stride);
   }
+  __syncwarp();  // the next chunk takes the place of what some lanes may still read
 }
 
 }  // namespace
@@ -258,7 +258,6 @@ EPV2_KERNEL(epv2_dispatch_send, DispatchSendArgs, 512) {
   for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
     if (!failed(c)) network_signal(network(c, context), remote(c, i), signal_index(c, kRowsSent, c.rank), share);
   }
-  __syncthreads();
-  if (threadIdx.x == 0) network_flush(network(c, context));
   if (blockIdx.x == 0 && warp == 0) pass_on(c, number, count);
+  finish_puts(c, context, scratch);
 }

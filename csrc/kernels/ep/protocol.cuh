@@ -165,9 +165,9 @@ __device__ inline void write_record(const Common& c, uint32_t number) {
   __threadfence_system();
 }
 
-// Counts of what arrives at this rank, int32: where the rows of each (source rank, column) begin, the column's rows
-// from each source [P][L + 1] twice; the rows in expert order including gaps; tokens of each source [P].
-// Columns 0..L-1 are experts, column L counts rows of the compact layout.
+// Counts of what arrives at this rank, int32: where the rows of each (source rank, column) begin, including the gaps in
+// expert order, and how many there are, [P][L + 1] each; the column's rows in all [L + 1]; tokens of each source [P]; rows
+// that arrived from other nodes. Columns 0..L-1 are experts, column L counts rows of the compact layout.
 struct Counts {
   int32_t* memory;
   int num_ranks, columns;
@@ -322,12 +322,13 @@ __device__ inline bool wait_flag(const Common& c, int kind, int from, uint32_t n
 }
 
 // One thread: wait until rank `from` of another node has signalled `kind` in as many operations as `count`.
+// `contexts`: on which it may signal, from the first on.
 __device__ inline bool wait_signal(const Common& c, int kind, int from, uint32_t count, uint32_t phase,
-                                   uint32_t number) {
+                                   uint32_t number, int contexts = 1) {
   return wait_until(c, phase, from, number, [&](uint32_t* seen) {
     *seen = own_pointer<uint32_t>(c, record_offset(c, from))[0];
     uint64_t value = 0;
-    for (int i = 0; i < c.contexts; i++) value += network_signal_value(network(c, i), signal_index(c, kind, from));
+    for (int i = 0; i < contexts; i++) value += network_signal_value(network(c, i), signal_index(c, kind, from));
     return value >= count * kSignalUnit;
   });
 }
@@ -340,10 +341,14 @@ __device__ inline bool check_record(const Common& c, int from, uint32_t phase) {
   return false;
 }
 
-// One thread: tell a rank of another node that this rank has come to its operation, whose record is written. The record
-// must stay until `network_flush` on context 0.
+// One thread: tell a rank of another node that this rank has come to its operation, whose record is written. By value,
+// so that nothing has to be waited for: a rank may have to say so to one that is not there any more.
 __device__ inline void send_record(const Common& c, int to, int kind) {
-  network_put(network(c, 0), to, c.window, record_offset(c, c.rank), record_offset(c), kRecordBytes);
+  const uint64_t* record = own_pointer<uint64_t>(c, record_offset(c));
+#pragma unroll 1
+  for (int i = 0; i < kRecordBytes / 8; i++) {
+    network_put_value(network(c, 0), to, c.window, record_offset(c, c.rank) + 8 * i, record[i]);
+  }
   network_signal(network(c, 0), to, signal_index(c, kind, c.rank), kSignalUnit);
 }
 
@@ -353,6 +358,16 @@ __device__ inline bool agree_failed(const Common& c, uint32_t* word) {
   if (threadIdx.x == 0) *word = failed(c);
   __syncthreads();
   return *word != 0;
+}
+
+// All threads of the CTA: the end of what it has put in a context. A rank that is gone never takes what was put to it, so
+// after a failure nobody waits for that.
+__device__ inline void finish_puts(const Common& c, int context, uint32_t* word) {
+  if (!agree_failed(c, word)) {
+    network_flush(network(c, context));
+  } else if (threadIdx.x == 0) {
+    network_abandon(network(c, context));
+  }
 }
 
 // All threads of the CTA: wait until the ranks from `begin` to `end` have raised flag `kind` to `number`; false = this rank

@@ -41,7 +41,7 @@ class Slots {
   int begin_ = 0, near_ = 0;
 };
 
-// All threads of the CTA: wait until the ranks of other nodes whose rows came here have room for what goes back to them.
+// All threads of the CTA: wait until the ranks of other nodes that this one sends to have room for what goes back to them.
 __device__ inline bool wait_owners(const Common& c, uint32_t number, uint32_t count, uint32_t* scratch) {
   for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
     const int owner = remote(c, i);
@@ -53,14 +53,13 @@ __device__ inline bool wait_owners(const Common& c, uint32_t number, uint32_t co
 }
 
 // All threads of the CTA: tell them that what this CTA sent is there. Each CTA has its share of the signal.
-__device__ inline void tell_owners(const Common& c, int context) {
+__device__ inline void tell_owners(const Common& c, int context, uint32_t* scratch) {
   __syncthreads();
   const uint64_t share = blockIdx.x == 0 ? kSignalUnit - (gridDim.x - 1) : 1;
   for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
     network_signal(network(c, context), remote(c, i), signal_index(c, kReturned, c.rank), share);
   }
-  __syncthreads();
-  if (threadIdx.x == 0) network_flush(network(c, context));
+  finish_puts(c, context, scratch);
 }
 
 }  // namespace epv2

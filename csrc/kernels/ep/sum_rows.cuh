@@ -138,7 +138,7 @@ __device__ inline void consume(const Ring& ring, int consumer, int last_vectors,
   const int lane = threadIdx.x % kWarp, first_vector = consumer * kVectors * kWarp + lane;
   const int full_vectors = ring.piece_bytes / 16;
   float sum[kVectors][kPerVector];
-  uint32_t parity = 0, rows = 0;
+  uint32_t parity = 0;
   int piece = 0;
   const uint8_t* const mine = ring.memory + first_vector * 16;
   // A warp whose vectors are all there, in every piece, need not look which are: that is nearly every warp.
@@ -190,10 +190,9 @@ __device__ inline void consume(const Ring& ring, int consumer, int last_vectors,
       if (++piece == num_pieces) {
         piece = 0;
         if (done != nullptr) {
-          rows++;
           __threadfence_system();
           __syncwarp();
-          if (lane == 0) publish(done, rows);
+          if (lane == 0) publish(done, *done + 1);
         }
       }
     }

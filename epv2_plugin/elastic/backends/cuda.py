@@ -276,7 +276,8 @@ class CudaBackend:
 
         Raises:
             CommunicationError: a peer did not come, gave up or came with other arguments.
-            ValueError: `topk_idx` of an operation named no expert, indices of Engram no row.
+            ValueError: `topk_idx` of an operation named no expert, indices of Engram no row. BufferSizeError: more rows
+                came from other nodes than there is room for.
         """
         if self._failure is None and int(self._error_words[0]):
             self._failure = self._read_error()
@@ -310,7 +311,7 @@ class CudaBackend:
         if code == _NO_ROOM:
             return BufferSizeError(
                 f"{seen} rows come to this rank from other nodes, and the buffer has room for {expected}: routing is "
-                "too uneven for it; make it with a larger num_max_tokens_per_rank"
+                "too uneven for so many tokens at once"
             )
         assert code == _TOO_MANY_ROWS
         wanted = f"at most {expected} rows (with do_cpu_sync=False a token must not name an expert twice)"
@@ -648,7 +649,6 @@ class CudaBackend:
             topk_offset=layout.topk,
             weights_offset=layout.weights,
             prefix_offset=layout.prefix,
-            mirror_offset=layout.mirror,
             arrivals_offset=layout.arrivals,
             origin=_pointer(route.origin),
             relayed=_pointer(route.relayed),
@@ -707,7 +707,7 @@ class CudaBackend:
         self._launch(kernels.DISPATCH_SEND, arguments, num_sms, shape)
 
     def _make_host_counts(self, route: CudaRoute) -> None:
-        """Mapped memory in which the stage kernel tells what arrives, and the tag that will say that it has."""
+        """Mapped memory in which a kernel tells what arrives, and the tag that will say that it has."""
         num_bytes = 4 * (1 + route.counts.numel())
         if self._host_counts is None or self._host_counts.tensor.numel() < num_bytes:
             self._host_counts = self.runtime.mapped(num_bytes)
@@ -715,21 +715,21 @@ class CudaBackend:
 
     def _size_outputs(self, route: CudaRoute, exact: bool) -> None:
         """Allocate the metadata and say how many rows the outputs have."""
-        size, limit = self.runtime.size, route.num_max_tokens_per_rank
+        limit, num_topk = route.num_max_tokens_per_rank, route.num_topk
         if exact:
             route.host_counts, arrived = self._wait_for_counts(route)
             num_rows = int(route.host_counts[:, -1].sum())
             route.num_expanded_rows = sum(align(n, route.expert_alignment) for n in route.rows_per_expert)
         else:
-            num_rows = sizing.max_received_rows(size, limit)
-            arrived = self._nodes.arrivals(limit, route.num_topk)
-            route.num_expanded_rows = sizing.max_expanded_rows(
-                size, limit, route.num_topk, route.num_local_experts, route.expert_alignment
+            num_rows = self._nodes.slots(limit, num_topk)
+            arrived = self._nodes.arrivals(limit, num_topk)
+            route.num_expanded_rows = sizing.expanded_rows(
+                num_rows, num_topk, route.num_local_experts, route.expert_alignment
             )
-        route.metadata = route.counts.new_empty(num_rows, 2 + route.num_topk)
+        route.metadata = route.counts.new_empty(num_rows, 2 + num_topk)
         if self._nodes.others:
             route.origin = route.counts.new_empty(num_rows)
-            route.relayed = route.counts.new_empty(arrived, 1 + route.num_topk)
+            route.relayed = route.counts.new_empty(arrived, 1 + num_topk)
 
     def _wait_for_counts(self, route: CudaRoute) -> tuple[Any, int]:
         """Rows from each rank for each expert and in all [P, E_local + 1]; rows that came to this rank as a relay."""
@@ -840,7 +840,7 @@ class CudaBackend:
         if self._nodes.hybrid:
             yield kernels.COMBINE_RELAY[dtype], sizing.relay_shape(self._nodes.per_node, row_bytes)
         elif self._nodes.others:
-            yield kernels.COMBINE_PUT, LaunchShape(512, sizing.LEAST_SHARED_BYTES)
+            yield kernels.COMBINE_PUT, LaunchShape(256, sizing.LEAST_SHARED_BYTES)
         yield self._kernels.combine_pull[dtype], shape
 
     def _lies_in_window(self, x: torch.Tensor, route: CudaRoute, row_bytes: int) -> bool:

@@ -71,7 +71,8 @@ EPV2_KERNEL(network, NetworkArgs, 64) {
     }
     const bool last = turn == static_cast<uint32_t>(args.count);
     if (args.mode == 4 && thread == 0) row[0] = 0;
-    if (thread == (args.mode == 6 && last ? 32u : 0u) && !(args.mode == 3 && last)) epv2::network_flush(network);
+    const bool flushes = thread == (args.mode == 6 && last ? 32u : 0u) && !(args.mode == 3 && last);
+    if (args.mode == 0 || flushes) epv2::network_flush(network);
     if (args.mode == 1)
       wait([&] {
         bool all = true;
