@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import pytest
 
 from epv2_plugin import jit
@@ -19,9 +23,17 @@ def _missing() -> str:
     return ""
 
 
+@pytest.fixture(scope="module")
+def builds() -> Iterator[dict[tuple[jit.Kernel, str], Future[jit.Built]]]:
+    """All builds, as many at a time as there are cores: one after the other they take half of the tests' time."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {(kernel, arch): pool.submit(jit.build, kernel, arch) for kernel in jit.KERNELS for arch in ARCHS}
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.skipif(bool(_missing()), reason=_missing())
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", jit.KERNELS, ids=lambda kernel: kernel.label)
-def test_no_spills(kernel: jit.Kernel, arch: str) -> None:
-    resources = jit.build(kernel, arch).resources
+def test_no_spills(builds: dict[tuple[jit.Kernel, str], Future[jit.Built]], kernel: jit.Kernel, arch: str) -> None:
+    resources = builds[kernel, arch].result().resources
     assert not resources.local_memory, resources

@@ -291,6 +291,8 @@ __device__ inline bool wait_until(const Common& c, uint32_t phase, int from, uin
   uint32_t seen = 0;
   if (arrived(&seen)) return true;
   const uint64_t start = global_nanoseconds();
+  // Who hands out places waits for others first: it is to give up before those that wait for it, as it knows for whom.
+  const uint64_t limit = phase == kPlaces ? 2 * c.timeout_ns : c.timeout_ns;
   for (;;) {
     pause();
     if (failed(c)) return false;
@@ -299,7 +301,7 @@ __device__ inline bool wait_until(const Common& c, uint32_t phase, int from, uin
       return false;
     }
     if (arrived(&seen)) return true;
-    if (global_nanoseconds() - start > c.timeout_ns) {
+    if (global_nanoseconds() - start > limit) {
       give_up(c, kTimeout, from, phase, number, seen);
       return false;
     }
