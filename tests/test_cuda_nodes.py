@@ -64,7 +64,7 @@ def compare(pool: Callable[[int], Pool], case: Case, cluster: tuple[int, int], m
 def test_any_shape(pool: Callable[[int], Pool], cluster: tuple[int, int], mode: str) -> None:
     ranks = cluster[0] * cluster[1]
 
-    @settings(max_examples=10 if ranks <= 4 else 1)
+    @settings(max_examples=6 if ranks <= 4 else 1)
     @given(st.composite(test_elastic.layouts)(ranks))
     def draw(case: Case) -> None:
         compare(pool, case, cluster, mode)
