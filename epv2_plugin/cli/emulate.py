@@ -10,9 +10,8 @@ import sys
 from epv2_plugin import environment
 from epv2_plugin.cli.values import positive
 from epv2_plugin.config import ConfigError, load_config
-from epv2_plugin.emulation import mps
 from epv2_plugin.emulation.cluster import CHAOS, Cluster
-from epv2_plugin.emulation.start import find_plugin
+from epv2_plugin.emulation.start import played
 from epv2_plugin.training.launcher import run_command
 
 
@@ -55,12 +54,10 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("epv2 emulate", "RANK", os.environ["RANK"], "must not be set: it starts the ranks itself")
     cluster = Cluster(args.nodes, args.gpus_per_node, environment.find_gpus()["devices"])
     budget = _check_budget(args, cluster)
-    path = find_plugin(cluster)
-    with mps.served(cluster.ranks_per_gpu > 1 and not args.no_mps) as (service, variables):
-        ranks = [cluster.environment(rank, path, args.chaos, os.environ) for rank in range(cluster.ranks)]
+    with played(cluster, chaos=args.chaos, use_mps=not args.no_mps) as (path, service, ranks):
         for line in (cluster.describe(budget), _network(cluster, path, args.chaos), f"MPS: {service}"):
             print(f"epv2 emulate: {line}", file=sys.stderr)
-        return run_command(command, [variables | rank for rank in ranks])
+        return run_command(command, ranks)
 
 
 def _seed(text: str) -> int:

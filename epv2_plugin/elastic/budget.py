@@ -1,9 +1,10 @@
-"""What a configuration means for an expert-parallel buffer: its SMs, and whether rows may take two hops."""
+"""What a configuration means for an expert-parallel buffer: how it is made, and its SMs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 
@@ -31,21 +32,35 @@ def expert_sms(config: PluginConfig, buffer: ElasticBuffer, num_experts: int, nu
         return buffer.get_theoretical_num_sms(num_experts, num_topk, **rates)  # type: ignore[arg-type]
 
 
-def hybrid_allowed(config: PluginConfig, group: dist.ProcessGroup, shape: Shape) -> bool:
-    """What `expert.mode` means for `group`, see `modes.allow_hybrid`.
+def buffer_options(
+    config: PluginConfig, group: dist.ProcessGroup, *, max_tokens: int, hidden: int, num_topk: int, num_experts: int
+) -> dict[str, Any]:
+    """Arguments of `ElasticBuffer` beside `group`; `max_tokens` 0 = no limit.
 
     Raises:
-        ConfigError: the model is asked, and needs a bandwidth that is neither configured nor known.
+        ConfigError: `expert.mode` is `auto`, and the model needs a bandwidth that is neither configured nor known.
     """
-    rates = config.network
+    options, network, fp8 = config.expert, config.network, config.expert.dispatch_dtype == "fp8"
+    shape = Shape(max(1, max_tokens), hidden, num_topk, num_experts, dist.get_world_size(group), fp8=fp8)
     with _naming_rates(config):
-        return allow_hybrid(
-            config.expert.mode,
+        hybrid = allow_hybrid(
+            options.mode,
             group,
             shape,
-            nvlink_gbs=rates.scale_up_gbytes_per_s,
-            rdma_gbs=rates.rdma_gbytes_per_s,
+            nvlink_gbs=network.scale_up_gbytes_per_s,
+            rdma_gbs=network.rdma_gbytes_per_s,
         )
+    return {
+        "num_max_tokens_per_rank": max_tokens,
+        "hidden": hidden,
+        "num_topk": num_topk,
+        "use_fp8_dispatch": fp8,
+        "allow_hybrid_mode": hybrid,
+        "num_allocated_qps": 0 if network.qps == "auto" else network.qps,
+        "num_cpu_timeout_secs": config.timeouts.host_seconds,
+        "num_gpu_timeout_secs": config.timeouts.gpu_seconds,
+        "backend": config.backend,
+    }
 
 
 @contextmanager

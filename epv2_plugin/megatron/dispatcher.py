@@ -22,9 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic import ElasticBuffer, EPHandle, EventOverlap, autograd
-from epv2_plugin.elastic.budget import expert_sms, hybrid_allowed
+from epv2_plugin.elastic.budget import buffer_options, expert_sms
 from epv2_plugin.elastic.buffer import resolve_backend
-from epv2_plugin.elastic.model import Shape
 from epv2_plugin.elastic.sizing import align
 from epv2_plugin.patches import Patches
 
@@ -423,20 +422,16 @@ def _tokens_in_megatron_lm(config: TransformerConfig) -> int | None:
 
 
 def _make_shared(group: dist.ProcessGroup, sizes: _Sizes, limit: int) -> _Shared:
-    options, qps = _config.expert, _config.network.qps
-    fp8 = options.dispatch_dtype == "fp8"
-    buffer = ElasticBuffer(
+    fp8 = _config.expert.dispatch_dtype == "fp8"
+    options = buffer_options(
+        _config,
         group,
-        num_max_tokens_per_rank=limit,
+        max_tokens=limit,
         hidden=sizes.hidden,
         num_topk=sizes.num_topk,
-        use_fp8_dispatch=fp8,
-        allow_hybrid_mode=_allow_hybrid(group, sizes, limit),
-        num_allocated_qps=0 if qps == "auto" else qps,
-        num_cpu_timeout_secs=_config.timeouts.host_seconds,
-        num_gpu_timeout_secs=_config.timeouts.gpu_seconds,
-        backend=_config.backend,
+        num_experts=sizes.num_experts,
     )
+    buffer = ElasticBuffer(group, **options)
     what = buffer.describe()
     num_sms = expert_sms(_config, buffer, sizes.num_experts, sizes.num_topk)
     if dist.get_rank(group) == 0:
@@ -448,18 +443,12 @@ def _make_shared(group: dist.ProcessGroup, sizes: _Sizes, limit: int) -> _Shared
             what["backend"],
             what["transport"],
             what["mode"],
-            options.layout,
+            _config.expert.layout,
             "fp8" if fp8 else "the activations' dtype",
             num_sms,
             f", at most {limit} tokens per rank" if limit else "",
         )
     return _Shared(buffer, num_sms)
-
-
-def _allow_hybrid(group: dist.ProcessGroup, sizes: _Sizes, limit: int) -> bool:
-    fp8 = _config.expert.dispatch_dtype == "fp8"
-    shape = Shape(max(1, limit), sizes.hidden, sizes.num_topk, sizes.num_experts, dist.get_world_size(group), fp8=fp8)
-    return hybrid_allowed(_config, group, shape)
 
 
 def _accept_backend(post_init: Any) -> Any:

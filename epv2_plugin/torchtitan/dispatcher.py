@@ -23,9 +23,8 @@ from torchtitan.models.common.token_dispatcher import BaseEPTokenDispatcher, Loc
 
 from epv2_plugin.config import PluginConfig, parse_config
 from epv2_plugin.elastic import ElasticBuffer, EPHandle
-from epv2_plugin.elastic.budget import expert_sms, hybrid_allowed
+from epv2_plugin.elastic.budget import buffer_options, expert_sms
 from epv2_plugin.elastic.buffer import resolve_backend
-from epv2_plugin.elastic.model import Shape
 from epv2_plugin.elastic.quant import per_token_cast_back
 
 logger = logging.getLogger("epv2_plugin")
@@ -193,21 +192,16 @@ class EpTokenDispatcher(BaseEPTokenDispatcher):
             return _shared[key]
         config.check_degrees("torchtitan", expert=group.size())
         config.check(num_experts=self.num_experts)
-        limit, fp8, qps = config.expert.max_tokens_per_rank, config.expert.dispatch_dtype, config.network.qps
-        tokens = 0 if limit == "auto" else limit
-        shape = Shape(max(1, tokens), hidden, self.top_k, self.num_experts, group.size(), fp8=fp8 == "fp8")
-        buffer = ElasticBuffer(
+        limit, fp8 = config.expert.max_tokens_per_rank, config.expert.dispatch_dtype
+        options = buffer_options(
+            config,
             group,
-            num_max_tokens_per_rank=tokens,
+            max_tokens=0 if limit == "auto" else limit,
             hidden=hidden,
             num_topk=self.top_k,
-            use_fp8_dispatch=fp8 == "fp8",
-            allow_hybrid_mode=hybrid_allowed(config, group, shape),
-            num_allocated_qps=0 if qps == "auto" else qps,
-            num_cpu_timeout_secs=config.timeouts.host_seconds,
-            num_gpu_timeout_secs=config.timeouts.gpu_seconds,
-            backend=config.backend,
+            num_experts=self.num_experts,
         )
+        buffer = ElasticBuffer(group, **options)
         what = buffer.describe()
         num_sms = expert_sms(config, buffer, self.num_experts, self.top_k)
         if dist.get_rank(group) == 0:

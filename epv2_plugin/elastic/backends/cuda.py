@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from epv2_plugin.elastic import model, network, sizing
+from epv2_plugin.elastic.backends import kernel_errors
 from epv2_plugin.elastic.backends.base import Received, Traffic
 from epv2_plugin.elastic.backends.cuda_engram import CudaEngram
 from epv2_plugin.elastic.backends.cuda_p2p import CudaPointToPoint
@@ -53,7 +54,7 @@ _PHASES = (
     "barrier",
     "dispatch, places at the receiver",
 )
-_TIMEOUT, _PEER_FAILED, _OTHER_ARGUMENTS, _BAD_EXPERT, _TOO_MANY_ROWS, _NO_ROOM = range(1, 7)
+_BAD_EXPERT, _TOO_MANY_ROWS, _NO_ROOM = range(4, 7)
 # What all ranks must agree on: fields of `Common`, in the order of the words there, and how users know them.
 _ARGUMENTS = {
     "operation": "operation",
@@ -128,7 +129,10 @@ class CudaRoute:
         self.recv_topk_idx: torch.Tensor | None = None  # int64 [rows, K], compact layout only
         # Between nodes only, int32: which arrival each row is; what arrived here, [A, 1 + K]; where this rank's rows
         # went, [T, J].
-        self.origin = self.relayed = self.sent_slots = counts.new_empty(0)
+        self.origin: torch.Tensor | None = None
+        self.relayed: torch.Tensor | None = None
+        self.sent_slots: torch.Tensor | None = None
+        self.num_arrivals = 0  # as allocated
         self.in_window = False  # whether expert output was asked to be written into the window
 
     @property
@@ -211,6 +215,8 @@ class CudaBackend:
         self._given_bytes = num_bytes
         between = runtime.lsa_size < runtime.size
         self._nodes = nodes = sizing.Nodes(runtime.size, runtime.lsa_size, hybrid and between)
+        begin = runtime.rank // runtime.lsa_size * runtime.lsa_size
+        self._near = slice(begin, begin + runtime.lsa_size)  # ranks of this node
         self.num_nodes, self.hybrid = runtime.size // runtime.lsa_size, nodes.hybrid
         self._kernels = kernels.BETWEEN_NODES if between else kernels.IN_NODE
         self._contexts = num_qps or _CONTEXTS
@@ -294,12 +300,9 @@ class CudaBackend:
         rank, name = self.runtime.rank, _PHASES[phase]
         if code == _BAD_EXPERT:
             return ValueError(f"topk_idx[{seen}, {extra}] = {expected}: must be -1 (none) or an expert")
-        if code == _TIMEOUT:
-            wanted, got = f"operation {expected} within {self._gpu_timeout:g} s", f"operation {seen}"
-            return CommunicationTimeout(rank, peer, name, wanted, got)
-        if code == _PEER_FAILED:
-            return CommunicationError(rank, peer, name, f"operation {expected}", "that it gave up")
-        if code == _OTHER_ARGUMENTS:
+        if error := kernel_errors.of_wait(code, rank, peer, name, expected, seen, self._gpu_timeout):
+            return error
+        if code == kernel_errors.OTHER_ARGUMENTS:
             different = [
                 (f"{title} {_show(field, mine)} as on this rank", f"{title} {_show(field, other)}")
                 for (field, title), mine, other in zip(_ARGUMENTS.items(), ours, theirs, strict=True)
@@ -421,7 +424,7 @@ class CudaBackend:
             rank=self.runtime.rank,
             num_ranks=self.runtime.size,
             num_local_experts=0 if route is None else route.num_local_experts,
-            lsa_begin=self.runtime.rank // self.runtime.lsa_size * self.runtime.lsa_size,
+            lsa_begin=self._near.start,
             lsa_size=self.runtime.lsa_size,
             network=self._network,
             contexts=self._contexts,
@@ -717,19 +720,19 @@ class CudaBackend:
         """Allocate the metadata and say how many rows the outputs have."""
         limit, num_topk = route.num_max_tokens_per_rank, route.num_topk
         if exact:
-            route.host_counts, arrived = self._wait_for_counts(route)
+            route.host_counts, route.num_arrivals = self._wait_for_counts(route)
             num_rows = int(route.host_counts[:, -1].sum())
             route.num_expanded_rows = sum(align(n, route.expert_alignment) for n in route.rows_per_expert)
         else:
             num_rows = self._nodes.slots(limit, num_topk)
-            arrived = self._nodes.arrivals(limit, num_topk)
+            route.num_arrivals = self._nodes.arrivals(limit, num_topk)
             route.num_expanded_rows = sizing.expanded_rows(
                 num_rows, num_topk, route.num_local_experts, route.expert_alignment
             )
         route.metadata = route.counts.new_empty(num_rows, 2 + num_topk)
         if self._nodes.others:
             route.origin = route.counts.new_empty(num_rows)
-            route.relayed = route.counts.new_empty(arrived, 1 + num_topk)
+            route.relayed = route.counts.new_empty(route.num_arrivals, 1 + num_topk)
 
     def _wait_for_counts(self, route: CudaRoute) -> tuple[Any, int]:
         """Rows from each rank for each expert and in all [P, E_local + 1]; rows that came to this rank as a relay."""
@@ -757,9 +760,8 @@ class CudaBackend:
         self.traffic.sent_bytes += row_bytes * int(others[-1])
         self.traffic.undeduplicated_bytes += row_bytes * int(others[:-1].sum())
         if self._nodes.others:
-            begin = own // self._nodes.per_node * self._nodes.per_node
-            near = route.host_counts[begin : begin + self._nodes.per_node, -1].sum()
-            self.traffic.network_bytes += network_row_bytes * route.relayed.shape[0]
+            near = route.host_counts[self._near, -1].sum()
+            self.traffic.network_bytes += network_row_bytes * route.num_arrivals
             self.traffic.direct_network_bytes += network_row_bytes * int(route.host_counts[:, -1].sum() - near)
 
     # ---- combine ------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from epv2_plugin.elastic import sizing
+from epv2_plugin.elastic.backends import kernel_errors
 from epv2_plugin.elastic.backends.base import EngramTable, Traffic
 from epv2_plugin.elastic.backends.device import Runtime, Window, require_one_node
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
@@ -46,7 +47,7 @@ _PHASES = (
     "engram_reduce, end of the one before",
 )
 _UPDATE_PHASE = 2  # rows that engram_update is given are looked at behind this wait
-_TIMEOUT, _PEER_FAILED, _OTHER_ARGUMENTS, _BAD_ROW = 1, 2, 3, 16
+_BAD_ROW = 16  # error code, see csrc/kernels/engram/engram.cuh
 _OPERATIONS = ("engram_fetch", "engram_reduce", "engram_write", "engram_update")
 
 # `CudaBackend._operation`: (events to wait for, asynchronous, inputs).
@@ -123,12 +124,9 @@ class CudaEngram:
                 f"0..{(ranks or self._runtime.size) * self.table.rows - 1}"
             )
         name = _PHASES[phase]
-        if code == _TIMEOUT:
-            wanted, got = f"operation {expected} within {self._gpu_timeout:g} s", f"operation {seen}"
-            return CommunicationTimeout(rank, peer, name, wanted, got)
-        if code == _PEER_FAILED:
-            return CommunicationError(rank, peer, name, f"operation {expected}", "that it gave up")
-        assert code == _OTHER_ARGUMENTS
+        if error := kernel_errors.of_wait(code, rank, peer, name, expected, seen, self._gpu_timeout):
+            return error
+        assert code == kernel_errors.OTHER_ARGUMENTS
         ours, theirs = (_describe(*words[7 + 10 * side : 9 + 10 * side].tolist()) for side in range(2))
         # The peer may have gone on to another operation since.
         return CommunicationError(rank, peer, name, f"{ours} as on this rank", theirs if theirs != ours else "another")
