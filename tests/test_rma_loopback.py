@@ -128,7 +128,7 @@ def test_errors_say_what_is_wrong(gpu: FakeGpu) -> None:
         "rail": "rank 1 is not on the rail of rank 0: rail connections reach every 2. rank",
         "end of target": "put of rank 0 to rank 1, 8 bytes, refused: bytes 250 to 258 of region 0, which has 256 bytes",
         "end of source": "refused: bytes 1099511627776 to 1099511627784 of region 0, which has 256 bytes on rank 0",
-        "not shared": "refused: region 1 of rank 0 is not shared between processes (cuMemRetainAllocationHandle: CUDA",
+        "not shared": "refused: region 1 of rank 0 is not shared between processes (cuMemExportToShareableHandle: CUDA",
         "end of get": "get of rank 0 from rank 1, 8 bytes, refused: bytes 252 to 260 of region 0",
         "end of signals": "refused: bytes 64 to 72 of region 1, which has 64 bytes on rank 1",
         "not registered": "refused: the target is region 98, which is not registered (any more) here",

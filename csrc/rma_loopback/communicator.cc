@@ -62,6 +62,8 @@ Communicator::Communicator(std::unique_ptr<Meeting> meeting, const std::vector<H
     const Driver& cuda = driver();
     cuda.check(cuda.cuCtxGetCurrent(&context_), "cuCtxGetCurrent");
     if (context_ == nullptr) throw Error("no CUDA context on the thread that connects");
+    own_ = OwnContext::get();
+    const WithContext current(own_->context);
     mine = new_inbox(bytes);
     map(rank, mine);
     Inbox* inbox = peers_[rank]->inbox;
@@ -70,7 +72,7 @@ Communicator::Communicator(std::unique_ptr<Meeting> meeting, const std::vector<H
                "cuMemHostRegister", std::to_string(bytes) + " bytes of shared memory");
     pinned_ = true;
     cuda.check(cuda.cuMemHostGetDevicePointer(&device_inbox, inbox, 0), "cuMemHostGetDevicePointer");
-    engine_ = std::make_unique<Engine>(context_, *inbox, device_inbox, ranks, rank, regions_, chaos,
+    engine_ = std::make_unique<Engine>(own_->context, *inbox, device_inbox, ranks, rank, regions_, chaos,
                                        [this] { watch(); });
   } catch (const Error& error) {
     note.failed = 1;
@@ -95,6 +97,8 @@ Communicator::Communicator(std::unique_ptr<Meeting> meeting, const std::vector<H
     open_inboxes().all.insert(peers_[rank]->inbox);
     met_ = true;
   } catch (...) {
+    if (!own_) throw;
+    const WithContext current(own_->context);
     engine_.reset();
     if (pinned_) driver().cuMemHostUnregister(peers_[rank]->inbox);
     throw;
@@ -102,7 +106,7 @@ Communicator::Communicator(std::unique_ptr<Meeting> meeting, const std::vector<H
 }
 
 Communicator::~Communicator() {
-  const WithContext current(context_);
+  const WithContext current(own_->context);
   engine_.reset();
   peers_[rank_]->inbox->closed = 1;
   {
@@ -117,7 +121,7 @@ uint32_t Communicator::add_region(void* data, size_t size, int type, uint64_t fl
   std::lock_guard<std::mutex> lock(registering_);
   const WithContext current(context_);
   const uint32_t id = next_region_++;
-  auto region = std::make_unique<Region>(*meeting_, ranks(), rank_, id, data, size, type, flags);
+  auto region = std::make_unique<Region>(*meeting_, ranks(), rank_, id, data, size, type, flags, own_->context);
   Note note;
   note.failed = !region->problem.empty();
   note.say(region->problem);
@@ -133,7 +137,7 @@ uint32_t Communicator::add_region(void* data, size_t size, int type, uint64_t fl
 }
 
 void Communicator::remove_region(uint32_t id) {
-  const WithContext current(context_);
+  const WithContext current(own_->context);
   engine_->when_idle([&] { regions_.remove(id); });
 }
 

@@ -59,7 +59,8 @@ class Communicator {
 
   const std::unique_ptr<Meeting> meeting_;
   const int rank_;
-  CUcontext context_ = nullptr;
+  CUcontext context_ = nullptr;  // the application's
+  std::shared_ptr<OwnContext> own_;
   std::vector<std::unique_ptr<Peer>> peers_;
   bool pinned_ = false;
   std::atomic<bool> met_{false};  // every inbox is mapped

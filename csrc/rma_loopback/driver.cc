@@ -1,5 +1,7 @@
 #include "driver.h"
 
+#include <map>
+#include <mutex>
 #include <type_traits>
 
 #include "../runtime/error.h"
@@ -27,6 +29,8 @@ Driver load() {
   EPV2_RMA_DRIVER_FUNCTIONS(EPV2_TAKE)
 #undef EPV2_TAKE
 #undef EPV2_TEXT
+  if (!take(found.create_context, "cuCtxCreate_v2"))
+    throw Error("the CUDA driver (" + library->path() + ") has no cuCtxCreate_v2");
   if (!take(found.batch_v2, "cuMemcpyBatchAsync_v2")) take(found.batch_v1, "cuMemcpyBatchAsync");
   return found;
 }
@@ -71,5 +75,24 @@ WithContext::WithContext(CUcontext context) {
 }
 
 WithContext::~WithContext() { driver().cuCtxSetCurrent(previous_); }
+
+std::shared_ptr<OwnContext> OwnContext::get() {
+  static std::mutex mutex;
+  static std::map<CUdevice, std::weak_ptr<OwnContext>> all;
+  const Driver& cuda = driver();
+  CUdevice device = 0;
+  cuda.check(cuda.cuCtxGetDevice(&device), "cuCtxGetDevice");
+  std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<OwnContext> found = all[device].lock();
+  if (found) return found;
+  CUcontext made = nullptr;
+  cuda.check(cuda.create_context(&made, 0, device), "cuCtxCreate", "a context for the loopback");
+  cuda.cuCtxPopCurrent(&made);
+  found.reset(new OwnContext(made));
+  all[device] = found;
+  return found;
+}
+
+OwnContext::~OwnContext() { driver().cuCtxDestroy(context); }
 
 }  // namespace epv2::rma

@@ -4,13 +4,15 @@
 #include <cuda.h>
 
 #include <cstddef>
+#include <memory>
 #include <string>
 #include <vector>
 
 namespace epv2::rma {
 
 #define EPV2_RMA_DRIVER_FUNCTIONS(X)                                                                                \
-  X(cuGetErrorName) X(cuGetErrorString) X(cuCtxGetCurrent) X(cuCtxSetCurrent) X(cuCtxGetDevice)                     \
+  X(cuGetErrorName) X(cuGetErrorString) X(cuCtxGetCurrent) X(cuCtxSetCurrent) X(cuCtxPopCurrent) X(cuCtxGetDevice)  \
+  X(cuCtxDestroy)                                                                                                   \
   X(cuCtxGetStreamPriorityRange) X(cuThreadExchangeStreamCaptureMode) X(cuStreamCreateWithPriority)                 \
   X(cuStreamSynchronize) X(cuStreamDestroy) X(cuStreamBatchMemOp) X(cuMemcpyAsync) X(cuMemcpyDtoH) X(cuMemAlloc)    \
   X(cuMemFree) X(cuMemHostAlloc) X(cuMemFreeHost) X(cuMemHostRegister) X(cuMemHostUnregister)                       \
@@ -53,6 +55,8 @@ struct Driver {
   // that wait for these bytes may hold every SM.
   void copy(Copies& copies, CUstream stream) const;
 
+  // By its versioned name: the headers' latest form takes other arguments.
+  CUresult (*create_context)(CUcontext*, unsigned flags, CUdevice) = nullptr;
   // Both forms of cuMemcpyBatchAsync; drivers for CUDA 13 have both, 12.8 and 12.9 the first.
   CUresult (*batch_v1)(CUdeviceptr*, CUdeviceptr*, size_t*, size_t, CopyAttributes*, size_t*, size_t, size_t*,
                        CUstream) = nullptr;
@@ -73,6 +77,23 @@ class WithContext {
 
  private:
   CUcontext previous_ = nullptr;
+};
+
+// A context of the plugin's own. The driver lets a thread wait for a whole context in places: a copy to pageable memory
+// holds the context's lock until its stream is through, and so may the first use of a kernel. In the application's
+// context that stream may hold a kernel that waits for what this plugin is to bring.
+class OwnContext {
+ public:
+  // On the device of the current context; one for all communicators that are open. Throws Error.
+  static std::shared_ptr<OwnContext> get();
+  ~OwnContext();
+  OwnContext(const OwnContext&) = delete;
+  OwnContext& operator=(const OwnContext&) = delete;
+
+  const CUcontext context;
+
+ private:
+  explicit OwnContext(CUcontext made) : context(made) {}
 };
 
 }  // namespace epv2::rma

@@ -7,9 +7,28 @@
 #include "driver.h"
 
 namespace epv2::rma {
+namespace {
 
-Region::Region(Meeting& meeting, int ranks, int rank, uint32_t id, void* data, size_t size, int type, uint64_t flags)
-    : id(id), data(static_cast<char*>(data)), size(size), on_host(type == kHostMemory), rank_(rank), parts_(ranks) {
+// A mapping keeps the memory: a handle need not be kept longer than it takes to map it.
+struct Retained {
+  explicit Retained(CUmemGenericAllocationHandle handle) : handle(handle) {}
+  ~Retained() { driver().cuMemRelease(handle); }
+  Retained(const Retained&) = delete;
+  Retained& operator=(const Retained&) = delete;
+  const CUmemGenericAllocationHandle handle;
+};
+
+}  // namespace
+
+Region::Region(Meeting& meeting, int ranks, int rank, uint32_t id, void* data, size_t size, int type, uint64_t flags,
+               CUcontext own)
+    : id(id),
+      data(static_cast<char*>(data)),
+      size(size),
+      on_host(type == kHostMemory),
+      rank_(rank),
+      own_(own),
+      parts_(ranks) {
   const Driver& cuda = driver();
   Note note;
   note.id = id;
@@ -41,37 +60,36 @@ Region::Region(Meeting& meeting, int ranks, int rank, uint32_t id, void* data, s
       Part& part = parts_[peer];
       part.size = other.size;
       part.why_not = other.text;
-      if (peer == rank) part.at = reinterpret_cast<CUdeviceptr>(data);
-      if (peer != rank && letters[peer].descriptor.open()) map(part, letters[peer]);
+      if (peer == rank && on_host) part.at = reinterpret_cast<CUdeviceptr>(data);
+      if (peer != rank && letters[peer].descriptor.open()) import(part, letters[peer]);
     }
   } catch (const Error& error) {
     problem = error.what();
   }
 }
 
-Region::~Region() {
-  for (Part& part : parts_) {
-    if (part.mapped == 0) continue;
-    driver().cuMemUnmap(part.mapped, part.mapped_bytes);
-    driver().cuMemAddressFree(part.mapped, part.mapped_bytes);
-  }
+Region::Part::~Part() {
+  if (mapped == 0) return;
+  driver().cuMemUnmap(mapped, mapped_bytes);
+  driver().cuMemAddressFree(mapped, mapped_bytes);
 }
 
-Descriptor Region::share(Note& note) const {
+// Map this rank's memory in the plugin's own context, and a descriptor of it for the others, if there can be one.
+Descriptor Region::share(Note& note) {
   const Driver& cuda = driver();
+  const auto pointer = reinterpret_cast<CUdeviceptr>(data);
   CUmemGenericAllocationHandle handle = 0;
   CUdeviceptr base = 0;
   size_t range = 0;
   int number = -1;
-  const auto pointer = reinterpret_cast<CUdeviceptr>(data);
+  cuda.check(cuda.cuMemRetainAllocationHandle(&handle, data), "cuMemRetainAllocationHandle",
+             "memory that NCCL did not allocate by itself");
+  const Retained retained(handle);
+  cuda.check(cuda.cuMemGetAddressRange(&base, &range, pointer), "cuMemGetAddressRange");
+  map(parts_[rank_], handle, range, pointer - base);
   try {
-    cuda.check(cuda.cuMemRetainAllocationHandle(&handle, data), "cuMemRetainAllocationHandle");
-    const CUresult found = cuda.cuMemGetAddressRange(&base, &range, pointer);
-    const CUresult exported = found != CUDA_SUCCESS ? found
-                                                    : cuda.cuMemExportToShareableHandle(
-                                                          &number, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
-    cuda.cuMemRelease(handle);
-    cuda.check(exported, found != CUDA_SUCCESS ? "cuMemGetAddressRange" : "cuMemExportToShareableHandle");
+    cuda.check(cuda.cuMemExportToShareableHandle(&number, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+               "cuMemExportToShareableHandle");
   } catch (const Error& error) {
     note.say(error.what());
     return Descriptor();
@@ -81,15 +99,21 @@ Descriptor Region::share(Note& note) const {
   return Descriptor(number);
 }
 
-void Region::map(Part& part, const Letter& letter) const {
+void Region::import(Part& part, const Letter& letter) const {
   const Driver& cuda = driver();
   CUmemGenericAllocationHandle handle = 0;
-  CUdevice device = 0;
-  cuda.check(cuda.cuCtxGetDevice(&device), "cuCtxGetDevice");
   const auto number = reinterpret_cast<void*>(static_cast<uintptr_t>(letter.descriptor.get()));
   cuda.check(cuda.cuMemImportFromShareableHandle(&handle, number, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
              "cuMemImportFromShareableHandle");
-  const size_t bytes = letter.note.mapped;
+  const Retained retained(handle);
+  map(part, handle, letter.note.mapped, letter.note.offset);
+}
+
+void Region::map(Part& part, CUmemGenericAllocationHandle handle, size_t bytes, size_t offset) const {
+  const Driver& cuda = driver();
+  const WithContext current(own_);
+  CUdevice device = 0;
+  cuda.check(cuda.cuCtxGetDevice(&device), "cuCtxGetDevice");
   CUdeviceptr at = 0;
   CUresult result = cuda.cuMemAddressReserve(&at, bytes, 0, 0, 0);
   const char* call = "cuMemAddressReserve";
@@ -99,7 +123,6 @@ void Region::map(Part& part, const Letter& letter) const {
     result = cuda.cuMemMap(at, bytes, 0, handle, 0);
     is_mapped = result == CUDA_SUCCESS;
   }
-  cuda.cuMemRelease(handle);  // the mapping keeps the memory
   if (is_mapped) {
     CUmemAccessDesc access = {};
     access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
@@ -111,11 +134,11 @@ void Region::map(Part& part, const Letter& letter) const {
   if (result != CUDA_SUCCESS) {
     if (is_mapped) cuda.cuMemUnmap(at, bytes);
     if (at != 0) cuda.cuMemAddressFree(at, bytes);
-    cuda.check(result, call, std::to_string(bytes) + " bytes of another process");
+    cuda.check(result, call, std::to_string(bytes) + " bytes of registered memory");
   }
   part.mapped = at;
   part.mapped_bytes = bytes;
-  part.at = at + letter.note.offset;
+  part.at = at + offset;
 }
 
 CUdeviceptr Region::at(int rank, uint64_t offset, uint64_t bytes) const {

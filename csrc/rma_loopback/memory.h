@@ -16,14 +16,15 @@ namespace epv2::rma {
 
 class Region {
  public:
-  // Collective. Throws Error, on every rank if on one, where memory can't be registered; sets `problem` where a peer's
-  // can't be mapped. Memory that can't be shared at all (NCCL's signals) is no error before somebody reads it.
-  Region(Meeting& meeting, int ranks, int rank, uint32_t id, void* data, size_t size, int type, uint64_t flags);
-  ~Region();
+  // Collective, in the application's context; `own` is the one that reaches the memory. Throws Error, on every rank if on
+  // one, where memory can't be registered; sets `problem` where a peer's can't be mapped. Memory that can't be shared at
+  // all (NCCL's signals) is no error before somebody reads it.
+  Region(Meeting& meeting, int ranks, int rank, uint32_t id, void* data, size_t size, int type, uint64_t flags,
+         CUcontext own);
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;
 
-  // Bytes [offset, offset + size) of `rank`'s memory as this process's device sees them. Throws Error: out of bounds,
+  // Bytes [offset, offset + size) of `rank`'s memory as the plugin's own context sees them. Throws Error: out of bounds,
   // or not shared.
   CUdeviceptr at(int rank, uint64_t offset, uint64_t size) const;
 
@@ -43,12 +44,18 @@ class Region {
     CUdeviceptr mapped = 0;  // what has to be given back
     size_t mapped_bytes = 0;
     std::string why_not;
+
+    Part() = default;
+    ~Part();
+    Part(const Part&) = delete;
   };
 
-  Descriptor share(Note& note) const;
-  void map(Part& part, const Letter& letter) const;
+  Descriptor share(Note& note);
+  void import(Part& part, const Letter& letter) const;
+  void map(Part& part, CUmemGenericAllocationHandle handle, size_t bytes, size_t offset) const;
 
   const int rank_;
+  const CUcontext own_;
   std::vector<Part> parts_;
 };
 

@@ -29,7 +29,8 @@ constexpr CUdeviceptr kMapped = CUdeviceptr{1} << 56;  // host memory lies here,
 struct Memory {  // a physical allocation
   const int file;
   const size_t size;
-  Memory(int file, size_t size) : file(file), size(size) {}
+  const bool shareable;
+  Memory(int file, size_t size, bool shareable) : file(file), size(size), shareable(shareable) {}
   Memory(const Memory&) = delete;
   ~Memory() { close(file); }
 };
@@ -38,7 +39,6 @@ using MemoryPointer = std::shared_ptr<Memory>;
 struct Range {
   size_t size;
   MemoryPointer memory;  // null: page-locked host memory
-  bool shareable;
 };
 
 std::mutex mutex;
@@ -48,7 +48,7 @@ std::map<CUmemGenericAllocationHandle, MemoryPointer> handles;
 CUmemGenericAllocationHandle next_handle = 1;
 std::atomic<int> streams{0}, plain{0};
 std::string failing;
-int context;
+int context, own_context;
 
 CUresult answer(const char* name) {
   std::lock_guard<std::mutex> lock(mutex);
@@ -122,11 +122,11 @@ extern "C" {
 
 // Device memory; `shareable` = as ncclMemAlloc makes it.
 void* fake_alloc(size_t size, int shareable) {
-  auto memory = std::make_shared<Memory>(memfd_create("fake device memory", MFD_CLOEXEC), size);
+  auto memory = std::make_shared<Memory>(memfd_create("fake device memory", MFD_CLOEXEC), size, shareable != 0);
   if (ftruncate(memory->file, static_cast<off_t>(size)) != 0) return nullptr;
   void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, memory->file, 0);
   std::lock_guard<std::mutex> lock(mutex);
-  ranges[reinterpret_cast<uintptr_t>(at)] = {size, memory, shareable != 0};
+  ranges[reinterpret_cast<uintptr_t>(at)] = {size, memory};
   return at;
 }
 
@@ -164,6 +164,17 @@ CUresult cuCtxGetCurrent(CUcontext* current) {
   return CUDA_SUCCESS;
 }
 CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
+CUresult cuCtxPopCurrent(CUcontext*) { return CUDA_SUCCESS; }
+CUresult cuCtxCreate_v2(CUcontext* made, unsigned, CUdevice) {
+  if (const CUresult result = answer("cuCtxCreate")) return result;
+  *made = reinterpret_cast<CUcontext>(&own_context);
+  plain++;
+  return CUDA_SUCCESS;
+}
+CUresult cuCtxDestroy(CUcontext) {
+  plain--;
+  return CUDA_SUCCESS;
+}
 CUresult cuCtxGetDevice(CUdevice* device) {
   *device = 0;
   return CUDA_SUCCESS;
@@ -249,7 +260,7 @@ CUresult cuMemFree(CUdeviceptr at) {
 CUresult cuMemHostRegister(void* at, size_t size, unsigned) {
   if (const CUresult result = answer("cuMemHostRegister")) return result;
   std::lock_guard<std::mutex> lock(mutex);
-  ranges[reinterpret_cast<uintptr_t>(at)] = {size, nullptr, false};
+  ranges[reinterpret_cast<uintptr_t>(at)] = {size, nullptr};
   return CUDA_SUCCESS;
 }
 CUresult cuMemHostUnregister(void* at) {
@@ -284,13 +295,14 @@ CUresult cuMemGetAddressRange(CUdeviceptr* base, size_t* size, CUdeviceptr at) {
 CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void* at) {
   std::lock_guard<std::mutex> lock(mutex);
   const auto range = range_of(reinterpret_cast<uintptr_t>(at));
-  if (range == ranges.end() || !range->second.shareable) return CUDA_ERROR_NOT_SUPPORTED;
+  if (range == ranges.end() || range->second.memory == nullptr) return CUDA_ERROR_NOT_SUPPORTED;
   handles[*handle = next_handle++] = range->second.memory;
   return CUDA_SUCCESS;
 }
 CUresult cuMemExportToShareableHandle(void* file, CUmemGenericAllocationHandle handle, CUmemAllocationHandleType,
                                       unsigned long long) {
   std::lock_guard<std::mutex> lock(mutex);
+  if (!handles[handle]->shareable) return CUDA_ERROR_NOT_SUPPORTED;
   *static_cast<int*>(file) = dup(handles[handle]->file);
   return CUDA_SUCCESS;
 }
@@ -298,7 +310,7 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, vo
   if (const CUresult result = answer("cuMemImportFromShareableHandle")) return result;
   const int mine = dup(static_cast<int>(reinterpret_cast<uintptr_t>(file)));
   std::lock_guard<std::mutex> lock(mutex);
-  handles[*handle = next_handle++] = std::make_shared<Memory>(mine, static_cast<size_t>(lseek(mine, 0, SEEK_END)));
+  handles[*handle = next_handle++] = std::make_shared<Memory>(mine, static_cast<size_t>(lseek(mine, 0, SEEK_END)), true);
   return CUDA_SUCCESS;
 }
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
@@ -324,7 +336,7 @@ CUresult cuMemMap(CUdeviceptr at, size_t size, size_t, CUmemGenericAllocationHan
   const MemoryPointer memory = handles[handle];
   if (size > memory->size) return CUDA_ERROR_NOT_SUPPORTED;
   mmap(reinterpret_cast<void*>(at), size, PROT_NONE, MAP_SHARED | MAP_FIXED, memory->file, 0);
-  ranges[at] = {size, memory, true};
+  ranges[at] = {size, memory};
   return CUDA_SUCCESS;
 }
 CUresult cuMemUnmap(CUdeviceptr at, size_t size) {
