@@ -252,6 +252,7 @@ class CudaBackend:
         # Stream, whether it is being captured, and event of the last operation (first: of the zeros above).
         self._last = (runtime.current_stream(), False, runtime.record())
         self._failure: BaseException | None = None
+        self._prepared: set[tuple[str, str]] = set()  # (operation, dtype) whose kernels are loaded
 
     # ---- what it is ---------------------------------------------------------------------------------------------
 
@@ -438,6 +439,15 @@ class CudaBackend:
     def _launch(self, kernel: Kernel, arguments: bytes, ctas: int, shape: LaunchShape) -> None:
         self.runtime.launch(kernel, arguments, ctas=ctas, threads=shape.threads, shared_bytes=shape.shared_bytes)
 
+    def _prepare(self, operation: str, dtype: str, kernels: Iterable[Kernel]) -> None:
+        """Load what an operation launches, before any of it runs: CUDA may load a kernel only while the device is idle,
+        which it is not while a kernel waits for peers, nor do other threads' calls return until then. A network that
+        needs such calls (NCCL's proxy, the loopback) would stand still, and the wait would never end."""
+        if (operation, dtype) not in self._prepared:
+            for kernel in kernels:
+                self.runtime.prepare(kernel)
+            self._prepared.add((operation, dtype))
+
     @contextmanager
     def _operation(self, previous: Sequence[Event], asynchronous: bool, inputs: Iterable[Any]) -> Iterator[_Stream]:
         """Launch what follows on the right stream, after everything that it has to wait for."""
@@ -542,7 +552,10 @@ class CudaBackend:
             if wants_counts:
                 self._make_host_counts(route)
             shape = sizing.stage_shape(self._nodes, route.num_local_experts)
-            kernel = self._kernels.dispatch_stage[_DTYPES[x_TH.dtype] if use_fp8 else ""]
+            cast_from = _DTYPES[x_TH.dtype] if use_fp8 else ""
+            kernel = self._kernels.dispatch_stage[cast_from]
+            needed = [kernel, self._kernels.dispatch_route, self._kernels.dispatch_pull]
+            self._prepare("dispatch", cast_from, needed + [kernels.DISPATCH_SEND] * bool(self._nodes.others))
             arguments = self._arguments(
                 kernel,
                 common,
@@ -830,7 +843,9 @@ class CudaBackend:
                 self._wait_until_idle()
                 # A memory copy, which a copy engine can do: copying in a kernel would take SMs.
                 self._window_rows(layout, route, x.dtype, hidden).copy_(x)
-            for kernel, shape in self._combine_launches(_DTYPES[x.dtype], row_bytes):
+            launches = list(self._combine_launches(_DTYPES[x.dtype], row_bytes))
+            self._prepare("combine", _DTYPES[x.dtype], [kernel for kernel, _ in launches])
+            for kernel, shape in launches:
                 rings = {"piece_bytes": shape.piece_bytes, "num_groups": shape.groups, "num_slots": shape.stages}
                 self._launch(kernel, self._arguments(kernel, common, **fields, **rings), num_sms, shape)
             event = place.end((combined, combined_weights))
