@@ -13,6 +13,8 @@ import torch.distributed as dist
 from epv2_plugin.elastic import ElasticBuffer, buffer
 from epv2_plugin.fsdp import install
 from epv2_plugin.fsdp.carriers import CudaCarrier
+from epv2_plugin.training import devices
+from tests import harness
 from tests.emulator.runtime import EmulatedRuntime
 
 KINDS = ("host", "emulated")  # what any machine can run; "cuda" is for tests with mark gpu
@@ -79,8 +81,8 @@ def fsdp_on(kind: str) -> Iterator[torch.device]:
 
 
 def take_device() -> torch.device:
-    """This rank's GPU, reached through as many queues as transfers have streams."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # read when the process first uses the device
+    """This rank's GPU, reached through as many queues as `harness.MOST_RANKS` that share it can have."""
+    os.environ.update(devices.environment(harness.MOST_RANKS))
     torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     return torch.device("cuda", torch.cuda.current_device())
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,10 +22,14 @@ from typing import Any
 # Megatron imported before the CPU bridge compiles small functions at their first call, unless told not to.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 PRELOAD = ["torch.distributed", "numpy"]
-if not os.path.exists("/dev/nvidiactl"):  # Megatron counts the devices, and after that no fork can use them
+ON_GPU = os.path.exists("/dev/nvidiactl")
+# Ranks that are there at a time where they share a GPU: with as many queues as transfers need, no more contexts fit.
+MOST_RANKS = 6
+if not ON_GPU:  # Megatron counts the devices, and after that no fork can use them
     PRELOAD += ["megatron.core.models.gpt", "megatron.core.optimizer"]
 # Every gloo group leaves threads behind that wake up a hundred times a second.
 MAX_THREADS = 120
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()  # that have ranks
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
@@ -53,7 +58,7 @@ def _main(rank: int, size: int, store: str, pipe: Connection, env: dict[str, str
     except BaseException as error:
         outcome.error_type, outcome.error = type(error).__name__, f"{error}\n{traceback.format_exc()}"
     pipe.send(outcome)
-    pipe.close()
+    pipe.poll(60)  # until it is taken: tensors in it are fetched from this process
     os._exit(0)  # skips gloo's teardown, which waits for peers that may be gone
 
 
@@ -62,6 +67,8 @@ def _join(rank: int, size: int, store: str) -> None:
     import torch.distributed as dist
 
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)})
+    if not ON_GPU:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as the emulated device has them
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group(
@@ -76,11 +83,12 @@ def outcomes(
 
     `fn` must be importable (a module-level function). A rank that is still running after `timeout` seconds is killed.
     """
+    _make_room(size)
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         readers, processes = [], []
         for rank in range(size):
-            reader, writer = _context.Pipe(duplex=False)
+            reader, writer = _context.Pipe()
             process = _context.Process(target=_main, args=(rank, size, store, writer, env or {}, fn, args), daemon=True)
             process.start()
             writer.close()
@@ -95,6 +103,7 @@ def outcomes(
                     results[rank] = reader.recv()
                 except EOFError:
                     results[rank] = Outcome(error_type="Killed", error="the process ended without a result")
+                reader.close()
         for rank in pending.values():
             results[rank] = Outcome(error_type="Hang", error=f"still running after {timeout} s")
         for rank, process in enumerate(processes):
@@ -119,6 +128,13 @@ def _values(results: list[Outcome]) -> list[Any]:
     if failed:
         raise RankError("\n".join(failed))
     return [r.value for r in results]
+
+
+def _make_room(size: int) -> None:
+    """End the ranks of pools, which start again when they are used, where `size` more would not fit."""
+    if ON_GPU and size + sum(pool.size for pool in _pools) > MOST_RANKS:
+        for pool in list(_pools):
+            pool.close()
 
 
 class Pool:
@@ -164,10 +180,13 @@ class Pool:
             process.kill()
             process.join()
         self._workers = []
+        _pools.discard(self)
         if self._folder is not None:
             self._folder.cleanup()
 
     def _start(self) -> None:
+        _make_room(self.size)
+        _pools.add(self)
         self._folder = tempfile.TemporaryDirectory()  # the store is needed for every group made later
         for rank in range(self.size):
             ours, theirs = _context.Pipe()

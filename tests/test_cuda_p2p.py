@@ -35,6 +35,7 @@ def words_and_copies(rank: int, size: int) -> None:
     runtime = CudaRuntime(dist.group.WORLD, 60)
     window, mapped = runtime.window(1 << 20), runtime.mapped(64)
     own, peer = window.peer_pointer(rank, 0), window.peer_pointer((rank + 1) % size, 0)
+    assert own == window.tensor.data_ptr() == window.part(0, 64).data_ptr()
     first, second = runtime.new_stream(), runtime.new_stream()
     with runtime.on_stream(first):
         runtime.stream_ops([("wait32_eq", own, 0xFFFFFF01), ("write32", mapped.pointer, 1)])

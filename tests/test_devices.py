@@ -50,10 +50,12 @@ def test_ranks_that_no_launcher_counted_are_those_of_the_job() -> None:
     assert devices.place(1, {"LOCAL_RANK": "3", "WORLD_SIZE": "4"}).ranks_per_gpu == 4
 
 
-def test_only_ranks_that_share_a_gpu_need_settings() -> None:
-    assert _places(4, 4)[0].environment == {}
+def test_ranks_that_share_a_gpu_share_its_queues_and_sms() -> None:
+    assert _places(4, 4)[0].environment == {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
     shared = _places(1, 4)[0].environment
-    assert shared == {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "8"}
+    few = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "8"}
+    assert shared == {"CUDA_DEVICE_MAX_CONNECTIONS": "24", **few}
+    assert devices.environment(4, contexts=2) == {"CUDA_DEVICE_MAX_CONNECTIONS": "12", **few}
     assert _places(1, 64)[0].environment["NCCL_MAX_CTAS"] == "1"
 
 
@@ -68,7 +70,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, gpus: int) -> list[Any]:
 
 def test_sharing_is_set_up_and_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     taken = _pretend(monkeypatch, 1)
-    for name in ("NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_MAX_CTAS"):
+    for name in ("NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_MAX_CTAS", "CUDA_DEVICE_MAX_CONNECTIONS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("NCCL_MAX_CTAS", "2")  # the user's own wins

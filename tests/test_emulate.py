@@ -57,16 +57,17 @@ def test_nodes_get_their_share_of_the_gpus(
         node = f"node{rank // ranks}"
         assert (each["EPV2_NODE"], each["NCCL_HOSTID"]) == (node, node)
         assert (each["LOCAL_RANK"], each["LOCAL_WORLD_SIZE"]) == (str(rank % ranks), str(ranks))
-        assert each["NCCL_MAX_CTAS"] == str(32 // ranks_per_gpu)
+        assert each.get("NCCL_MAX_CTAS") == (str(32 // ranks_per_gpu) if ranks_per_gpu > 1 else None)
+        assert each["CUDA_DEVICE_MAX_CONNECTIONS"] == str(min(32, 96 // (2 * ranks_per_gpu)))
         assert each["NCCL_RMA_PLUGIN"] == "/loopback.so"
         assert each["NCCL_GIN_TYPE"] == "2"
         assert "EPV2_RMA_CHAOS" not in each
 
 
 def test_what_the_user_has_set_wins_where_it_may() -> None:
-    made = Cluster(2, 1, gpus(2))
+    made = Cluster(2, 2, gpus(2))
     given = {"NCCL_MAX_CTAS": "3", "NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "5,7", "NCCL_RMA_PLUGIN": "other"}
-    found = made.environment(1, "/loopback.so", 9, given)
+    found = made.environment(2, "/loopback.so", 9, given)
     assert [found[name] for name in given] == ["3", "INFO", "7", "/loopback.so"]
     assert found["EPV2_RMA_CHAOS"] == "9"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -83,13 +84,8 @@ def test_variable_lengths_need_a_limit(pool: Callable[[int], Pool]) -> None:
 
 def left_to_megatron(rank: int, size: int) -> tuple[list[float], list[Any]]:
     """A device that is reached through one queue can't have our transport; Megatron's does it."""
-    import os
-
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    try:
+    with mock.patch.dict("os.environ", CUDA_DEVICE_MAX_CONNECTIONS="1"):
         return losses(rank, size, PP[2], True)
-    finally:
-        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
 
 
 def test_megatrons_own_transport_where_ours_can_not_be(pool: Callable[[int], Pool]) -> None:
@@ -100,17 +96,13 @@ def test_megatrons_own_transport_where_ours_can_not_be(pool: Callable[[int], Poo
 
 
 def insisted(rank: int, size: int) -> str:
-    import os
-
     from epv2_plugin.config import ConfigError
 
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     try:
-        losses(rank, size, PP[2] | {"plugin.pipeline.transport": "copy_engine"}, True)
+        with mock.patch.dict("os.environ", CUDA_DEVICE_MAX_CONNECTIONS="1"):
+            losses(rank, size, PP[2] | {"plugin.pipeline.transport": "copy_engine"}, True)
     except ConfigError as error:
         return str(error)
-    finally:
-        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
     return ""
 
 

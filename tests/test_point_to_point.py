@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -500,14 +501,16 @@ def test_every_rank_is_told_and_has_no_data(pool: Callable[[int], Pool], kind: s
 
 def refusals(rank: int, size: int, kind: str) -> None:
     buffer = make_buffer(kind, num_bytes=4 << 20, num_cpu_timeout_secs=10)
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    with pytest.raises(UnavailableError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1: .* set it to 32 \(8 at least\)"):
-        buffer.pp_set_config(1 << 18, 4)
-    with pytest.raises(UnavailableError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1"):
-        buffer.agrs_set_config(1 << 18, 4)
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
-    buffer.pp_set_config(1 << 18, 4)  # 1 MiB for a ring: room for four
-    del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+    with mock.patch.dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1"):
+        with pytest.raises(UnavailableError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1: .* set it to 32 \(10 at least\)"):
+            buffer.pp_set_config(1 << 18, 4)
+        with pytest.raises(UnavailableError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1"):
+            buffer.agrs_set_config(1 << 18, 4)
+        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+        with pytest.raises(UnavailableError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=\(unset\)"):
+            buffer.pp_set_config(1 << 18, 4)
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "10"
+        buffer.pp_set_config(1 << 18, 4)  # 1 MiB for a ring: room for four
     t = torch.zeros(3, device=buffer.device)
     links = [(peer, channel) for channel in range(2) for peer in range(size) if peer != rank]
     for peer, channel in links[:4]:

@@ -12,7 +12,7 @@ from epv2_plugin import plugin
 from epv2_plugin.cli.values import make_folder, positive, share
 from epv2_plugin.emulation.start import run_recipe
 from epv2_plugin.training.data import TokenStream
-from epv2_plugin.training.devices import usable_gpus
+from epv2_plugin.training.devices import place, usable_gpus
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import check_arms, load_recipe
 from epv2_plugin.training.report import OURS
@@ -88,9 +88,9 @@ def _titan(args: argparse.Namespace) -> int:
     words = _words(args, folder)
     if "RANK" not in os.environ:
         check_titan_arms(recipe, arms, args.skew)
-        env = {"CUDA_VISIBLE_DEVICES": ""} if recipe.plugin.backend == "host" else {}
+        env = {"CUDA_VISIBLE_DEVICES": ""}
         if recipe.plugin.backend != "host":
-            usable_gpus(recipe)
+            env = place(usable_gpus(recipe), {"LOCAL_WORLD_SIZE": str(recipe.train.processes)}).environment
         make_folder(folder)
         with taken(folder, reuse=True):
             # An older seed checkpoint may be of another model.

@@ -363,13 +363,11 @@ def _backend(name: str, command: str = "epv2 bench ep") -> tuple[str, int | None
 
 
 def _environment(backend: str, ranks: int) -> dict[str, str]:
-    """Variables of the ranks: a queue for each stream of a transfer; ranks that share a GPU need NCCL's leave, and few
-    enough channels to fit side by side."""
+    """Variables of the ranks; what is set already wins."""
     if backend == "host":
         return {}
     import torch
 
-    queues = {"CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "32")}
-    if ranks <= torch.cuda.device_count():
-        return queues
-    return queues | {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": os.environ.get("NCCL_MAX_CTAS", "8")}
+    from epv2_plugin.training import devices
+
+    return devices.place(torch.cuda.device_count(), {"LOCAL_WORLD_SIZE": str(ranks)}).environment

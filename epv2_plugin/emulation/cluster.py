@@ -9,13 +9,12 @@ from typing import Any
 from epv2_plugin.config import ConfigError
 from epv2_plugin.elastic.backends.base import NODE
 from epv2_plugin.environment import PLUGIN_VARIABLE
-from epv2_plugin.training.devices import SHARED_NCCL_CTAS
+from epv2_plugin.training import devices
 
 CHAOS = "EPV2_RMA_CHAOS"
 MOST_PATH = 254  # characters of a plugin's path; NCCL ignores a longer one
 # What NCCL needs to find its network in the loopback, and nowhere else; GIN type 2 is the proxy.
 NCCL = {
-    "NCCL_MULTI_RANK_GPU_ENABLE": "1",
     "NCCL_GIN_TYPE": "2",
     "NCCL_IB_DISABLE": "1",
     "NCCL_SOCKET_IFNAME": "lo",
@@ -84,7 +83,7 @@ class Cluster:
         Args:
             plugin: path of the loopback, unused without a GPU.
             chaos: seed of it, None = in order.
-            env: what the ranks have anyway; its NCCL_MAX_CTAS and NCCL_DEBUG win.
+            env: what the ranks have anyway; its NCCL_MAX_CTAS, CUDA_DEVICE_MAX_CONNECTIONS and NCCL_DEBUG win.
         """
         node, local = divmod(rank, self.ranks_per_node)
         found = {NODE: f"node{node}", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(self.ranks_per_node)}
@@ -92,9 +91,9 @@ class Cluster:
         if not self.gpus:
             return found
         found |= NCCL | {"NCCL_HOSTID": f"node{node}", PLUGIN_VARIABLE: plugin}
-        ctas = max(1, SHARED_NCCL_CTAS // self.ranks_per_gpu)
-        found["NCCL_MAX_CTAS"] = env.get("NCCL_MAX_CTAS", str(ctas))
-        found["NCCL_DEBUG"] = env.get("NCCL_DEBUG", "WARN")  # the loopback's errors are warnings
+        # Of each rank's two contexts one is the loopback's. Its errors are warnings.
+        found["NCCL_DEBUG"] = env.get("NCCL_DEBUG", "WARN")
+        found |= devices.environment(self.ranks_per_gpu, contexts=2, env=env)
         if chaos is not None:
             found[CHAOS] = str(chaos)
         if not self._nodes_share and self.nodes > 1:

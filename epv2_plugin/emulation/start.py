@@ -11,6 +11,7 @@ from epv2_plugin import environment
 from epv2_plugin.config import ConfigError
 from epv2_plugin.emulation import mps
 from epv2_plugin.emulation.cluster import Cluster, check_path
+from epv2_plugin.training import devices
 from epv2_plugin.training.launcher import run_ranks
 from epv2_plugin.training.recipe import Recipe
 
@@ -43,9 +44,11 @@ def run_recipe(recipe: Recipe, command: Sequence[str]) -> int:
         ConfigError: the recipe's nodes can't be played here.
     """
     nodes, processes = recipe.train.nodes, recipe.train.processes
+    gpus = environment.find_gpus()["devices"]
     if nodes == 1:
-        return run_ranks("epv2_plugin.cli", command, processes)
-    cluster = Cluster(nodes, processes // nodes, environment.find_gpus()["devices"])
+        where = devices.place(len(gpus), {"LOCAL_WORLD_SIZE": str(processes)})
+        return run_ranks("epv2_plugin.cli", command, processes, where.environment)
+    cluster = Cluster(nodes, processes // nodes, gpus)
     budget = recipe.plugin.sm_budget.expert
     if budget != "auto":
         cluster.check_sms(recipe.plugin.source, "sm_budget.expert", budget)

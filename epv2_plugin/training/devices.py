@@ -21,6 +21,27 @@ CPU = torch.device("cpu")
 # CTAs of NCCL's own kernels on one GPU, all its ranks together. A kernel waits for those of the other ranks, so all of
 # them must fit beside each other, with more than one communicator at work.
 SHARED_NCCL_CTAS = 32
+# Queues to one GPU of all processes together: with 112 their contexts could be made on an H200 under MPS, with 128 not
+# ("out of memory"). And of one process: streams that wait hold others once all but four of its queues are taken.
+SHARED_QUEUES, QUEUES = 96, 32
+
+
+def environment(ranks_per_gpu: int, contexts: int = 1, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables that CUDA and NCCL must find when a rank first uses its GPU.
+
+    Args:
+        ranks_per_gpu: most ranks on one GPU; 0 = none is used.
+        contexts: that each of them makes on it.
+        env: what is set already, and wins.
+    """
+    if not ranks_per_gpu:
+        return {}
+    queues = min(QUEUES, max(1, SHARED_QUEUES // (ranks_per_gpu * contexts)))
+    found = {"CUDA_DEVICE_MAX_CONNECTIONS": str(queues)}
+    if ranks_per_gpu > 1:
+        ctas = max(1, SHARED_NCCL_CTAS // ranks_per_gpu)
+        found |= {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": str(ctas)}
+    return {name: env.get(name, value) for name, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -39,11 +60,8 @@ class Place:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that NCCL must find before it makes a communicator; one that is set already wins."""
-        if self.ranks_per_gpu <= 1:
-            return {}
-        ctas = max(1, SHARED_NCCL_CTAS // self.ranks_per_gpu)
-        return {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": str(ctas)}
+        """See the function of this name."""
+        return environment(self.ranks_per_gpu)
 
 
 def usable_gpus(recipe: Recipe | TitanRecipe) -> int:
@@ -52,7 +70,7 @@ def usable_gpus(recipe: Recipe | TitanRecipe) -> int:
     Raises:
         ConfigError: the recipe's backend needs a GPU and there is none, or it is the host backend and there is one.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count()  # unlike is_available, without the driver, which reads its variables only once
     if recipe.plugin.backend == "cuda" and not gpus:
         raise recipe.plugin.fail("backend", "there is no CUDA device here")
     if recipe.plugin.backend == "host" and gpus:
@@ -76,7 +94,7 @@ def place(gpus: int, env: Mapping[str, str] = os.environ) -> Place:
 
 
 def take(where: Place) -> str:
-    """Make this process compute at `where`. Call it before the first communicator is made.
+    """Make this process compute at `where`. Call it before anything has used a GPU.
 
     Returns:
         What users must know about ranks that share a GPU, empty if none do.
@@ -84,9 +102,7 @@ def take(where: Place) -> str:
     if where.device.type == "cpu":
         torch.set_num_threads(1)
         return ""
-    for name, value in where.environment.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a queue for each stream of a transfer
+    os.environ.update(where.environment)
     torch.cuda.set_device(where.device)
     if where.ranks_per_gpu <= 1:
         return ""

@@ -33,7 +33,8 @@ _DIMENSION_BYTES = 16
 _TOO_LONG = 1 << 16  # in `what`: the dimensions do not fit
 _DTYPES = sorted(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
 _USUAL_RINGS = 4  # two peers, activations and gradients to each
-_LEAST_CONNECTIONS, _ENOUGH_CONNECTIONS = 8, 32
+# Without the variable CUDA has 8 queues, and the streams of four waiting links hold all others (docs/performance.md).
+_LEAST_CONNECTIONS, _ENOUGH_CONNECTIONS = 10, 32
 
 
 def header(number: int, tensor: torch.Tensor) -> list[int]:
@@ -392,9 +393,9 @@ class CudaPointToPoint:
 def check_connections() -> None:
     """Raise where too few queues lead to the device: a wait of one stream would hold others that share its queue."""
     given = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
-    if given.isdigit() and int(given) < _LEAST_CONNECTIONS:
+    if not given.isdigit() or int(given) < _LEAST_CONNECTIONS:
         raise UnavailableError(
-            f"CUDA_DEVICE_MAX_CONNECTIONS={given}: transfers wait for each other on streams of their own, which would "
-            f"share queues and never end; set it to {_ENOUGH_CONNECTIONS} ({_LEAST_CONNECTIONS} at least) before the "
-            "process uses the device"
+            f"CUDA_DEVICE_MAX_CONNECTIONS={given or '(unset)'}: transfers wait for each other on streams of their own, "
+            f"which would share queues and never end; set it to {_ENOUGH_CONNECTIONS} ({_LEAST_CONNECTIONS} at least) "
+            "before the process uses the device"
         )
