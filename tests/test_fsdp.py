@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.tensor import Shard
 
 import epv2_plugin
 from epv2_plugin import BufferSizeError, CommunicationError, ConfigError, fsdp
 from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic.backends.cuda_shards import Slots
+from epv2_plugin.fsdp import install
 from epv2_plugin.fsdp.carriers import Carrier, CudaCarrier, HostCarrier
 from epv2_plugin.fsdp.collectives import PluginAllGather, PluginReduceScatter
 from tests import harness
@@ -89,7 +91,7 @@ def collectives(rank: int, size: int, kind: str, name: str, columns: int) -> Non
     for source in range(size):
         total += _gradients(source, size, columns, dtype).view(size, columns)[rank].float()
     ops = {"SUM": (dist.ReduceOp.SUM, 1.0), "AVG": (dist.ReduceOp.AVG, 1 / size)}
-    ops["PREMUL"] = (dist.ReduceOp.PREMUL_SUM(0.3), torch.tensor(0.3).item())
+    ops["PREMUL"] = (dist._make_nccl_premul_sum(0.3), torch.tensor(0.3).item())
     for op, scale in ops.values():
         for asynchronous, elsewhere in ((False, False), (True, False), (True, True)):
             parts = scatter.allocate((size * columns,), dtype=dtype, device=device)
@@ -201,10 +203,10 @@ def _model(device: torch.device | str = "cpu") -> nn.Sequential:
 def _shard(model: nn.Sequential, mesh: Any, reshard: Any, several: bool, policy: MixedPrecisionPolicy) -> nn.Sequential:
     for block in list(model)[:2]:
         experts = block.experts
-        outer, inner = (FSDPMeshInfo(mesh[name], shard_mesh_dim=0) for name in ("all", "half"))
+        outer, inner = (_fsdp_common.FSDPMeshInfo(mesh[name], shard_mesh_dim=0) for name in ("all", "half"))
 
         def place(param: nn.Parameter, experts: Any = experts, outer: Any = outer, inner: Any = inner) -> Any:
-            return ShardPlacementResult(placement=Shard(0), mesh_info=inner if param is experts else outer)
+            return _fsdp_common.ShardPlacementResult(placement=Shard(0), mesh_info=inner if param is experts else outer)
 
         fully_shard(
             block,
@@ -253,7 +255,7 @@ def trained(
         gradients = [whole(p.grad) for p in model.parameters()]
         groups = epv2_plugin.status()["groups"]
         fsdp.remove(model)
-    return [losses, gradients, len(model[0]._get_fsdp_state()._fsdp_param_groups), groups]
+    return [losses, gradients, len(install.param_groups_of(model[0]._get_fsdp_state())), groups]
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -287,6 +289,9 @@ def one_process(size: int, factor: float) -> tuple[list[float], list[torch.Tenso
     return losses, [p.grad for p in model.parameters()]
 
 
+SEVERAL_GROUPS = pytest.mark.skipif(
+    not hasattr(_fsdp_common, "ShardPlacementResult"), reason="this torch has one parameter group in a module"
+)
 LAYOUTS = {"reshard": (True, 0), "keep": (False, 0), "to-two-ranks": (2, 0), "divide-by-3": (True, 3.0)}
 
 
@@ -303,6 +308,7 @@ def test_a_model_trains_as_on_one_process(pool: Callable[[int], Pool], name: str
         assert same_bits(pool(4).run(trained, reshard, False, False, kind, factor), found)
 
 
+@SEVERAL_GROUPS
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_several_parameter_groups_in_a_module(pool: Callable[[int], Pool], bf16: bool) -> None:
     """Experts over half of the ranks, as with expert parallelism; stock sums in another order, in fp32."""
@@ -340,7 +346,10 @@ def installed(rank: int, size: int, kind: str) -> None:
         config = _config(kind)
         model = _shard(_model(device), _meshes(size, device.type), True, True, MixedPrecisionPolicy())
         groups = [
-            group for m in model.modules() if hasattr(m, "unshard") for group in m._get_fsdp_state()._fsdp_param_groups
+            group
+            for m in model.modules()
+            if hasattr(m, "unshard")
+            for group in install.param_groups_of(m._get_fsdp_state())
         ]
         before = [(group._all_gather_comm, group._reduce_scatter_comm) for group in groups]
         fsdp.apply(model, config)
@@ -403,14 +412,11 @@ def refused(rank: int, size: int, path: str) -> None:
     with fsdp_on("emulated"):
         with pytest.raises(ConfigError, match=r"window_bytes = 191: 1 needs 384 bytes, 2 times 192, on 4 ranks"):
             fsdp.apply(model, _config("emulated", fsdp={"window_bytes": 191}))
-        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-        try:
-            with pytest.raises(
-                ConfigError, match=r"fsdp\.collectives = 'auto': .*CUDA_DEVICE_MAX_CONNECTIONS=1.*stock"
-            ):
-                fsdp.apply(model, _config("emulated"))
-        finally:
-            del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+        with (
+            mock.patch.dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1"),
+            pytest.raises(ConfigError, match=r"fsdp\.collectives = 'auto': .*CUDA_DEVICE_MAX_CONNECTIONS=1.*stock"),
+        ):
+            fsdp.apply(model, _config("emulated"))
     assert epv2_plugin.status()["groups"] == []
     group = dist.group.WORLD
     gather, scatter = both(make_carrier("host", 128))

@@ -68,7 +68,7 @@ class _Group:
             sum(
                 getattr(other.mesh_info, "shard_process_group", None) is group
                 for state in states
-                for other in state._fsdp_param_groups
+                for other in param_groups_of(state) or []
             )
             for states in lists
         )
@@ -224,16 +224,25 @@ def groups() -> list[dict[str, Any]]:
     ]
 
 
+def param_groups_of(state: Any) -> list[Any] | None:
+    """FSDP2's parameter groups of a module with this state, before torch 2.13 one at most; None = not to be found."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    if hasattr(state, "_fsdp_param_group"):
+        return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return None
+
+
 def _parameter_groups(model: nn.Module) -> Iterator[_Group]:
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
         state = module._get_fsdp_state()
-        param_groups = getattr(state, "_fsdp_param_groups", None)
+        param_groups = param_groups_of(state)
         if param_groups is None or any(not hasattr(group, comm) for group in param_groups for comm in _COMMS):
             raise RuntimeError(
                 f"torch {torch.__version__}: its FSDP2 can't be given collectives for each parameter group; tested "
-                "with torch 2.13"
+                "with torch 2.11 and 2.13"
             )
         for param_group in param_groups:
             found = _Group(name or "the root module", param_group, state)
@@ -278,7 +287,7 @@ def _needs(found: list[_Group]) -> dict[dist.ProcessGroup, _Need]:
             need = needs.setdefault(group, _Need())
             _, num_bytes = each.num_bytes
             need.reduced, need.reduced_at = max((need.reduced, need.reduced_at), (num_bytes, each.module))
-            need.reductions = max(need.reductions, 1 + each.param_group.reduce_scatter_max_input_buffers)
+            need.reductions = max(need.reductions, 1 + getattr(each.param_group, "reduce_scatter_max_input_buffers", 1))
     return needs
 
 

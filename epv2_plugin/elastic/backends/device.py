@@ -44,7 +44,7 @@ class Window(Protocol):
     @property
     def num_bytes(self) -> int: ...
     def peer_pointer(self, rank: int, offset: int) -> int:
-        """Address of byte `offset` of a rank's memory, for `Runtime.copy` and `fill`.
+        """Address of byte `offset` of a rank's memory, for `Runtime.copy` and `fill`; of its own it is `tensor`'s.
 
         Raises:
             ValueError: that rank is on another node.
@@ -175,9 +175,9 @@ class _DeviceBytes:
 
 
 class _CudaWindow:
-    def __init__(self, raw: _C.Window, node: range, device: torch.device):
+    def __init__(self, raw: _C.Window, node: range, rank: int, device: torch.device):
         self.handle, self.num_bytes = raw.handle, raw.num_bytes
-        self._raw, self._node, self._device = raw, node, device
+        self._raw, self._node, self._rank, self._device = raw, node, rank, device
         self.tensor = self.part(0, raw.num_bytes)
 
     def part(self, offset: int, num_bytes: int) -> torch.Tensor:
@@ -186,6 +186,8 @@ class _CudaWindow:
     def peer_pointer(self, rank: int, offset: int) -> int:
         if rank not in self._node:
             raise ValueError(f"rank {rank} is on another node: this one has ranks {self._node[0]} to {self._node[-1]}")
+        if rank == self._rank:  # NCCL maps it a second time, elsewhere; who compares addresses has those of tensors
+            return self._raw.pointer + offset
         return self._raw.lsa_pointer(rank - self._node[0], offset)
 
 
@@ -334,7 +336,7 @@ class CudaRuntime:
                 raw.close()
             raise
         first = self.rank // self.lsa_size * self.lsa_size
-        return _CudaWindow(made[0], range(first, first + self.lsa_size), self.device)
+        return _CudaWindow(made[0], range(first, first + self.lsa_size), self.rank, self.device)
 
     def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:
         _refuse_capture("a network")
