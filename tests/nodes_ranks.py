@@ -1,7 +1,8 @@
-"""One rank of tests/test_gpu_nodes.py, started by `epv2 emulate` with BACKEND MODE SEED CASES.
+"""One rank of tests/test_gpu_nodes.py, started by `epv2 emulate` with BACKEND MODE SEEDS CASES.
 
-Dispatches and combines the edge cases and CASES random ones, drawn from SEED, and checks every rank's results with the
-oracle on rank 0. Prints how many bytes came over the network, and how many direct mode would have sent.
+For each of SEEDS (as "0,1,2"; 0 = a network in order, any other is chaos) it makes a buffer, dispatches and combines
+the edge cases and CASES random ones, and checks every rank's results with the oracle on rank 0. Prints how many bytes
+came over the network, and how many direct mode would have sent.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from epv2_plugin.elastic import ElasticBuffer
+from epv2_plugin.emulation.cluster import CHAOS
 from tests import test_elastic
 from tests.buffers import take_device
 from tests.oracle import Case
@@ -48,10 +50,18 @@ def draw(seed: int, ranks: int) -> Case:
 
 
 def main() -> None:
-    backend, mode, seed, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    backend, mode, count = sys.argv[1], sys.argv[2], int(sys.argv[4])
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     if backend == "cuda":
         take_device()
+    for seed in map(int, sys.argv[3].split(",")):
+        if seed:
+            os.environ[CHAOS] = str(seed)  # read when a communicator is made
+        exchange(backend, mode, seed, count)
+    dist.destroy_process_group()
+
+
+def exchange(backend: str, mode: str, seed: int, count: int) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     made = ElasticBuffer(
@@ -76,9 +86,9 @@ def main() -> None:
     if rank == 0:
         what = made.describe()
         network, direct = (sum(each[i] for each in sums) for i in range(2))
-        print(f"{len(cases)} cases, {what['backend']}, {what['mode']}: {network} bytes, direct {direct}", flush=True)
+        ran = f"{len(cases)} cases, {what['backend']}, {what['mode']}"
+        print(f"seed {seed}: {ran}: {network} bytes, direct {direct}", flush=True)
     made.destroy()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -131,10 +131,11 @@ def exchange(rank: int, size: int, case: Case, kind: str, num_sms: int = 0) -> d
             fetched[batch] = hooks[batch]()
             assert hooks[batch]() == fetched[batch]
         settle(buffer)
+        hooks[-1]()  # counts what a GPU has pulled by now
         before = buffer.traffic.sent_bytes, buffer.traffic.undeduplicated_bytes
         hook = buffer.engram_fetch(case.indices(rank, 0).to(at))
         settle(buffer, hook)
-        hook()  # counts what a GPU has pulled by now
+        hook()
         sent.append(buffer.traffic.sent_bytes - before[0])
         plain.append(buffer.traffic.undeduplicated_bytes - before[1])
         pending = []

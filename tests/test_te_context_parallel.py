@@ -129,13 +129,15 @@ def _module() -> Any:
 
 
 def exchange(rank: int, size: int, folder: str, kind: str) -> None:
-    sys.path.insert(0, folder)
     device = take_device() if kind == "cuda" else None
+    # Before the stand-in is there, which has little of what Megatron imports from TE.
+    import megatron.core.models.gpt  # noqa: F401
     from megatron.core import parallel_state
 
     import epv2_plugin
     from epv2_plugin.megatron import context_parallel
 
+    sys.path.insert(0, folder)
     if kind == "emulated":
         vars(context_parallel)["ElasticBuffer"] = EmulatedBuffer
     epv2_plugin.enable(ALL_GATHER)
