@@ -50,7 +50,7 @@ def text(document: dict[str, Any]) -> str:
         "",
         *_wrap(
             "Routing is uniform over the experts that a token may use; a rank with popular experts takes longer and "
-            "needs more room. Kernels between nodes have not run on a network yet."
+            "needs more room. Kernels between nodes have run on nodes that one GPU plays, never over a NIC."
         ),
     ]
     return "\n".join(lines)

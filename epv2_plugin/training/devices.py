@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from epv2_plugin.jit.toolchain import loaded_nccl
 from epv2_plugin.training.recipe import Recipe
 from epv2_plugin.training.titan_recipe import TitanRecipe
 
@@ -122,14 +123,14 @@ def facts(where: Place) -> dict[str, Any]:
     """For reports: GPU, number of GPUs, ranks on each, MPS, CUDA and NCCL; empty on the CPU."""
     if where.device.type == "cpu":
         return {}
-    properties = torch.cuda.get_device_properties(where.device)
+    properties, nccl = torch.cuda.get_device_properties(where.device), loaded_nccl()
     return {
         "gpu": f"{properties.name}, {properties.multi_processor_count} SMs, {properties.total_memory / 2**30:.0f} GiB",
         "gpus": where.gpus,
         "ranks per gpu": where.ranks_per_gpu,
         "mps": mps_runs(),
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "nccl": "none" if nccl is None else nccl.version,
         **{name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
     }
 
