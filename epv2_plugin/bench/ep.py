@@ -122,6 +122,7 @@ class _Bench:
             self.notes.append("the deep_ep that is installed has no ElasticBuffer (that is version 2): not measured.")
         else:
             options = buffer_options(setup, whole_rows=False)
+            dist.all_reduce(self._flag)  # it takes the communicator that torch makes here, and dies where there is none
             theirs = deep_ep.ElasticBuffer(self._group, **options, explicitly_destroy=True)
             paths.append(ElasticPath("deep_ep", theirs, setup, ours=False))
         return paths
