@@ -720,8 +720,10 @@ def _networks(runtime: CudaRuntime) -> list[str]:
     node = range(runtime.rank, runtime.rank + 1)
     raw = types.SimpleNamespace(handle=1, num_bytes=8, pointer=0, lsa_pointer=lambda *place: place)
     with mock.patch("torch.as_tensor", return_value=None):
-        window = _CudaWindow(raw, node, runtime.device)
-    assert window.peer_pointer(runtime.rank, 5) == (0, 5)
+        window = _CudaWindow(raw, node, runtime.rank, runtime.device)
+        of_two = _CudaWindow(raw, range(2), 0, runtime.device)
+    assert window.peer_pointer(runtime.rank, 5) == of_two.peer_pointer(0, 5) == 5  # as its own tensor has it
+    assert of_two.peer_pointer(1, 5) == (1, 5)
     for call in (
         lambda: runtime.network(3, 2, True),
         lambda: runtime.network(0, 2, False),
