@@ -19,7 +19,7 @@ export CUDA_HOME ?= $(CURDIR)/$(CUDA)/nvidia/cu13
 export NCCL_HOME ?= $(CURDIR)/$(CUDA)/nvidia/nccl
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: ab test gpu lint cuda-headers clean
+.PHONY: ab test gpu lint environment cuda-headers clean
 .DELETE_ON_ERROR:
 
 ab: $(STAMP)
@@ -32,6 +32,8 @@ test: $(COMPILED) $(if $(TESTS),,$(TITAN))
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m gpu --continue-on-collection-errors $(TESTS)
+
+environment: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
