@@ -82,7 +82,7 @@ def fsdp_on(kind: str) -> Iterator[torch.device]:
 
 def take_device() -> torch.device:
     """This rank's GPU, reached through as many queues as `harness.MOST_RANKS` that share it can have."""
-    os.environ.update(devices.environment(harness.MOST_RANKS))
+    os.environ.update(devices.environment(max(dist.get_world_size(), harness.MOST_RANKS)))
     torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     return torch.device("cuda", torch.cuda.current_device())
 

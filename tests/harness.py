@@ -67,8 +67,8 @@ def _join(rank: int, size: int, store: str) -> None:
     import torch.distributed as dist
 
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)})
-    if not ON_GPU:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as the emulated device has them
+    # Before anything asks the driver; where there is none, as the emulated device has them.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(96 // max(size, MOST_RANKS)) if ON_GPU else "32")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group(
@@ -83,7 +83,7 @@ def outcomes(
 
     `fn` must be importable (a module-level function). A rank that is still running after `timeout` seconds is killed.
     """
-    _make_room(size)
+    make_room(size)
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         readers, processes = [], []
@@ -130,8 +130,8 @@ def _values(results: list[Outcome]) -> list[Any]:
     return [r.value for r in results]
 
 
-def _make_room(size: int) -> None:
-    """End the ranks of pools, which start again when they are used, where `size` more would not fit."""
+def make_room(size: int = MOST_RANKS) -> None:
+    """End the ranks of pools, which start again when they are used, where `size` more would not fit on a GPU."""
     if ON_GPU and size + sum(pool.size for pool in _pools) > MOST_RANKS:
         for pool in list(_pools):
             pool.close()
@@ -185,7 +185,7 @@ class Pool:
             self._folder.cleanup()
 
     def _start(self) -> None:
-        _make_room(self.size)
+        make_room(self.size)
         _pools.add(self)
         self._folder = tempfile.TemporaryDirectory()  # the store is needed for every group made later
         for rank in range(self.size):

@@ -55,8 +55,9 @@ def main() -> None:
     if backend == "cuda":
         take_device()
     for seed in map(int, sys.argv[3].split(",")):
+        os.environ.pop(CHAOS, None)  # read when a communicator is made
         if seed:
-            os.environ[CHAOS] = str(seed)  # read when a communicator is made
+            os.environ[CHAOS] = str(seed)
         exchange(backend, mode, seed, count)
     dist.destroy_process_group()
 

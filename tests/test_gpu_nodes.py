@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from tests import harness
 from tests.test_runtime import ROOT
 
 CLUSTERS = [(2, 1), (2, 2), (2, 4), (4, 2)]  # nodes x ranks of each
@@ -22,12 +23,18 @@ def run(cluster: tuple[int, int], backend: str, mode: str, seeds: Sequence[int],
     command += ["--sms", "4", "--", sys.executable, "-m", "tests.nodes_ranks", backend, mode]
     command += [",".join(map(str, seeds)), str(cases)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = re.findall(r"cases, (\w+), (\w+): (\d+) bytes, direct (\d+)", done.stdout)
-    assert len(found) == len(seeds), done.stdout
+    harness.make_room()
+    environment = {**os.environ, "PYTHONPATH": path}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as started:
+        try:
+            said, errors = started.communicate(timeout=300 + 30 * len(seeds))
+        except subprocess.TimeoutExpired:
+            started.terminate()  # which ends the ranks, too
+            said, errors = started.communicate(timeout=60)
+    assert started.returncode == 0, said + errors
+    found = re.findall(r"cases, (\w+), (\w+): (\d+) bytes, direct (\d+)", said)
+    assert len(found) == len(seeds), said
     return found
 
 

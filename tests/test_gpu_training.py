@@ -24,6 +24,7 @@ OVERLAP = {"moe_shared_expert_overlap": True}
 
 
 def _epv2(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    harness.make_room()
     done = subprocess.run(
         [sys.executable, "-m", "epv2_plugin.cli", *words],
         cwd=cwd,

@@ -86,6 +86,9 @@ Descriptor Region::share(Note& note) {
              "memory that NCCL did not allocate by itself");
   const Retained retained(handle);
   cuda.check(cuda.cuMemGetAddressRange(&base, &range, pointer), "cuMemGetAddressRange");
+  if (size > range - (pointer - base))
+    throw Error("a region of " + std::to_string(size) + " bytes in an allocation with " +
+                std::to_string(range - (pointer - base)) + " from there on");
   map(parts_[rank_], handle, range, pointer - base);
   try {
     cuda.check(cuda.cuMemExportToShareableHandle(&number, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),

@@ -49,9 +49,9 @@ def setup(recipe: Recipe) -> None:
         RuntimeError: the process was not started as a rank.
     """
     where = devices.place(devices.usable_gpus(recipe))
+    notice = devices.take(where)  # first: what follows asks the driver, which reads its variables only once
     if not cpu_bridge.install():
         local_attention.install()
-    notice = devices.take(where)
     timeouts = recipe.plugin.timeouts
     timeout = timedelta(seconds=timeouts.gpu_seconds if where.gpus else timeouts.host_seconds)
     if not dist.is_initialized():

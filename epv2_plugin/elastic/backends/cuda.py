@@ -448,6 +448,10 @@ class CudaBackend:
                 self.runtime.prepare(kernel)
             self._prepared.add((operation, dtype))
 
+    def _prepare_combine(self, dtype: torch.dtype, row_bytes: int) -> None:
+        needed = (kernel for kernel, _ in self._combine_launches(_DTYPES[dtype], row_bytes))
+        self._prepare("combine", _DTYPES[dtype], [self._kernels.combine_idle, *needed])
+
     @contextmanager
     def _operation(self, previous: Sequence[Event], asynchronous: bool, inputs: Iterable[Any]) -> Iterator[_Stream]:
         """Launch what follows on the right stream, after everything that it has to wait for."""
@@ -554,8 +558,10 @@ class CudaBackend:
             shape = sizing.stage_shape(self._nodes, route.num_local_experts)
             cast_from = _DTYPES[x_TH.dtype] if use_fp8 else ""
             kernel = self._kernels.dispatch_stage[cast_from]
-            needed = [kernel, self._kernels.dispatch_route, self._kernels.dispatch_pull]
+            needed = [kernel, self._kernels.dispatch_route, self._kernels.dispatch_pull, self._kernels.barrier]
             self._prepare("dispatch", cast_from, needed + [kernels.DISPATCH_SEND] * bool(self._nodes.others))
+            if x_TH.dtype in _DTYPES:  # what comes next, while this still waits for peers
+                self._prepare_combine(x_TH.dtype, hidden * x_TH.itemsize)
             arguments = self._arguments(
                 kernel,
                 common,
@@ -839,13 +845,12 @@ class CudaBackend:
                 "row_bytes": row_bytes,
                 "expand": int(expanded),
             }
+            self._prepare_combine(x.dtype, row_bytes)
             if by_row and not in_window:
                 self._wait_until_idle()
                 # A memory copy, which a copy engine can do: copying in a kernel would take SMs.
                 self._window_rows(layout, route, x.dtype, hidden).copy_(x)
-            launches = list(self._combine_launches(_DTYPES[x.dtype], row_bytes))
-            self._prepare("combine", _DTYPES[x.dtype], [kernel for kernel, _ in launches])
-            for kernel, shape in launches:
+            for kernel, shape in self._combine_launches(_DTYPES[x.dtype], row_bytes):
                 rings = {"piece_bytes": shape.piece_bytes, "num_groups": shape.groups, "num_slots": shape.stages}
                 self._launch(kernel, self._arguments(kernel, common, **fields, **rings), num_sms, shape)
             event = place.end((combined, combined_weights))

@@ -397,5 +397,5 @@ def check_connections() -> None:
         raise UnavailableError(
             f"CUDA_DEVICE_MAX_CONNECTIONS={given or '(unset)'}: transfers wait for each other on streams of their own, "
             f"which would share queues and never end; set it to {_ENOUGH_CONNECTIONS} ({_LEAST_CONNECTIONS} at least) "
-            "before the process uses the device"
+            "before the process uses the device; ranks that share a device can have 96 together"
         )
