@@ -189,7 +189,7 @@ def test_hybrid_mode_sends_a_row_once_to_each_node(pool: Callable[[int], Pool]) 
 
 def gives_up(rank: int, size: int, mode: str, what: str) -> str:
     """The last rank dies, stays away or comes with something else; what every other rank says."""
-    made = made_for((2, 2), mode, num_max_tokens_per_rank=8, num_gpu_timeout_secs=4)
+    made = made_for((2, 2), mode, num_max_tokens_per_rank=8, num_gpu_timeout_secs=7)
     gen = torch.Generator().manual_seed(rank)
     x, idx = torch.randn(5, 32, generator=gen), torch.rand(5, 12, generator=gen).argsort(1)[:, :2]
     rows, _, _, handle, _ = made.dispatch(x, idx, num_experts=12)
@@ -197,7 +197,7 @@ def gives_up(rank: int, size: int, mode: str, what: str) -> str:
     if rank == 3 and what == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == 3 and what == "absent":
-        time.sleep(9)
+        time.sleep(12)
     begin = time.monotonic()
     try:
         if what == "combine":
@@ -207,7 +207,7 @@ def gives_up(rank: int, size: int, mode: str, what: str) -> str:
             made.dispatch(x.bfloat16() if what == "dtype" and rank == 3 else x, idx, num_experts=12)
         made.barrier()
     except CommunicationError as error:
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 25
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -223,7 +223,7 @@ def test_ranks_of_both_nodes_say_why_they_gave_up(mode: str, what: str) -> None:
         said
     )
     if what in ("dies", "absent"):
-        assert any("waiting for rank 3" in text and "within 4 s" in text for text in said.values()), said
+        assert any("waiting for rank 3" in text and "within 7 s" in text for text in said.values()), said
     if what == "dtype":
         assert any("expected dtype" in text for text in said.values()), said
     if what == "combine":
