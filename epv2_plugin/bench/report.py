@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from epv2_plugin.jit.toolchain import loaded_nccl
+from epv2_plugin.jit.toolchain import loaded_nccl_version
 from epv2_plugin.training.machine import machine, versions
 
 SCHEMA = 1  # of the JSON files
@@ -26,8 +26,7 @@ def circumstances(command: str, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {"gpu": properties.name, "sms": properties.multi_processor_count, "gpus": torch.cuda.device_count()}
-        loaded = loaded_nccl()  # torch tells of the one that it was built with
-        found["nccl"] = "none" if loaded is None else loaded.version
+        found["nccl"] = loaded_nccl_version()
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return {"command": command, "date": date, "machine": facts, "versions": found}
 

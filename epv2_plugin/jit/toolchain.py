@@ -182,6 +182,12 @@ def loaded_nccl() -> NcclLibrary | None:
     return NcclLibrary(Path(os.fsdecode(where.file)).resolve(), code.value)
 
 
+def loaded_nccl_version() -> str:
+    """Such as "2.30.7"; "none" where none is loaded. torch tells of the one that it was built with instead."""
+    loaded = loaded_nccl()
+    return "none" if loaded is None else loaded.version
+
+
 def nccl_mend() -> str:
     """The command that brings an NCCL that will do."""
     return f"pip install 'nvidia-nccl-cu{_cuda().split('.')[0]}>=2.30.4'" + _or_make("NCCL_HOME", "nccl")

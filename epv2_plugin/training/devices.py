@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from epv2_plugin.jit.toolchain import loaded_nccl
+from epv2_plugin.jit.toolchain import loaded_nccl_version
 from epv2_plugin.training.recipe import Recipe
 from epv2_plugin.training.titan_recipe import TitanRecipe
 
@@ -123,14 +123,14 @@ def facts(where: Place) -> dict[str, Any]:
     """For reports: GPU, number of GPUs, ranks on each, MPS, CUDA and NCCL; empty on the CPU."""
     if where.device.type == "cpu":
         return {}
-    properties, nccl = torch.cuda.get_device_properties(where.device), loaded_nccl()
+    properties = torch.cuda.get_device_properties(where.device)
     return {
         "gpu": f"{properties.name}, {properties.multi_processor_count} SMs, {properties.total_memory / 2**30:.0f} GiB",
         "gpus": where.gpus,
         "ranks per gpu": where.ranks_per_gpu,
         "mps": mps_runs(),
         "cuda": torch.version.cuda,
-        "nccl": "none" if nccl is None else nccl.version,
+        "nccl": loaded_nccl_version(),
         **{name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
     }
 

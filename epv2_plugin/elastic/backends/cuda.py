@@ -12,6 +12,7 @@ R received rows (one per token and rank), N rows in expert order.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 import zlib
@@ -449,8 +450,8 @@ class CudaBackend:
             self._prepared.add((operation, dtype))
 
     def _prepare_combine(self, dtype: torch.dtype, row_bytes: int) -> None:
-        needed = (kernel for kernel, _ in self._combine_launches(_DTYPES[dtype], row_bytes))
-        self._prepare("combine", _DTYPES[dtype], [self._kernels.combine_idle, *needed])
+        launched = (kernel for kernel, _ in self._combine_launches(_DTYPES[dtype], row_bytes))  # only if it must
+        self._prepare("combine", _DTYPES[dtype], itertools.chain([self._kernels.combine_idle], launched))
 
     @contextmanager
     def _operation(self, previous: Sequence[Event], asynchronous: bool, inputs: Iterable[Any]) -> Iterator[_Stream]:
