@@ -911,6 +911,8 @@ void schedule() {
       }
       unpause();
     } else if (!run.paused.empty() && one_in(64)) {
+      // With many that spin somebody is always ready; what they spin for may still be on its way.
+      if (!run.messages.empty() && one_in(4)) advance_a_message();
       unpause();
     }
     resume(choose_lane(choose_warp()));

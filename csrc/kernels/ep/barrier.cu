@@ -15,13 +15,13 @@ EPV2_KERNEL(epv2_barrier, BareArgs, 64) {
     for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) send_record(c, remote(c, i), kBarrierSignal);
     for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
       const int peer = remote(c, i);
-      if (!wait_signal(c, kBarrierSignal, peer, count + 1, kBarrier, number)) continue;
+      if (!wait_signal(c, kBarrierSignal, peer, count + 1, kBarrier, number, true)) continue;
       if (!check_record(c, peer, kBarrier)) continue;
       // Only now may that rank go on to another operation, whose record would take this one's place.
       network_signal(network(c, 0), peer, signal_index(c, kBarrierSignal, c.rank), kSignalUnit);
     }
     for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
-      wait_signal(c, kBarrierSignal, remote(c, i), count + 2, kBarrier, number);
+      wait_signal(c, kBarrierSignal, remote(c, i), count + 2, kBarrier, number, true);
     }
     if (agree_failed(c, scratch)) return;
     signal_node(c, kBarrierEnd, number);

@@ -102,7 +102,7 @@ __device__ void produce(const CombineArgs& args, int group, const Ring& ring, ui
 __device__ bool wait_returned(const Common& c, uint32_t number, uint32_t* scratch) {
   const uint32_t count = *state_word(c, kCombines) + 1;
   for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
-    wait_signal(c, kReturned, remote(c, i), count, kSumsReady, number, c.contexts);
+    wait_signal(c, kReturned, remote(c, i), count, kSumsReady, number, true, c.contexts);
   }
   const bool gave_up = agree_failed(c, scratch);
   fence_proxy_async();

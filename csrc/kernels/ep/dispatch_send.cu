@@ -59,7 +59,8 @@ __device__ void welcome(const DispatchSendArgs& args, uint32_t number, uint32_t 
     const int source = base + lane < sources ? remote(c, base + lane) : -1;
     bool here = true;
     if (source >= 0) {
-      here = wait_signal(c, kHello, source, count, kCountsReady, number) && check_record(c, source, kCountsReady);
+      here = wait_signal(c, kHello, source, count, kCountsReady, number, false) &&
+             check_record(c, source, kCountsReady);
     }
     if (!__all_sync(0xffffffffu, here)) return;
     const int rows = source >= 0 && !args.cached ? mirror_of(args, source)[mirror_tail(c) + 1] : 0;
@@ -94,7 +95,7 @@ __device__ void welcome(const DispatchSendArgs& args, uint32_t number, uint32_t 
 __device__ void pass_on(const Common& c, uint32_t number, uint32_t count) {
   for (int i = threadIdx.x % kWarp; i < num_remotes(c); i += kWarp) {
     const int source = remote(c, i);
-    if (!wait_signal(c, kRowsSent, source, count, kRowsReady, number, c.contexts)) continue;
+    if (!wait_signal(c, kRowsSent, source, count, kRowsReady, number, true, c.contexts)) continue;
     tell_node(c, kRowsReady, source, number);
   }
 }
@@ -232,7 +233,7 @@ EPV2_KERNEL(epv2_dispatch_send, DispatchSendArgs, 512) {
     if (warp == busy) {  // for all other warps of the CTA
       bool free = true;
       for (int i = lane; i < num_remotes(c); i += kWarp) {
-        free &= wait_signal(c, kAnswer, remote(c, i), count, kPlaces, number);
+        free &= wait_signal(c, kAnswer, remote(c, i), count, kPlaces, number, true);
       }
       free = __all_sync(0xffffffffu, free);
       if (lane == 0) scratch[1] = free;

@@ -74,7 +74,7 @@ enum Error {
 constexpr int kArguments = 10;  // words that a signature is made of
 
 enum ErrorCode {
-  kTimeout = 1,        // peer did not come
+  kTimeout = 1,        // peer did not come in (1 + extra) times the time that there is
   kPeerFailed = 2,     // peer gave up
   kOtherArguments = 3, // peer came with another signature
   kBadExpert = 4,      // topk_idx[seen, extra] = expected is no expert
@@ -285,14 +285,15 @@ __device__ inline bool peer_failed(const Common& c, int from) {
   return false;
 }
 
-// One thread: wait until `arrived(&seen)` says that what `from` does in operation `number` is here.
+// One thread: wait until `arrived(&seen)` says that what `from` does in operation `number` is here. `second_hand`: that
+// comes only after somebody has waited for others first, who is to give up before this rank, as he knows for whom.
 template <typename Arrived>
-__device__ inline bool wait_until(const Common& c, uint32_t phase, int from, uint32_t number, Arrived arrived) {
+__device__ inline bool wait_until(const Common& c, uint32_t phase, int from, uint32_t number, bool second_hand,
+                                  Arrived arrived) {
   uint32_t seen = 0;
   if (arrived(&seen)) return true;
   const uint64_t start = global_nanoseconds();
-  // Who hands out places waits for others first: it is to give up before those that wait for it, as it knows for whom.
-  const uint64_t limit = phase == kPlaces ? 2 * c.timeout_ns : c.timeout_ns;
+  const uint64_t limit = second_hand ? 2 * c.timeout_ns : c.timeout_ns;
   for (;;) {
     pause();
     if (failed(c)) return false;
@@ -302,7 +303,7 @@ __device__ inline bool wait_until(const Common& c, uint32_t phase, int from, uin
     }
     if (arrived(&seen)) return true;
     if (global_nanoseconds() - start > limit) {
-      give_up(c, kTimeout, from, phase, number, seen);
+      give_up(c, kTimeout, from, phase, number, seen, second_hand);
       return false;
     }
   }
@@ -311,7 +312,8 @@ __device__ inline bool wait_until(const Common& c, uint32_t phase, int from, uin
 // One thread: wait until rank `from` has raised flag `kind` to `number` or further.
 __device__ inline bool wait_flag(const Common& c, int kind, int from, uint32_t number, bool check_signature) {
   const uint32_t* flag = own_pointer<uint32_t>(c, flag_offset(c, kind, from));
-  const bool here = wait_until(c, kind, from, number, [&](uint32_t* seen) {
+  // What ranks of other nodes do is told by a relay, once it has heard of all.
+  const bool here = wait_until(c, kind, from, number, !is_near(c, from), [&](uint32_t* seen) {
     *seen = load_acquire_system(flag);
     return static_cast<int32_t>(*seen - number) >= 0;
   });
@@ -324,10 +326,10 @@ __device__ inline bool wait_flag(const Common& c, int kind, int from, uint32_t n
 }
 
 // One thread: wait until rank `from` of another node has signalled `kind` in as many operations as `count`.
-// `contexts`: on which it may signal, from the first on.
+// `second_hand` as above; `contexts`: on which it may signal, from the first on.
 __device__ inline bool wait_signal(const Common& c, int kind, int from, uint32_t count, uint32_t phase,
-                                   uint32_t number, int contexts = 1) {
-  return wait_until(c, phase, from, number, [&](uint32_t* seen) {
+                                   uint32_t number, bool second_hand, int contexts = 1) {
+  return wait_until(c, phase, from, number, second_hand, [&](uint32_t* seen) {
     *seen = own_pointer<uint32_t>(c, record_offset(c, from))[0];
     uint64_t value = 0;
     for (int i = 0; i < contexts; i++) value += network_signal_value(network(c, i), signal_index(c, kind, from));

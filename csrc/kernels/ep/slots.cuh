@@ -45,7 +45,7 @@ class Slots {
 __device__ inline bool wait_owners(const Common& c, uint32_t number, uint32_t count, uint32_t* scratch) {
   for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
     const int owner = remote(c, i);
-    wait_signal(c, kReturnsFree, owner, count, kSumsReady, number) && check_record(c, owner, kSumsReady);
+    wait_signal(c, kReturnsFree, owner, count, kSumsReady, number, false) && check_record(c, owner, kSumsReady);
   }
   const bool gave_up = agree_failed(c, scratch);
   fence_proxy_async();

@@ -302,7 +302,7 @@ class CudaBackend:
         rank, name = self.runtime.rank, _PHASES[phase]
         if code == _BAD_EXPERT:
             return ValueError(f"topk_idx[{seen}, {extra}] = {expected}: must be -1 (none) or an expert")
-        if error := kernel_errors.of_wait(code, rank, peer, name, expected, seen, self._gpu_timeout):
+        if error := kernel_errors.of_wait(code, rank, peer, name, expected, seen, self._gpu_timeout, extra):
             return error
         if code == kernel_errors.OTHER_ARGUMENTS:
             different = [

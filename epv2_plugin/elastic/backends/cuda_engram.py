@@ -124,7 +124,7 @@ class CudaEngram:
                 f"0..{(ranks or self._runtime.size) * self.table.rows - 1}"
             )
         name = _PHASES[phase]
-        if error := kernel_errors.of_wait(code, rank, peer, name, expected, seen, self._gpu_timeout):
+        if error := kernel_errors.of_wait(code, rank, peer, name, expected, seen, self._gpu_timeout, extra):
             return error
         assert code == kernel_errors.OTHER_ARGUMENTS
         ours, theirs = (_describe(*words[7 + 10 * side : 9 + 10 * side].tolist()) for side in range(2))

@@ -9,15 +9,16 @@ _TIMEOUT, _PEER_FAILED = 1, 2
 
 
 def of_wait(
-    code: int, rank: int, peer: int, phase: str, expected: int, seen: int, seconds: float
+    code: int, rank: int, peer: int, phase: str, expected: int, seen: int, seconds: float, extra: int
 ) -> CommunicationError | None:
-    """The error for a peer that did not come within `seconds`, or gave up; None for other codes.
+    """The error for a peer that did not come, or gave up; None for other codes.
 
     Args:
-        expected, seen: numbers of operations.
+        expected, seen: numbers of operations. seconds: that a wait may take; one that waits for somebody who waits takes
+            twice as long, which `extra` = 1 says.
     """
     if code == _TIMEOUT:
-        wanted, got = f"operation {expected} within {seconds:g} s", f"operation {seen}"
+        wanted, got = f"operation {expected} within {(1 + extra) * seconds:g} s", f"operation {seen}"
         return CommunicationTimeout(rank, peer, phase, wanted, got)
     if code == _PEER_FAILED:
         return CommunicationError(rank, peer, phase, f"operation {expected}", "that it gave up")
