@@ -35,6 +35,7 @@ SMALL = Setup(
     routing="uniform",
     zero_copy=False,
     unsummed=False,
+    cast_before=False,
     iterations=2,
     backend="host",
     sms=(0,),
@@ -94,7 +95,7 @@ def both_paths(rank: int, size: int, setup: Setup) -> list[tuple[Any, ...]]:
         buffer = ElasticBuffer(dist.group.WORLD, backend="host")
     found = []
     batches = [make_batch(setup, r, 0, CPU) for r in range(size)]
-    ours = paths.ElasticPath("epv2", buffer, setup, zero_copy=setup.zero_copy)
+    ours = paths.ElasticPath("epv2", buffer, setup, zero_copy=setup.zero_copy, cast_before=setup.cast_before)
     for path in (ours, paths.StockPath(dist.group.WORLD, setup)):
         path.dispatch(batches[rank], max(setup.sms))
         received = path.to_experts()
@@ -126,6 +127,7 @@ def test_the_stock_path_gives_the_same_numbers(pool, layout, routing, dtype):
     [
         ("expanded", "fp8", ""),
         ("expanded", "fp8", "zero_copy"),
+        ("expanded", "fp8", "cast_before"),
         ("expanded", "bf16", "unsummed"),
         ("compact", "bf16", ""),
     ],
@@ -435,7 +437,8 @@ def check_schema(document: dict[str, Any], setup: Setup) -> None:
     assert document["row_bytes"].keys() == {"dispatch", "combine"}
     shape = (setup.iterations, setup.ranks)
     assert torch.tensor(document["received_rows"]).shape == shape
-    ours = ["epv2", *["epv2 zero-copy"] * setup.zero_copy, *["epv2 unsummed"] * setup.unsummed]
+    ours = ["epv2", *["epv2 zero-copy"] * setup.zero_copy, *["epv2 cast before"] * setup.cast_before]
+    ours += ["epv2 unsummed"] * setup.unsummed
     assert [result["path"] for result in document["results"]] == [*ours, "all-to-all"]
     for result in document["results"]:
         assert result.keys() == {"path", "sends", "fp8", "sms", "checked", "samples_us", "launches", "limit"}
@@ -451,13 +454,17 @@ def bench_ep(setup: Setup, *more: str) -> subprocess.CompletedProcess[str]:
     words += ["--experts", setup.experts, "--dtype", setup.dtype, "--layout", setup.layout]
     words += ["--routing", setup.routing, "--iters", setup.iterations, "--backend", "host", *more]
     words += ["--zero-copy"] * setup.zero_copy + ["--unsummed"] * setup.unsummed
+    words += ["--cast-before"] * setup.cast_before
     command = [sys.executable, "-m", "epv2_plugin.cli", "bench", "ep", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
     "setup",
-    [replace(SMALL, dtype="fp8", zero_copy=True, unsummed=True), replace(SMALL, layout="compact", routing="skewed")],
+    [
+        replace(SMALL, dtype="fp8", zero_copy=True, unsummed=True, cast_before=True),
+        replace(SMALL, layout="compact", routing="skewed"),
+    ],
     ids=["fp8", "compact"],
 )
 def test_bench_ep_on_the_host(tmp_path, setup):
@@ -482,6 +489,7 @@ def test_bench_ep_on_the_host(tmp_path, setup):
         (["--topk", "8", "--experts", "8", "--routing", "skewed"], "--routing = 'skewed': needs more experts than "),
         (["--zero-copy", "--layout", "compact"], "--zero-copy = True: needs the expanded layout"),
         (["--unsummed", "--layout", "compact"], "--unsummed = True: needs the expanded layout"),
+        (["--cast-before", "--dtype", "bf16"], "--cast-before = True: needs --dtype fp8"),
         (["--json", "/nowhere/out.json"], "--json = '/nowhere/out.json': there is no folder /nowhere"),
         (["--json", "/tmp"], "--json = '/tmp': is a folder"),
     ],

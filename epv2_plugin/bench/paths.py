@@ -37,6 +37,7 @@ class Setup:
     routing: str  # "uniform" or "skewed"
     zero_copy: bool  # also measured: experts write into the window
     unsummed: bool  # also measured: expert rows travel as they are
+    cast_before: bool  # also measured: rows are e4m3 before the clock starts
     iterations: int
     backend: str  # "cuda" or "host"
     sms: tuple[int, ...]
@@ -142,15 +143,25 @@ class ElasticPath:
     """`ElasticBuffer` of the plugin or of deep_ep, which has the same calls.
 
     Args:
-        ours: the plugin's: it casts to e4m3 on the way, and deep_ep's input is cast before the clock starts.
+        ours: the plugin's: it casts to e4m3 on the way, and deep_ep's input is cast before the clock starts, as the
+            plugin's is with `cast_before`.
         zero_copy: experts write into the window; expanded layout only.
     """
 
-    def __init__(self, name: str, buffer: Any, setup: Setup, *, ours: bool = True, zero_copy: bool = False):
+    def __init__(
+        self,
+        name: str,
+        buffer: Any,
+        setup: Setup,
+        *,
+        ours: bool = True,
+        zero_copy: bool = False,
+        cast_before: bool = False,
+    ):
         self.name, self._buffer, self._setup, self._zero_copy = name, buffer, setup, zero_copy
         self.fp8, self.ordered, self.ceiling, self.budgets = setup.dtype == "fp8", ours, ours, setup.sms
-        self._expanded, self._fuse_cast = setup.layout == "expanded", ours and self.fp8
-        cast = "cast included" if ours else "cast before"
+        self._expanded, self._fuse_cast = setup.layout == "expanded", ours and self.fp8 and not cast_before
+        cast = "cast included" if self._fuse_cast else "cast before"
         self.sends = f"fp8 rows, {cast}" if self.fp8 else "bf16 rows"
         self._handle: Any = None
 

@@ -57,6 +57,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         action="store_true",
         help="also measure expert rows that travel as they are (allow_multiple_reduction=False)",
     )
+    ep.add_argument(
+        "--cast-before",
+        action="store_true",
+        help="also measure rows that are FP8 before the clock starts, which is how deep_ep takes them",
+    )
     ep.add_argument("--backend", choices=["auto", "cuda", "host"], default="auto", help="(default: %(default)s)")
     ep.add_argument("--json", type=Path, metavar="FILE", help="write every sample, too")
     ep.set_defaults(main=main_ep)
@@ -231,6 +236,8 @@ def main_ep(args: argparse.Namespace) -> int:
     for option, wanted in (("--zero-copy", args.zero_copy), ("--unsummed", args.unsummed)):
         if wanted and args.layout != "expanded":
             raise _wrong(option, wanted, "needs the expanded layout")
+    if args.cast_before and args.dtype != "fp8":
+        raise _wrong("--cast-before", args.cast_before, "needs --dtype fp8")
     if device_sms and max(args.sms) > device_sms:
         raise _wrong("--sms", max(args.sms), f"must be at most the device's {device_sms} SMs")
     if args.json is not None:
@@ -246,6 +253,7 @@ def main_ep(args: argparse.Namespace) -> int:
         routing=args.routing,
         zero_copy=args.zero_copy,
         unsummed=args.unsummed,
+        cast_before=args.cast_before,
         iterations=args.iters,
         backend=backend,
         sms=tuple(args.sms) if backend == "cuda" else (0,),
@@ -256,6 +264,7 @@ def main_ep(args: argparse.Namespace) -> int:
         words += [f"--{name}", str(getattr(args, name))]
     words += ["--zero-copy"] if args.zero_copy else []
     words += ["--unsummed"] if args.unsummed else []
+    words += ["--cast-before"] if args.cast_before else []
     words += ["--json", str(args.json)] if args.json is not None else []
     if world is None:
         return run_ranks("epv2_plugin.cli", words, ranks, _environment(backend, ranks))

@@ -453,17 +453,19 @@ class Phase:
     copy_engine: bool = False
 
 
-def dispatch_phases(shape: Shape, rows: Rows | None = None) -> list[Phase]:
+def dispatch_phases(shape: Shape, rows: Rows | None = None, *, cast_before: bool = False) -> list[Phase]:
     """Phases of a dispatch: every rank stages its tokens in its window, then pulls the rows of its experts.
 
     Args:
         rows: of the rank asked about; default: the expectation under uniform routing.
+        cast_before: tokens come as the rows that travel, not in bf16.
     """
     rows = rows or expected_rows(shape)
+    token = shape.dispatch_row if cast_before else shape.row
     pulled = _pairs(rows.held) * shape.dispatch_row
     written = _rows(rows.held) * shape.dispatch_row if shape.expanded else pulled
     return [
-        Phase("stage", rows.tokens * shape.row, rows.tokens * shape.dispatch_row),
+        Phase("stage", rows.tokens * token, rows.tokens * shape.dispatch_row),
         Phase("pull", pulled, written, _pairs(rows.held_remote) * shape.dispatch_row),
     ]
 

@@ -14,8 +14,8 @@ def of_wait(
     """The error for a peer that did not come, or gave up; None for other codes.
 
     Args:
-        expected, seen: numbers of operations. seconds: that a wait may take; one that waits for somebody who waits takes
-            twice as long, which `extra` = 1 says.
+        expected, seen: numbers of operations. seconds: that a wait may take; twice that with `extra` = 1,
+            for somebody who waits himself.
     """
     if code == _TIMEOUT:
         wanted, got = f"operation {expected} within {(1 + extra) * seconds:g} s", f"operation {seen}"
