@@ -39,8 +39,9 @@ def run(cluster: tuple[int, int], backend: str, mode: str, seeds: Sequence[int],
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()")
-def test_the_ranks_of_this_test_on_the_host_backend() -> None:
-    assert run((2, 1), "host", "direct", [0, 1], 3) == [("host", "direct", "0", "0")] * 2
+@pytest.mark.parametrize("mode", ["direct", "engram"])
+def test_the_ranks_of_this_test_on_the_host_backend(mode: str) -> None:
+    assert run((2, 1), "host", mode, [0, 1], 3) == [("host", mode, "0", "0")] * 2
 
 
 @pytest.mark.gpu
@@ -51,6 +52,14 @@ def test_cases_between_emulated_nodes(cluster: tuple[int, int], mode: str) -> No
         assert (backend, ran) == ("cuda", mode)
         assert 0 < int(network) <= int(direct)
         assert mode == "hybrid" or network == direct
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster", [(2, 1), (2, 2)], ids=lambda cluster: "x".join(map(str, cluster)))
+def test_tables_between_emulated_nodes(cluster: tuple[int, int]) -> None:
+    for backend, ran, network, direct in run(cluster, "cuda", "engram", [0, 1, 2], 8):
+        assert (backend, ran) == ("cuda", "engram")
+        assert 0 < int(network) == int(direct)
 
 
 @pytest.mark.gpu
