@@ -1,4 +1,5 @@
-"""One rank of tests/test_gpu_nodes.py, started by `epv2 emulate` with BACKEND MODE SEEDS CASES.
+"""One rank of tests/test_gpu_nodes.py, started by `epv2 emulate` with BACKEND MODE SEEDS CASES. MODE "engram": see
+`tables`. Else:
 
 For each of SEEDS (as "0,1,2"; 0 = a network in order, any other is chaos) it makes a buffer, dispatches and combines
 the edge cases and CASES random ones, and checks every rank's results with the oracle on rank 0. Prints how many bytes
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from epv2_plugin.elastic import ElasticBuffer
 from epv2_plugin.emulation.cluster import CHAOS
-from tests import test_elastic
+from tests import test_elastic, test_engram
 from tests.buffers import take_device
 from tests.oracle import Case
 
@@ -58,7 +59,10 @@ def main() -> None:
         os.environ.pop(CHAOS, None)  # read when a communicator is made
         if seed:
             os.environ[CHAOS] = str(seed)
-        exchange(backend, mode, seed, count)
+        if mode == "engram":
+            tables(backend, seed, count)
+        else:
+            exchange(backend, mode, seed, count)
     dist.destroy_process_group()
 
 
@@ -90,6 +94,44 @@ def exchange(backend: str, mode: str, seed: int, count: int) -> None:
         ran = f"{len(cases)} cases, {what['backend']}, {what['mode']}"
         print(f"seed {seed}: {ran}: {network} bytes, direct {direct}", flush=True)
     made.destroy()
+
+
+def tables(backend: str, seed: int, count: int) -> None:
+    """COUNT random tables and batches of Engram, checked with dense tables on rank 0."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    buffer = ElasticBuffer(dist.group.WORLD, num_cpu_timeout_secs=120, num_gpu_timeout_secs=60, backend=backend)
+    test_engram._buffers[backend] = buffer
+    for number in range(count):
+        choose = random.Random(1000 * seed + number)
+        case = test_engram.Case(
+            ranks=size,
+            rows=choose.choice([1, 40, 3000]),
+            hidden=choose.choice([3, 128, 1000]),
+            dtype=choose.choice(list(test_engram.DTYPES)),
+            scale_columns=choose.randint(1, 3),
+            tokens=tuple(tuple(choose.choice([0, 9, 700]) for _ in range(size)) for _ in range(2)),
+            entries=choose.choice([0, 3]),
+            spread=choose.choice([0.01, 1.0]),
+            masked=choose.choice([0.0, 0.3]),
+            int32=choose.random() < 0.5,
+            col_major=choose.random() < 0.5,
+            replicated_sf=choose.random() < 0.5,
+            inference=False,
+            seed=1000 * seed + number,
+        )
+        results: list[dict] = [{}] * size
+        dist.all_gather_object(
+            results, test_engram.exchange(rank, size, case, backend, num_sms=SMS * (backend == "cuda"))
+        )
+        if rank == 0:
+            test_engram.check(case, results, backend)
+    sums = [[]] * size
+    dist.all_gather_object(sums, [buffer.traffic.network_bytes, buffer.traffic.direct_network_bytes])
+    if rank == 0:
+        network, direct = (sum(each[i] for each in sums) for i in range(2))
+        ran = f"{count} cases, {buffer.describe()['backend']}, engram"
+        print(f"seed {seed}: {ran}: {network} bytes, direct {direct}", flush=True)
+    buffer.destroy()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from epv2_plugin import CommunicationError, CommunicationTimeout
+from epv2_plugin.elastic import sizing
 from tests import harness, test_engram
 from tests.buffers import SMS, emulated_buffer, settle
 from tests.harness import Pool
@@ -27,16 +29,17 @@ LARGE_CASES = {
     "wide rows": Case(2, 30, 1001, "fp16", 1, ((40, 20),), 1, 0.5, 0.2, False, False, False, False, 3),
     "scales": Case(2, 300, 128, "fp8", 3, ((200, 90),), 2, 0.3, 0.2, False, True, False, False, 4),
 }
+CLUSTERS = {"2x1": (2, "emulated by 1"), "2x2": (4, "emulated by 2")}  # nodes x ranks of each
 
 
 def exchange(rank: int, size: int, case: Case, kind: str) -> dict[str, Any]:
     """`test_engram.exchange` within a budget of SMs, which no launch exceeds."""
     buffer = test_engram.shared_buffer(kind)
     budget = SMS - case.seed % SMS
-    if kind == "emulated":
+    if kind != "cuda":
         buffer.runtime.launches.clear()
     result = test_engram.exchange(rank, size, case, kind, num_sms=budget)
-    if kind == "emulated":
+    if kind != "cuda":
         launches = [launch for launch in buffer.runtime.launches if "engram" in launch.kernel]
         assert len(launches) == len(buffer.runtime.launches) >= 8
         assert all(launch.ctas == budget for launch in launches)
@@ -61,13 +64,59 @@ def test_large_table(pool: Callable[[int], Pool], name: str, kind: str) -> None:
     test_engram.check(case, pool(case.ranks).run(exchange, case, kind, timeout=120), kind)
 
 
-def repeated(rank: int, size: int, seeds: range) -> None:
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_any_table_between_nodes(pool: Callable[[int], Pool], cluster: str) -> None:
+    ranks, kind = CLUSTERS[cluster]
+
+    @settings(max_examples=4, phases=[Phase.generate])
+    @given(st.composite(test_engram.cases)(ranks))
+    def compare(case: Case) -> None:
+        test_engram.check(case, pool(ranks).run(exchange, case, kind, timeout=120), kind)
+
+    compare()
+
+
+@pytest.mark.parametrize("name", ["wide rows", "scales"])
+def test_large_table_between_nodes(pool: Callable[[int], Pool], name: str) -> None:
+    """More entries than a block has threads, or rows that land at once: in tiles."""
+    case, (ranks, kind) = LARGE_CASES[name], CLUSTERS["2x1"]
+    test_engram.check(case, pool(ranks).run(in_small_tiles, case, kind, timeout=120), kind)
+
+
+def in_small_tiles(rank: int, size: int, case: Case, kind: str) -> dict[str, Any]:
+    kept = sizing._LANDING_BYTES, sizing._LEAST_LANDING_ROWS
+    sizing._LANDING_BYTES, sizing._LEAST_LANDING_ROWS = 0, 64
+    try:
+        return exchange(rank, size, case, kind)
+    finally:
+        sizing._LANDING_BYTES, sizing._LEAST_LANDING_ROWS = kept
+
+
+def crossing(rank: int, size: int) -> None:
+    """A distinct row crosses the network once, whatever asks for it; rows of this node don't."""
+    buffer = emulated_buffer(per_node=2)
+    table = torch.arange(5.0 * size).view(-1, 1).expand(-1, 8)
+    buffer.engram_write(table[5 * rank :][:5])
+    index = torch.arange(5 * size).repeat(4)
+    buffer.engram_fetch(index)()
+    traffic = buffer.traffic
+    assert (traffic.network_bytes, traffic.direct_network_bytes) == (5 * 2 * 32, 5 * 2 * 32)
+    assert traffic.sent_bytes == 5 * (size - 1) * 32
+    buffer.engram_reduce(index, torch.ones(len(index), 8))()
+    assert traffic.network_bytes == 5 * 2 * (32 + 8 + 32)
+
+
+def test_rows_cross_the_network_once(pool: Callable[[int], Pool]) -> None:
+    pool(4).run(crossing)
+
+
+def repeated(rank: int, size: int, seeds: range, per_node: int) -> None:
     """The same operations under many schedules of the kernels' threads; tables are overwritten."""
-    buffer = emulated_buffer()
+    buffer = emulated_buffer(per_node=per_node)
     gen = torch.Generator().manual_seed(rank)
     index = torch.randint(-1, 5 * size, (40,), generator=gen)
-    grads = torch.randn(40, 8, generator=gen)
-    want: Any = None
+    few, grads = index.where(index % 3 == rank % 3, -1), torch.randn(40, 8, generator=gen)
+    want: dict[int, Any] = {}
     for seed in seeds:
         buffer.runtime.reseed(seed)
         table = torch.arange(5 * size).view(-1, 1).expand(-1, 8) + 100.0 * seed
@@ -78,13 +127,21 @@ def repeated(rank: int, size: int, seeds: range) -> None:
         rows = table.index_select(0, index.clamp(min=0)) * (index >= 0).unsqueeze(1)
         assert torch.equal(first()[0], rows)
         assert torch.equal(second()[0], -rows)
-        got = buffer.engram_reduce(index, grads)()
-        want = want or got
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        # One right after the other, and other numbers than the last time, so that nothing old passes for the new.
+        factor = (-2.0) ** (seed % 8)
+        for turn, asked in enumerate((index, few, index)):
+            rows, sums = buffer.engram_reduce(asked, factor * grads)()
+            first_rows, first_sums = want.setdefault(turn % 2, (rows, sums))
+            assert torch.equal(rows, first_rows)
+            assert torch.equal(sums, factor * first_sums)
 
 
 def test_no_schedule_changes_a_bit(pool: Callable[[int], Pool]) -> None:
-    pool(3).run(repeated, range(12), timeout=240)
+    pool(3).run(repeated, range(12), 0, timeout=240)
+
+
+def test_no_schedule_of_the_network_changes_a_bit(pool: Callable[[int], Pool]) -> None:
+    pool(4).run(repeated, range(6), 2, timeout=240)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,8 +163,11 @@ def test_training_has_the_bits_of_the_host(pool: Callable[[int], Pool], kind: st
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("what", test_engram.DISAGREEMENTS)
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [*itertools.product(test_engram.DISAGREEMENTS, ["emulated"]), ("operation", "emulated by 1")]
+    + [pytest.param(what, "cuda", marks=pytest.mark.gpu) for what in test_engram.DISAGREEMENTS],
+)
 def test_ranks_that_disagree(what: str, kind: str) -> None:
     messages = harness.run(2, test_engram.disagree, what, kind, timeout=60)
     test_engram.check_disagreement(messages, what)
@@ -117,12 +177,12 @@ def test_ranks_that_disagree(what: str, kind: str) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "emulated by 1"])
 def test_killed_peer(kind: str) -> None:
     test_engram.check_killed(harness.outcomes(3, test_engram.dies, kind, 3, timeout=60))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "emulated by 1"])
 def test_absent_peer_times_out_on_every_rank(kind: str) -> None:
     results = harness.run(3, test_engram.never_calls, kind, timeout=60)
     assert all(kind for kind, _ in results)
@@ -170,7 +230,7 @@ def wrong_row(rank: int, size: int, kind: str, call: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "emulated by 1"])
 @pytest.mark.parametrize("call", ["engram_fetch", "engram_reduce", "engram_update"])
 def test_row_that_is_not_there_is_named_by_the_rank_that_asked_for_it(
     pool: Callable[[int], Pool], call: str, kind: str
@@ -206,7 +266,7 @@ def refused_on_one_rank(rank: int, size: int, kind: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "emulated by 1"])
 def test_a_call_that_only_one_rank_refused_is_an_error_everywhere(kind: str) -> None:
     said = harness.run(2, refused_on_one_rank, kind, timeout=60)
     assert all(text.startswith(f"rank {rank}, waiting for rank {1 - rank}") for rank, text in enumerate(said)), said
@@ -241,7 +301,7 @@ def tables_in_turn(rank: int, size: int, kind: str) -> None:
     buffer.destroy()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "emulated by 1"])
 def test_tables_in_turn(pool: Callable[[int], Pool], kind: str) -> None:
     pool(2).run(tables_in_turn, kind, timeout=60)
 

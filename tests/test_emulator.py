@@ -352,9 +352,12 @@ class NetworkArgs(ctypes.Structure):
 
 ROW, TURNS = 4096, 3
 NETWORK = Kernel("network", "network.cu", "NetworkArgs")
+GETS = Kernel("gets", "gets.cu", "NetworkArgs")
 
 
-def send_over_network(rank: int, size: int, rail: bool, modes: list[int], seed: int) -> list[object]:
+def send_over_network(
+    rank: int, size: int, rail: bool, modes: list[int], seed: int, kernel: Kernel = NETWORK
+) -> list[object]:
     """The sums of each turn, or the error, of each mode in 2 nodes."""
     device = EmulatedRuntime(dist.group.WORLD, seed, sources=SOURCES, limit_seconds=60, lsa_size=size // 2)
     results: list[object] = []
@@ -363,7 +366,7 @@ def send_over_network(rank: int, size: int, rail: bool, modes: list[int], seed: 
         args = NetworkArgs(window.handle, device.network(2, 2, rail), out.data_ptr(), mode, TURNS, rank, size)
         args.lsa_size, args.rail = device.lsa_size, rail
         try:
-            device.launch(NETWORK, bytes(args), ctas=1, threads=64, shared_bytes=2 * ROW)
+            device.launch(kernel, bytes(args), ctas=1, threads=64, shared_bytes=2 * ROW)
             results.append(out.tolist())
         except RuntimeError as error:
             results.append(str(error))
@@ -438,6 +441,47 @@ def test_wrong_calls_of_the_network_are_errors(pool):
     for errors in pool(4).run(send_over_network, True, list(WRONG_CALLS), 0):
         for error, (mode, expected) in zip(errors, WRONG_CALLS.items(), strict=True):
             assert re.search(expected, str(error)), (mode, error)
+
+
+def got_sums(rank: int, size: int) -> list[int]:
+    peers = [peer for peer in range(size) if peer // (size // 2) != rank // (size // 2)]
+    words = ROW // 4
+    return [sum(words * turn * (peer + 1) + words * (words - 1) // 2 for peer in peers) for turn in range(1, TURNS + 1)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_flush_ends_gets(pool, size):
+    for seed in range(SEEDS // 2):
+        results = pool(size).run(send_over_network, False, [0], seed, GETS)
+        assert results == [[got_sums(rank, size)] for rank in range(size)]
+
+
+def test_a_signal_does_not_wait_for_gets(pool):
+    """Who lets its peer write again before the flush gets what that writes."""
+    wrong = 0
+    for seed in range(SEEDS):
+        results = pool(2).run(send_over_network, False, [1], seed, GETS)
+        wrong += any(result != [got_sums(rank, 2)] for rank, result in enumerate(results))
+    assert wrong > SEEDS // 4
+
+
+WRONG_GETS = {
+    2: r"race: a load reads global memory 0x\w+, which a network_get of thread \d+ wrote at tests/\S+/gets.cu:\d+;",
+    3: r"the CTA's last thread returned, and a network_get of thread \d+ at tests/\S+/gets.cu:\d+ is not flushed",
+    4: r"race: (network_get writes .* which thread 1 read|a load reads .* which a network_get of thread 0 wrote)",
+    20: r"network_get: peer \d is on this node",
+    21: "network_get: 64 bytes at offset 24520 in a window of 24576 bytes",
+    22: "network_get: 64 bytes at offset 24520 in a window of 24576 bytes",
+    23: "network_get: 0 bytes; must be at least 1",
+}
+
+
+def test_a_wrong_get_is_an_error(pool):
+    modes = list(WRONG_GETS)
+    for seed in range(2):
+        for errors in pool(4).run(send_over_network, False, modes, seed, GETS):
+            for error, (mode, expected) in zip(errors, WRONG_GETS.items(), strict=True):
+                assert re.search(expected, str(error)), (mode, error)
 
 
 def network_of_unequal_shape(rank: int, size: int, *shape: int) -> str:

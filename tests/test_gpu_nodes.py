@@ -54,6 +54,14 @@ def test_cases_between_emulated_nodes(cluster: tuple[int, int], mode: str) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cluster", [(2, 1), (2, 2)], ids=lambda cluster: "x".join(map(str, cluster)))
+def test_tables_between_emulated_nodes(cluster: tuple[int, int]) -> None:
+    for backend, ran, network, direct in run(cluster, "cuda", "engram", [0, 1, 2], 8):
+        assert (backend, ran) == ("cuda", "engram")
+        assert 0 < int(network) == int(direct)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["direct", "hybrid"])
 def test_twenty_seeds_of_chaos(mode: str) -> None:
     run((2, 2), "cuda", mode, range(1, 21), 25)  # 500 random cases

@@ -410,25 +410,57 @@ class SessionLayout:
 # SMs of an operation unless its caller says: rows of 256 bytes are under way by the hundred, in 96 KiB of an SM's
 # registers, and a transfer of a few megabytes is over before more SMs would help.
 ENGRAM_SMS = 16
-TOLD_BYTES = 16  # what a rank tells each owner in a reduce, `Told` in csrc/kernels/engram/engram.cuh
+TOLD_BYTES, ROOM_BYTES = 16, 8  # what ranks tell each other in a reduce, see csrc/kernels/engram/engram.cuh
+_ENGRAM_TILE = 512  # entries that a thread block fetches at once between nodes, one of each thread
+_LANDING_BYTES, _LEAST_LANDING_ROWS = 16 << 20, 256  # under way to a rank at once; a row of each block at least
 
 
-def engram_control_bytes(num_ranks: int) -> int:
-    """Flags and the like, then what each rank has told this one."""
-    return control_bytes(num_ranks) + TOLD_BYTES * num_ranks
+class EngramControlLayout:
+    """Where ranks keep what they tell each other: offsets in the window, behind flags and the like.
+
+    Attributes:
+        told: what each rank has for this one. room: between nodes, where that goes at each rank.
+    """
+
+    def __init__(self, num_ranks: int):
+        sections = _Sections(control_bytes(num_ranks))
+        self.told = sections.take(TOLD_BYTES * num_ranks)
+        self.room = sections.take(ROOM_BYTES * num_ranks)
+        self.end = sections.end
+
+
+class EngramTableLayout:
+    """Where a rank's part of a table lies, and rows of other nodes on their way: offsets in the window.
+
+    Args:
+        between_nodes: whether there are other nodes.
+    """
+
+    def __init__(self, num_rows: int, row_stride: int, between_nodes: bool):
+        sections = _Sections(0)
+        sections.take(num_rows * row_stride)
+        self._landing_rows = max(_LANDING_BYTES // row_stride, _LEAST_LANDING_ROWS) if between_nodes else 0
+        self.landing = sections.take(self._landing_rows * row_stride)
+        self.end = sections.end
+
+    def tile(self, num_sms: int) -> int:
+        """Entries that each of so many thread blocks, at most 256, can have under way."""
+        return min(_ENGRAM_TILE, self._landing_rows // num_sms)
 
 
 class EngramStagingLayout:
-    """Where a rank puts rows and their sums for the owners: offsets in the window.
+    """Where a rank puts rows and their sums for the owners, and gets them from other nodes: offsets in the window.
 
     Args:
-        max_rows: distinct rows that there is room for.
+        max_rows: distinct rows that there is room for. max_arrived: likewise, from other nodes.
     """
 
-    def __init__(self, max_rows: int, hidden: int):
+    def __init__(self, max_rows: int, max_arrived: int, hidden: int):
         sections = _Sections(0)
         self.rows = sections.take(8 * max_rows)
         self.sums = sections.take(4 * max_rows * hidden)
+        self.arrived_rows = sections.take(8 * max_arrived)
+        self.arrived_sums = sections.take(4 * max_arrived * hidden)
         self.end = sections.end
 
 
@@ -525,14 +557,16 @@ def _ring_shape(row_bytes: int, *, addresses: int, others: int, most_warps: int,
 
 
 @functools.cache
-def engram_shape(kernel: str, num_ranks: int) -> LaunchShape:
-    """Of Engram's kernels, "write", "fetch", "group" or "sum": see what each says about its shared memory."""
+def engram_shape(kernel: str, num_ranks: int, between_nodes: bool) -> LaunchShape:
+    """Of Engram's kernels, "write", "fetch", "group", "sum" or "put": see what each says about its shared memory."""
     warps, digits, tile = 16, 256, 1024
+    fetching = _ENGRAM_TILE if between_nodes else tile
     return {
         "write": _shape(1024, 16 + 8 * tile),
-        "fetch": _shape(1024, 16 + 8 * tile + 8 * num_ranks),
+        "fetch": _shape(fetching, 16 + 8 * fetching + 8 * num_ranks),
         "group": _shape(32 * warps, 16 + 4 * warps + 4 * digits * (warps + 1) + 4 * (num_ranks + 1)),
         "sum": _shape(1024, 16 + 16 * num_ranks),
+        "put": _shape(256, 16 + 4 * (num_ranks + 1)),
     }[kernel]
 
 

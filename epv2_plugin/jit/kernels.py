@@ -137,14 +137,37 @@ REDUCE_SCATTER = {
     dtype: Kernel("epv2_reduce_scatter", "sessions/reduce_scatter.cu", "ReduceScatterArgs", (("EPV2_DTYPE", code),))
     for dtype, code in (_DTYPES | {"fp64": "4"}).items()
 }
-ENGRAM_WRITE = Kernel("epv2_engram_write", "engram/write.cu", "EngramWriteArgs")
-ENGRAM_FETCH = Kernel("epv2_engram_fetch", "engram/fetch.cu", "EngramFetchArgs")
-ENGRAM_GROUP = Kernel("epv2_engram_group", "engram/group.cu", "EngramGroupArgs")
-# By the dtype that is summed.
-ENGRAM_SUM = {
-    dtype: Kernel("epv2_engram_sum", "engram/sum.cu", "EngramSumArgs", (("EPV2_DTYPE", code),))
-    for dtype, code in _DTYPES.items()
-}
+
+
+def _engram(name: str, struct: str, **defines: str) -> Kernel:
+    return Kernel(f"epv2_engram_{name}", f"engram/{name}.cu", struct, tuple(defines.items()))
+
+
+@dataclass(frozen=True)
+class EngramKernels:
+    """The kernels of a table that is spread over any group of ranks. `sum`: by the dtype that is summed."""
+
+    write: Kernel
+    fetch: Kernel
+    group: Kernel
+    sum: Mapping[str, Kernel]
+
+    def all(self) -> Iterator[Kernel]:
+        yield from (self.write, self.fetch, self.group, *self.sum.values())
+
+
+def _engram_kernels(**defines: str) -> EngramKernels:
+    return EngramKernels(
+        write=_engram("write", "EngramWriteArgs", **defines),
+        fetch=_engram("fetch", "EngramFetchArgs", **defines),
+        group=_engram("group", "EngramGroupArgs", **defines),
+        sum={dtype: _engram("sum", "EngramSumArgs", EPV2_DTYPE=code, **defines) for dtype, code in _DTYPES.items()},
+    )
+
+
+ENGRAM_IN_NODE = _engram_kernels()
+ENGRAM_BETWEEN_NODES = _engram_kernels(EPV2_NODES="1")
+ENGRAM_PUT = _engram("put", "EngramPutArgs", EPV2_NODES="1")
 SM_COPY = Kernel("epv2_sm_copy", "bench/sm_copy.cu", "SmCopyArgs")
 
 KERNELS: tuple[Kernel, ...] = (
@@ -154,9 +177,8 @@ KERNELS: tuple[Kernel, ...] = (
     COMBINE_PUT,
     *COMBINE_RELAY.values(),
     *REDUCE_SCATTER.values(),
-    ENGRAM_WRITE,
-    ENGRAM_FETCH,
-    ENGRAM_GROUP,
-    *ENGRAM_SUM.values(),
+    *ENGRAM_IN_NODE.all(),
+    *ENGRAM_BETWEEN_NODES.all(),
+    ENGRAM_PUT,
     SM_COPY,
 )

@@ -244,6 +244,7 @@ struct Network {
   int rail;
 };
 void network_put(Network network, int peer, uint64_t window, uint64_t to, uint64_t from, uint32_t bytes);
+void network_get(Network network, int peer, uint64_t window, uint64_t to, uint64_t from, uint32_t bytes);
 void network_put_value(Network network, int peer, uint64_t window, uint64_t to, uint64_t value);
 void network_signal(Network network, int peer, uint32_t signal, uint64_t value);
 uint64_t network_signal_value(Network network, uint32_t signal);

@@ -13,8 +13,8 @@
 namespace epv2::emulator {
 
 // What somebody knows. An agent is a thread, or the loads of one mbarrier, or the stores of one thread, or what one
-// thread puts into a context of the network; everything that
-// an agent did up to its clock value `seen[agent]` has happened before, and up to `fenced[agent]` bulk copies see it.
+// thread puts or gets in a context of the network; everything that an agent did up to its clock
+// value `seen[agent]` has happened before, and up to `fenced[agent]` bulk copies see it.
 struct Clock {
   std::vector<uint32_t> seen, fenced;
 
@@ -113,12 +113,18 @@ class Order {
     });
   }
 
-  // The network's reading of what `thread` puts; `agent` will have done it at `clock`. It sees what the thread sees.
-  bool put(int thread, uint64_t address, uint64_t bytes, uint16_t agent, uint32_t clock, int32_t place,
-           Conflict& conflict) {
+  // The network's reading of what `thread` puts, or writing of what it gets; `agent` will have done it at `clock`. It sees
+  // what the thread sees.
+  bool transfer(int thread, uint64_t address, uint64_t bytes, bool writes, uint16_t agent, uint32_t clock,
+                int32_t place, Conflict& conflict) {
     return each_word(Memory::global, address, bytes, [&](Word& word, uint8_t mask, uint64_t at) {
       if (find(word.writes, thread, mask, false, conflict)) return found(at, true, conflict);
-      remember_read(word, {clock, place, agent, mask, false}, thread);
+      if (writes && find(word.reads, thread, mask, false, conflict)) return found(at, false, conflict);
+      const Access access{clock, place, agent, mask, false};
+      if (writes)
+        overwrite(word, access);
+      else
+        remember_read(word, access, thread);
       return false;
     });
   }

@@ -44,9 +44,9 @@ const char* const kCollectiveNames[] = {"__syncwarp",       "__shfl_sync",   "__
 struct Cta;
 struct Warp;
 
-enum class Wait { nothing, collective, barrier, mbarrier, store_reads, store_writes, network_reads };
+enum class Wait { nothing, collective, barrier, mbarrier, store_reads, store_writes, flush };
 
-struct Put;
+struct Transfer;
 
 struct StoreGroup {
   int unread = 0, unwritten = 0;  // bulk stores whose source was not yet read, whose destination not yet written
@@ -63,7 +63,7 @@ struct Fiber {
   bool started = false, done = false;
   Wait wait = Wait::nothing;
   uint32_t wait_object = 0, wait_value = 0;  // barrier and threads; mbarrier and parity; -, groups that may be pending
-  std::vector<std::shared_ptr<Put>> flushes;  // what it waits for in network_flush
+  std::vector<std::shared_ptr<Transfer>> flushes;  // what it waits for in network_flush
   uint64_t result = 0;                       // of the last collective
   std::deque<StoreGroup> groups;             // the last is not yet committed
   uint64_t first_group = 0;                  // number of groups.front()
@@ -117,29 +117,30 @@ struct Communicator {
   bool rail = false;
 };
 
-// The source of a network_put.
-struct Put {
+// What a flush waits for: the reading of a network_put's source, the writing of a network_get's destination.
+struct Transfer {
+  bool is_get = false;
   int thread = 0;
   uint32_t issued = 0;  // the thread's clock
   uint64_t communicator = 0;
   int context = 0;
   uint16_t agent = 0;  // in `order`, with a clock of its own
   uint32_t clock = 0;
-  bool read = false, flushed = false;  // by a thread that knows of it
+  bool done = false, flushed = false;  // by a thread that knows of it
   const void* place = nullptr;
 };
 
 // What the network was given and has not done yet.
 struct Message {
-  enum class Kind { put, value, signal } kind{};
+  enum class Kind { put, get, value, signal } kind{};
   uint64_t communicator = 0;
   int context = 0, peer = 0;
   uint64_t number = 0;  // they are not kept in order
-  std::shared_ptr<Put> put;
+  std::shared_ptr<Transfer> transfer;
   const uint8_t* source = nullptr;
   uint8_t* target = nullptr;
   uint64_t value = 0;
-  size_t begin = 0, end = 0;  // bytes of a put that are not yet written
+  size_t begin = 0, end = 0;  // bytes of a put or get that are not yet written
   std::vector<uint8_t> data;  // of a put that was read
 
   bool same_way(const Message& other) const {
@@ -154,9 +155,9 @@ struct Cta {
   Barrier barriers[kBarriers];
   std::vector<Mbarrier> mbarriers;
   std::unique_ptr<Order> order;
-  std::vector<std::shared_ptr<Put>> puts;
-  // Agent in `order` and its clock, by thread, communicator and context.
-  std::map<std::tuple<int, uint64_t, int>, std::pair<uint16_t, uint32_t>> putting;
+  std::vector<std::shared_ptr<Transfer>> transfers;
+  // Agent in `order` and its clock, by thread, communicator, context, and whether it gets.
+  std::map<std::tuple<int, uint64_t, int, bool>, std::pair<uint16_t, uint32_t>> transferring;
 };
 
 struct Copy {
@@ -386,43 +387,51 @@ void advance_copy(size_t index) {
 // The network.
 
 void check_flush(Fiber& fiber) {
-  for (const auto& put : fiber.flushes)
-    if (!put->read) return;
+  for (const auto& transfer : fiber.flushes)
+    if (!transfer->done) return;
   wake(fiber);
 }
 
-// One step of one message: a put is read, then written part by part; others are done at once.
+void finish_transfer(Transfer& transfer) {
+  transfer.done = true;
+  const auto waiting = std::move(run.flushing);
+  run.flushing.clear();
+  for (Fiber* fiber : waiting) {
+    check_flush(*fiber);
+    if (fiber->wait == Wait::flush) run.flushing.push_back(fiber);
+  }
+}
+
+// One step of one message: a put is read, then written part by part; a get is read and written part by part; others are
+// done at once.
 void advance_message(size_t index) {
+  using Kind = Message::Kind;
   Message& message = run.messages[index];
-  if (message.kind == Message::Kind::signal)  // comes after what was put before it: that instead, if there is any
+  if (message.kind == Kind::signal)  // comes after what was put before it: that instead, if there is any
     for (size_t other = 0; other < run.messages.size(); other++)
-      if (const Message& earlier = run.messages[other];
-          earlier.kind != Message::Kind::signal && earlier.number < message.number && earlier.same_way(message))
+      if (const Message& earlier = run.messages[other]; (earlier.kind == Kind::put || earlier.kind == Kind::value) &&
+                                                        earlier.number < message.number && earlier.same_way(message))
         return advance_message(other);
   run.progress = true;
-  if (message.kind == Message::Kind::put && !message.put->read) {
+  if (message.kind == Kind::put && !message.transfer->done) {
     message.data.assign(message.source, message.source + message.end);
-    message.put->read = true;
-    const auto waiting = std::move(run.flushing);
-    run.flushing.clear();
-    for (Fiber* fiber : waiting) {
-      check_flush(*fiber);
-      if (fiber->wait == Wait::network_reads) run.flushing.push_back(fiber);
-    }
+    finish_transfer(*message.transfer);
     return;
   }
-  if (message.kind == Message::Kind::put) {
+  if (message.kind == Kind::put || message.kind == Kind::get) {
+    const uint8_t* source = message.kind == Kind::put ? message.data.data() : message.source;
     const auto left = static_cast<uint32_t>(message.end - message.begin);
     const uint32_t bytes = one_in(2) ? left : 1 + draw_below(left);
     const bool front = one_in(2);
     const size_t at = front ? message.begin : message.end - bytes;
-    std::memcpy(message.target + at, message.data.data() + at, bytes);
+    std::memcpy(message.target + at, source + at, bytes);
     if (front)
       message.begin += bytes;
     else
       message.end -= bytes;
     if (message.begin < message.end) return;
-  } else if (message.kind == Message::Kind::value) {
+    if (message.kind == Kind::get) finish_transfer(*message.transfer);
+  } else if (message.kind == Kind::value) {
     __atomic_store_n(reinterpret_cast<uint64_t*>(message.target), message.value, __ATOMIC_SEQ_CST);
   } else {
     __atomic_fetch_add(reinterpret_cast<uint64_t*>(message.target), message.value, __ATOMIC_SEQ_CST);
@@ -509,8 +518,9 @@ uint32_t shared_offset(const char* what, const void* address, uint64_t bytes) {
       for (int lane = 0; lane < kWarp; lane++)
         if (warp.fibers[lane].store_agent == earlier.agent)
           who = print("a bulk_store of thread %d", warp.fibers[lane].thread);
-    for (const auto& [key, agent_and_clock] : cta.putting)
-      if (agent_and_clock.first == earlier.agent) who = print("a network_put of thread %d", std::get<0>(key));
+    for (const auto& [key, agent_and_clock] : cta.transferring)
+      if (agent_and_clock.first == earlier.agent)
+        who = print("a network_%s of thread %d", std::get<3>(key) ? "get" : "put", std::get<0>(key));
   }
   const std::string place = source(earlier.place);
   const std::string where = memory == Memory::shared
@@ -706,10 +716,10 @@ void finish_fiber() {
     for (const Mbarrier& bar : cta.mbarriers)
       if (bar.observed < bar.loading)
         fail("the CTA's last thread returned, and nobody has waited for the last bulk_load on mbarrier %u", bar.offset);
-    for (const auto& put : cta.puts)
-      if (!put->flushed)
-        fail("the CTA's last thread returned, and a network_put of thread %d at %s is not flushed", put->thread,
-             source(put->place).c_str());
+    for (const auto& transfer : cta.transfers)
+      if (!transfer->flushed)
+        fail("the CTA's last thread returned, and a network_%s of thread %d at %s is not flushed",
+             transfer->is_get ? "get" : "put", transfer->thread, source(transfer->place).c_str());
   } else if (cta.barriers[0].expected == static_cast<int>(cta.warps.size()) * kWarp && syncthreads_complete(cta)) {
     release(cta.barriers[0]);
   }
@@ -739,7 +749,7 @@ std::string waiting_for(const Fiber& fiber) {
     }
     case Wait::store_reads: return "bulk_wait_read" + at;
     case Wait::store_writes: return "bulk_wait_all" + at;
-    case Wait::network_reads: return "network_flush" + at;
+    case Wait::flush: return "network_flush" + at;
     case Wait::nothing: break;
   }
   if (fiber.done) return "returned";
@@ -1374,39 +1384,61 @@ uint8_t* peer_pointer(uint64_t window, uint64_t offset, int peer) {
   return memory.parts[static_cast<size_t>(memory.first() + peer)] + offset;
 }
 
+// Hand a put or get of `bytes` to the network. `own` is what it reads or writes here.
+void start_transfer(const Network& network, int peer, Message message, uint8_t* own, uint32_t bytes) {
+  const bool is_get = message.kind == Message::Kind::get;
+  const Fiber& fiber = *run.current;
+  Cta& cta = *fiber.cta;
+  auto& [agent, clock] = cta.transferring[{fiber.thread, network.communicator, network.context, is_get}];
+  if (agent == 0) agent = cta.order->new_agent();
+  clock++;
+  Conflict conflict;
+  if (cta.order->transfer(fiber.thread, reinterpret_cast<uint64_t>(own), bytes, is_get, agent, clock,
+                          relative(fiber.place), conflict))
+    report(is_get ? "network_get" : "network_put", is_get, Memory::global, conflict);
+  message.end = bytes;
+  message.transfer = std::make_shared<Transfer>();
+  message.transfer->is_get = is_get;
+  message.transfer->thread = fiber.thread;
+  message.transfer->issued = cta.order->now(fiber.thread);
+  message.transfer->communicator = network.communicator;
+  message.transfer->context = network.context;
+  message.transfer->agent = agent;
+  message.transfer->clock = clock;
+  message.transfer->place = fiber.place;
+  cta.transfers.push_back(message.transfer);
+  if (is_get) std::memset(own, kInFlight, bytes);
+  send(network, peer, std::move(message));
+}
+
 void network_put(Network network, int peer, uint64_t window, uint64_t to, uint64_t from, uint32_t bytes) {
   EPV2_PLACE();
   yield_one_in(8);
   const int rank = check_network_peer("network_put", network, peer).signals.rank;
   if (bytes == 0) fail("network_put: 0 bytes; must be at least 1");
-  Message message;
-  message.kind = Message::Kind::put;
-  message.source = window_part("network_put", window, rank, from, bytes);
-  message.target = window_part("network_put", window, peer, to, bytes);
-  message.end = bytes;
-  const Fiber& fiber = *run.current;
-  Cta& cta = *fiber.cta;
+  uint8_t* source = window_part("network_put", window, rank, from, bytes);
   for (const Copy& copy : run.copies)
-    if (!copy.is_load && copy.global < message.source + bytes && message.source < copy.global + copy.bytes)
+    if (!copy.is_load && copy.global < source + bytes && source < copy.global + copy.bytes)
       fail("network_put: its source is being written by a bulk_store of CTA %d thread %d in flight",
            copy.issuer->cta->index, copy.issuer->thread);
-  auto& [agent, clock] = cta.putting[{fiber.thread, network.communicator, network.context}];
-  if (agent == 0) agent = cta.order->new_agent();
-  clock++;
-  Conflict conflict;
-  if (cta.order->put(fiber.thread, reinterpret_cast<uint64_t>(message.source), bytes, agent, clock,
-                     relative(fiber.place), conflict))
-    report("network_put", false, Memory::global, conflict);
-  message.put = std::make_shared<Put>();
-  message.put->thread = fiber.thread;
-  message.put->issued = cta.order->now(fiber.thread);
-  message.put->communicator = network.communicator;
-  message.put->context = network.context;
-  message.put->agent = agent;
-  message.put->clock = clock;
-  message.put->place = fiber.place;
-  cta.puts.push_back(message.put);
-  send(network, peer, std::move(message));
+  Message message;
+  message.kind = Message::Kind::put;
+  message.source = source;
+  message.target = window_part("network_put", window, peer, to, bytes);
+  start_transfer(network, peer, std::move(message), source, bytes);
+}
+
+void network_get(Network network, int peer, uint64_t window, uint64_t to, uint64_t from, uint32_t bytes) {
+  EPV2_PLACE();
+  yield_one_in(8);
+  const int rank = check_network_peer("network_get", network, peer).signals.rank;
+  if (bytes == 0) fail("network_get: 0 bytes; must be at least 1");
+  Message message;
+  message.kind = Message::Kind::get;
+  message.source = window_part("network_get", window, peer, from, bytes);
+  message.target = window_part("network_get", window, rank, to, bytes);
+  uint8_t* target = message.target;
+  start_transfer(network, peer, std::move(message), target, bytes);
 }
 
 void network_put_value(Network network, int peer, uint64_t window, uint64_t to, uint64_t value) {
@@ -1451,28 +1483,31 @@ void network_flush(Network network) {
   find_communicator("network_flush", network);
   Fiber& fiber = *run.current;
   Cta& cta = *fiber.cta;
-  bool unread = false;
-  for (const auto& put : cta.puts)  // those that this thread does not know of might as well come later
-    if (put->communicator == network.communicator && put->context == network.context &&
-        cta.order->knows(fiber.thread, static_cast<uint16_t>(put->thread), put->issued)) {
-      fiber.flushes.push_back(put);
-      unread |= !put->read;
+  bool waits = false, gets = false;
+  for (const auto& transfer : cta.transfers)  // those that this thread does not know of might as well come later
+    if (transfer->communicator == network.communicator && transfer->context == network.context &&
+        cta.order->knows(fiber.thread, static_cast<uint16_t>(transfer->thread), transfer->issued)) {
+      fiber.flushes.push_back(transfer);
+      waits |= !transfer->done;
+      gets |= transfer->is_get && !transfer->flushed;
     }
-  if (unread) {
+  if (waits) {
     run.flushing.push_back(&fiber);
-    block(Wait::network_reads, 0, 0);
+    block(Wait::flush, 0, 0);
   }
-  for (const auto& put : fiber.flushes) {
-    put->flushed = true;
-    cta.order->learn(fiber.thread, put->agent, put->clock);
+  for (const auto& transfer : fiber.flushes) {
+    transfer->flushed = true;
+    cta.order->learn(fiber.thread, transfer->agent, transfer->clock);
   }
+  if (gets) cta.order->acquired_from_peer(fiber.thread, relative(fiber.place));
   fiber.flushes.clear();
 }
 
 void network_abandon(Network network) {
   find_communicator("network_abandon", network);
-  for (const auto& put : run.current->cta->puts)
-    if (put->communicator == network.communicator && put->context == network.context) put->flushed = true;
+  for (const auto& transfer : run.current->cta->transfers)
+    if (transfer->communicator == network.communicator && transfer->context == network.context)
+      transfer->flushed = true;
 }
 
 }  // namespace epv2

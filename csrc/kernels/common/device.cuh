@@ -194,7 +194,16 @@ static __device__ __noinline__ void network_put(Network network, int peer, uint6
              ncclGin_None{}, kReleased, kReleased);
 }
 
-// The same for 8 bytes that need no source; `to` is a multiple of 8.
+// Copy from the peer's window into this rank's, at any time before a flush ends; no signal waits for it.
+static __device__ __noinline__ void network_get(Network network, int peer, uint64_t window, uint64_t to, uint64_t from,
+                                            uint32_t bytes) {
+  const NetworkPeer at(network, peer);
+  const auto memory = reinterpret_cast<ncclWindow_t>(window);
+  release_system();  // what was read of the destination, too
+  at.gin.get(at.team, at.index, memory, from, memory, to, bytes, ncclCoopThread{});
+}
+
+// As network_put for 8 bytes that need no source; `to` is a multiple of 8.
 static __device__ __noinline__ void network_put_value(Network network, int peer, uint64_t window, uint64_t to,
                                                   uint64_t value) {
   const NetworkPeer at(network, peer);
@@ -216,8 +225,8 @@ static __device__ __noinline__ uint64_t network_signal_value(Network network, ui
   return ncclGin(NetworkPeer::communicator(network), network.context).readSignal(signal);
 }
 
-// All threads of the CTA: the sources of all that it has put in this context may be written again. (The data may not be
-// there yet.) Has no end where a peer is gone.
+// All threads of the CTA: the sources of all that it has put in this context may be written again (the data may not be
+// there yet), and what it has got in this context is here. Has no end where a peer is gone.
 __device__ __forceinline__ void network_flush(Network network) {
   ncclGin(NetworkPeer::communicator(network), network.context).flush(ncclCoopCta{});
 }

@@ -26,16 +26,19 @@ struct EngramWriteArgs {
 struct EngramFetchArgs {
   Common common;
   uint64_t table;         // ncclWindow_t, rows from its start
+  uint64_t landing_offset;  // in `table`: where rows of other nodes land, `tile` for each CTA
   uint64_t indices;       // int64 [num_entries], -1 = zeros
   uint64_t out;           // [num_entries, data_bytes]
   uint64_t out_scales;    // [num_entries, scale_bytes]
   uint64_t slots;         // uint32 [num_slots]: hash table of entries
   uint64_t leaders;       // int32 [num_entries]: which entry fetches the row
-  uint64_t counters;      // uint64 [2]: rows pulled from other ranks so far, and the entries that they were for
+  uint64_t counters;      // uint64 [3]: rows pulled from other ranks so far, the entries that they were for, and rows of
+                          // other nodes
   uint64_t host_counters; // the same in mapped host memory
   int64_t table_rows;
   int32_t num_entries;
   int32_t num_slots;      // power of two, more than num_entries
+  int32_t tile;           // between nodes: entries that a CTA fetches at once
   int32_t data_bytes;
   int32_t scale_bytes;
   int32_t scale_offset;
@@ -53,7 +56,9 @@ struct EngramGroupArgs {
   uint64_t distinct;      // int64 [num_entries]: out, distinct rows, ascending
   uint64_t host;          // words of mapped host memory: a tag, then what the host has to know
   uint64_t told_offset;   // Told [P]
+  uint64_t room_offset;   // Room [P]
   uint64_t rows_offset;   // int64, staged rows
+  uint64_t arrived_rows_offset;  // int64, rows from other nodes
   int64_t table_rows;
   uint32_t host_tag;
   int32_t from_peers;     // 1 = what is grouped are the rows that all ranks staged for this one
@@ -72,8 +77,23 @@ struct EngramSumArgs {
   uint64_t out_rows;      // int64 [num_rows]
   uint64_t told_offset;
   uint64_t sums_offset;   // fp32, staged sums
+  uint64_t arrived_sums_offset;  // fp32, sums from other nodes
   int32_t from_peers;     // 1 = what is summed is what all ranks staged for this one
   int32_t num_rows;
   int32_t hidden;
   int32_t width;          // values of a load: 4, or 1 where rows don't begin at multiples of that
+};
+
+// Only between nodes: rows and sums go to their owners there.
+struct EngramPutArgs {
+  Common common;
+  uint64_t staging;
+  uint64_t room_offset;
+  uint64_t rows_offset;
+  uint64_t sums_offset;
+  uint64_t arrived_rows_offset;
+  uint64_t arrived_sums_offset;
+  int64_t table_rows;
+  int32_t num_rows;       // staged
+  int32_t hidden;
 };

@@ -1,5 +1,7 @@
 // What Engram's kernels share. Operations are numbered, ranks wait for each other and give up as ep/protocol.cuh says,
 // with a window, state and error record of Engram's own: its operations have numbers apart from dispatch and combine.
+//
+// Between nodes ranks tell each other by signals of a network of Engram's own, every rank each other one (direct mode).
 #pragma once
 
 #include "engram/args.h"
@@ -14,6 +16,7 @@ enum EngramState {
   kFetches = 18,      // how many there were
   kGridArrived = 19,  // CTAs that are at the barrier of the running kernel
   kGridTurn = 20,     // barriers so far
+  kReduces = 21,      // how many there were; between nodes only
 };
 
 // Flags. A rank that has all it needs of one fetch may begin the next while others still look at its flag: fetches take
@@ -25,6 +28,7 @@ enum EngramFlag {
   kRowsTold = 3,     // reduce: how many rows there are for whom
   kSumsStaged = 4,   // reduce: rows and sums
   kReduceDone = 5,   // reduce: this rank has read what it needs
+  kRoomTold = 6,     // reduce between nodes: where rows go at their owner
 };
 
 constexpr uint32_t kBadRow = 16;  // error code: entry `seen` names row extra * 2^32 + expected, which there is not
@@ -36,6 +40,56 @@ struct Told {
   int32_t distinct;  // rows for all owners
   int32_t entries;   // whose gradients are in the owner's rows
 };
+
+// Between nodes, what an owner tells each rank in a reduce.
+struct Room {
+  int32_t place;    // of the rank's first row among those that arrive from other nodes
+  int32_t arrived;  // all of these
+};
+
+// Byte `offset` of another window of a rank of this node.
+__device__ __forceinline__ uint8_t* node_pointer(const Common& c, uint64_t window, uint64_t offset, int rank) {
+  return peer_pointer(window, offset, kNodes ? rank - c.lsa_begin : rank);
+}
+
+// The signal that tells other nodes of a flag. It counts operations, so the two flags of a fetch need but one.
+__device__ __forceinline__ int signal_of(int flag) {
+  return flag == kFetchOdd ? kFetchEven : flag == kRoomTold ? kFetchOdd : flag;
+}
+
+// All threads of one CTA: raise a flag at all ranks. `call`: the operation begins with it, and so its signature goes to
+// other nodes, too: by value, as a rank may have to say so to one that is not there any more.
+__device__ inline void signal_all(const Common& c, int flag, uint32_t number, bool call) {
+  signal_node(c, flag, number);
+  if constexpr (kNodes) {
+    for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
+      const int to = remote(c, i);
+      if (call) {
+        // A rank that goes on overwrites its record, but not a flag that others still look at.
+        network_put_value(network(c, 0), to, c.window, flag_offset(c, flag, c.rank),
+                          number | static_cast<uint64_t>(c.signature) << 32);
+        send_record(c, to, signal_of(flag));
+      } else {
+        network_signal(network(c, 0), to, signal_index(c, signal_of(flag), c.rank), kSignalUnit);
+      }
+    }
+  }
+}
+
+// All threads of the CTA: wait until all ranks have raised a flag to `number`, which is the `count`-th time; false = this
+// rank gave up. `call`: as above, with the same signature.
+__device__ inline bool wait_everybody(const Common& c, int flag, uint32_t number, uint32_t count, bool call,
+                                      uint32_t* scratch) {
+  if constexpr (kNodes) {
+    for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
+      const int from = remote(c, i);
+      if (!wait_signal(c, signal_of(flag), from, count, flag, number, c.contexts) || !call) continue;
+      const uint32_t signature = own_pointer<uint32_t>(c, flag_offset(c, flag, from))[1];
+      if (signature != c.signature) give_up(c, kOtherArguments, from, flag, c.signature, signature);
+    }
+  }
+  return wait_node(c, flag, number, call, scratch);
+}
 
 __device__ __forceinline__ void refuse_row(const Common& c, int flag, int64_t entry, int64_t row) {
   give_up(c, kBadRow, c.rank, flag, static_cast<uint32_t>(row), static_cast<uint32_t>(entry),

@@ -3,6 +3,9 @@
 //
 // Which entry reads depends on timing, what is written does not. No other rank does anything for a fetch but to say that
 // its rows are ready to be read.
+//
+// Between nodes (EPV2_NODES) a row of another node lands behind this rank's part of the table, by a get of one thread, and
+// is copied from there. A CTA has a tile of entries under way, so nothing that a fetch needs grows with its entries.
 #include "engram/engram.cuh"
 
 using namespace epv2;
@@ -11,6 +14,8 @@ namespace {
 
 constexpr int64_t kSkip = -1, kZeros = -2;  // instead of where a row is copied from
 constexpr uint32_t kEmpty = 0xffffffffu;
+constexpr int kThreads = kNodes ? 512 : kTile;  // calls of the network take more registers
+constexpr int kCounters = kNodes ? 3 : 2;
 
 // The entry that fetches row `index`, this one if no other does yet.
 __device__ int find_leader(const EngramFetchArgs& args, int64_t index, int entry) {
@@ -40,13 +45,12 @@ __device__ void finish_fetch(const EngramFetchArgs& args, int flag, uint32_t num
   const Common& c = args.common;
   // Whoever gave up on this rank had said before that its rows are ready: here nothing was missing.
   for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) {
-    const uint32_t* failure = reinterpret_cast<uint32_t*>(peer_pointer(c.window, failure_offset(c, p), c.rank));
-    if (load_acquire_system(failure) != 0) give_up(c, kPeerFailed, p, flag, number, number);
+    if (peer_failed(c, p)) give_up(c, kPeerFailed, p, flag, number, number);
   }
   if (agree_failed(c, scratch)) return;
-  signal_node(c, kFetchDone, number);
+  signal_all(c, kFetchDone, number, false);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < kCounters; i++) {
       reinterpret_cast<uint64_t*>(args.host_counters)[i] = reinterpret_cast<const uint64_t*>(args.counters)[i];
     }
     ++*state_word(c, kFetches);
@@ -56,16 +60,17 @@ __device__ void finish_fetch(const EngramFetchArgs& args, int flag, uint32_t num
 
 }  // namespace
 
-// Threads: kTile. Shared memory: 16 bytes, kTile numbers, P addresses.
-EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, 1024) {
+// Threads: kThreads. Shared memory: 16 bytes, kThreads numbers, P addresses.
+EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
   const Common& c = args.common;
-  const int lane = threadIdx.x % kWarp;
-  const uint32_t number = operation_number(c);
-  const int flag = *state_word(c, kFetches) % 2 == 0 ? kFetchEven : kFetchOdd;
+  const int lane = threadIdx.x % kWarp, context = kNodes ? blockIdx.x % c.contexts : 0;
+  const int tile = kNodes ? args.tile : kTile;
+  const uint32_t number = operation_number(c), count = *state_word(c, kFetches) + 1;
+  const int flag = count % 2 == 1 ? kFetchEven : kFetchOdd;
   uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
-  uint32_t* pulled = scratch + 1;  // rows of other ranks, then entries
+  uint32_t* pulled = scratch + 1;  // rows of other ranks, entries, rows of other nodes
   int64_t* sources = reinterpret_cast<int64_t*>(scratch + 4);
-  uint8_t** peers = reinterpret_cast<uint8_t**>(sources + kTile);
+  uint8_t** peers = reinterpret_cast<uint8_t**>(sources + kThreads);
   const int64_t* indices = reinterpret_cast<const int64_t*>(args.indices);
   int32_t* leaders = reinterpret_cast<int32_t*>(args.leaders);
   // An equal share of the entries for each CTA.
@@ -73,23 +78,39 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, 1024) {
   const int begin = static_cast<int>(entries * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(entries * (blockIdx.x + 1) / gridDim.x);
 
-  if (blockIdx.x == 0) signal_node(c, flag, number);
+  if (blockIdx.x == 0) signal_all(c, flag, number, true);
   int64_t index = begin + static_cast<int>(threadIdx.x) < end ? indices[begin + threadIdx.x] : -1;
-  for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) peers[p] = peer_pointer(args.table, 0, p);
-  if (threadIdx.x < 2) pulled[threadIdx.x] = 0;
+  for (int p = near_begin(c) + threadIdx.x; p < near_end(c); p += blockDim.x) {
+    peers[p] = node_pointer(c, args.table, 0, p);
+  }
+  if (threadIdx.x < kCounters) pulled[threadIdx.x] = 0;
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.num_slots; i += gridDim.x * blockDim.x) {
     reinterpret_cast<uint32_t*>(args.slots)[i] = kEmpty;
   }
-  if (!grid_sync(c, scratch) || !wait_all(c, flag, number, true, scratch)) {
+  if (!grid_sync(c, scratch) || !wait_everybody(c, flag, number, count, true, scratch)) {
     poison_outputs(args);
     return;
   }
 
   const Parts parts(args.data_bytes, args.scale_bytes);
-  for (int first = begin; first < end; first += kTile) {
+  const auto copy_rows = [&](int first) {
+    move_parts<6>(
+        min(end - first, tile), parts.all,
+        [&](int i, int part) {
+          if (sources[i] < 0) return make_uint4(0, 0, 0, 0);
+          return load_streaming(reinterpret_cast<const uint8_t*>(sources[i]) +
+                                (parts.is_scale(part) ? args.scale_offset : 0) + parts.offset(part));
+        },
+        [&](int i, int part, uint4 v) {
+          if (sources[i] == kSkip) return;
+          store_part(parts.place(args.out, args.out_scales, first + i, part), v, parts.bytes(part));
+        });
+  };
+  for (int first = begin; first < end; first += tile) {
     const int entry = first + threadIdx.x;
-    bool remote = false, leads = false;
-    if (entry < end) {
+    bool remote = false, leads = false, far = false;
+    int64_t landed = kSkip;
+    if (entry < end && (!kNodes || static_cast<int>(threadIdx.x) < tile)) {
       int leader = entry;
       int64_t source = kZeros;
       if (index < -1 || index >= args.table_rows * c.num_ranks) {
@@ -100,34 +121,47 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, 1024) {
         leader = find_leader(args, index, entry);
         leads = leader == entry;
         remote = owner != c.rank;
-        source = leads ? reinterpret_cast<int64_t>(peers[owner] + (index - owner * args.table_rows) * args.row_stride)
-                       : kSkip;
+        far = leads && !is_near(c, static_cast<int>(owner));
+        const int64_t offset = (index - owner * args.table_rows) * args.row_stride;
+        if (far) {
+          source = kSkip;
+          if constexpr (kNodes) {
+            const int64_t place = static_cast<int64_t>(blockIdx.x) * tile + threadIdx.x;
+            const uint64_t to = args.landing_offset + static_cast<uint64_t>(place) * args.row_stride;
+            network_get(epv2::network(c, context), static_cast<int>(owner), args.table, to, offset, args.row_stride);
+            landed = reinterpret_cast<int64_t>(peers[c.rank] + to);
+          }
+        } else {
+          source = leads ? reinterpret_cast<int64_t>(peers[owner] + offset) : kSkip;
+        }
       }
       leaders[entry] = leader;
       sources[threadIdx.x] = source;
     }
-    index = entry + kTile < end ? indices[entry + kTile] : -1;
+    index = entry + tile < end ? indices[entry + tile] : -1;
     const uint32_t rows = __popc(__ballot_sync(0xffffffffu, remote && leads));
     const uint32_t wanted = __popc(__ballot_sync(0xffffffffu, remote));
     if (lane == 0 && wanted != 0) {
       atomicAdd(&pulled[0], rows);
       atomicAdd(&pulled[1], wanted);
     }
+    if constexpr (kNodes) {
+      const uint32_t gets = __popc(__ballot_sync(0xffffffffu, far));
+      if (lane == 0 && gets != 0) atomicAdd(&pulled[2], gets);
+    }
     __syncthreads();
-    move_parts<6>(
-        min(end - first, kTile), parts.all,
-        [&](int i, int part) {
-          if (sources[i] < 0) return make_uint4(0, 0, 0, 0);
-          return load_streaming(reinterpret_cast<const uint8_t*>(sources[i]) +
-                                (parts.is_scale(part) ? args.scale_offset : 0) + parts.offset(part));
-        },
-        [&](int i, int part, uint4 v) {
-          if (sources[i] == kSkip) return;
-          store_part(parts.place(args.out, args.out_scales, first + i, part), v, parts.bytes(part));
-        });
+    copy_rows(first);
     __syncthreads();
+    if constexpr (kNodes) {
+      if (!finish_transfers(c, context, scratch)) break;
+      __threadfence_system();  // a flush that finds another CTA's done for it acquires nothing
+      sources[threadIdx.x] = landed;
+      __syncthreads();
+      copy_rows(first);
+      __syncthreads();
+    }
   }
-  if (threadIdx.x < 2) {
+  if (threadIdx.x < kCounters) {
     atomicAdd(reinterpret_cast<unsigned long long*>(args.counters) + threadIdx.x,
               static_cast<unsigned long long>(pulled[threadIdx.x]));
   }
@@ -136,12 +170,12 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, 1024) {
     return;
   }
   if (blockIdx.x == 0) finish_fetch(args, flag, number, scratch);
-  for (int first = begin; first < end; first += kTile) {
+  for (int first = begin; first < end; first += kThreads) {
     const int entry = first + threadIdx.x;
     if (entry < end) sources[threadIdx.x] = leaders[entry] == entry ? kSkip : leaders[entry];
     __syncthreads();
     move_parts<4>(
-        min(end - first, kTile), parts.all,
+        min(end - first, kThreads), parts.all,
         [&](int i, int part) {
           if (sources[i] == kSkip) return make_uint4(0, 0, 0, 0);
           return load_part(parts.place(args.out, args.out_scales, sources[i], part), parts.bytes(part));

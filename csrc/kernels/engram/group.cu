@@ -1,6 +1,8 @@
 // Reduce: entries sorted by row, those of a row in their order: a stable radix sort, 8 bits of the keys in a pass. Twice
 // in a reduce: each rank's own entries by the rows that they are for, then at the owner the rows that all ranks staged
 // for it, in rank order. What comes out depends on prefix sums alone.
+//
+// Between nodes an owner also tells each rank where the rows for it go: what comes from other nodes has places of its own.
 #include "engram/engram.cuh"
 
 using namespace epv2;
@@ -76,8 +78,7 @@ class Grouping {
     int p = 0;
     for (int i = begin_ + threadIdx.x; i < end_; i += blockDim.x) {
       while (i >= prefix_[p + 1]) p++;
-      const int64_t* rows = reinterpret_cast<const int64_t*>(peer_pointer(args_.staging, args_.rows_offset, p));
-      keys(0)[i] = rows[told(p).first + i - prefix_[p]] - c_.rank * args_.table_rows;
+      keys(0)[i] = rows_of(p)[i - prefix_[p]] - c_.rank * args_.table_rows;
       items(0)[i] = i;
     }
   }
@@ -149,11 +150,20 @@ class Grouping {
     return static_cast<uint64_t>(args_.table_rows) * (args_.from_peers ? 1 : c_.num_ranks);
   }
 
-  __device__ const Told& told(int source) const {
-    return reinterpret_cast<const Told*>(peer_pointer(c_.window, args_.told_offset, c_.rank))[source];
-  }
+  __device__ const Told& told(int source) const { return own_pointer<const Told>(c_, args_.told_offset)[source]; }
 
  private:
+  // What a rank has for this one.
+  __device__ const int64_t* rows_of(int source) const {
+    if (is_near(c_, source)) {
+      return reinterpret_cast<const int64_t*>(node_pointer(c_, args_.staging, args_.rows_offset, source)) +
+             told(source).first;
+    }
+    const int near = source < near_begin(c_) ? 0 : prefix_[near_end(c_)] - prefix_[near_begin(c_)];
+    const uint8_t* arrived = node_pointer(c_, args_.staging, args_.arrived_rows_offset, c_.rank);
+    return reinterpret_cast<const int64_t*>(arrived) + prefix_[source] - near;
+  }
+
   template <typename Below>
   __device__ static int lower_bound(int count, Below below) {
     int low = 0, high = count;
@@ -205,27 +215,71 @@ class Grouping {
   int begin_, end_;
 };
 
-// Threads of one CTA: tell every owner how many rows there are for it, hear from all, and tell the host.
-__device__ void tell_owners(const EngramGroupArgs& args, const Grouping& grouping, int side, int distinct,
-                            uint32_t number, uint32_t* scratch) {
+// All threads of one CTA, between nodes: tell all ranks where rows for this one go, and how many come from other nodes.
+__device__ bool tell_room(const EngramGroupArgs& args, const Grouping& grouping, Shared& shared, uint32_t number,
+                          uint32_t count) {
   const Common& c = args.common;
+  const auto coming = [&](int p) { return p < c.num_ranks && !is_near(c, p) ? grouping.told(p).rows : 0; };
+  int mine = 0, arrived, before = 0, step;
+  for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) mine += coming(p);
+  sum_before(shared, mine, arrived);
+  for (int first = 0; first < c.num_ranks; first += blockDim.x) {
+    const int p = first + threadIdx.x, place = before + sum_before(shared, coming(p), step);
+    before += step;
+    if (p >= c.num_ranks) continue;
+    const uint64_t at = args.room_offset + c.rank * sizeof(Room);
+    if (is_near(c, p)) {
+      *reinterpret_cast<Room*>(near_pointer(c, at, p)) = {place, arrived};
+    } else {
+      network_put_value(network(c, 0), p, c.window, at,
+                        static_cast<uint32_t>(place) | static_cast<uint64_t>(arrived) << 32);
+    }
+  }
+  __syncthreads();
+  signal_all(c, kRoomTold, number, false);
+  return wait_everybody(c, kRoomTold, number, count, false, shared.scratch);
+}
+
+// Threads of one CTA: tell every owner how many rows there are for it, hear from all, and tell the host.
+__device__ void tell_owners(const EngramGroupArgs& args, const Grouping& grouping, Shared& shared, int side,
+                            int distinct, uint32_t number) {
+  const Common& c = args.common;
+  uint32_t* scratch = shared.scratch;
+  const uint32_t reduces = kNodes ? *state_word(c, kReduces) : 0;
   // Peers may still be reading what was told and staged for the last reduce.
-  if (!wait_all(c, kReduceDone, *state_word(c, kLastReduce), false, scratch)) return;
+  if (!wait_everybody(c, kReduceDone, *state_word(c, kLastReduce), reduces, false, scratch)) return;
   for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) {
     const int64_t begin = p * args.table_rows, end = begin + args.table_rows;
     const int first = grouping.rows_below(distinct, begin);
     const int entries = grouping.entries_below(side, end) - grouping.entries_below(side, begin);
-    reinterpret_cast<Told*>(peer_pointer(c.window, args.told_offset, p))[c.rank] = {
-        grouping.rows_below(distinct, end) - first, first, distinct, entries};
+    const Told told = {grouping.rows_below(distinct, end) - first, first, distinct, entries};
+    const uint64_t at = args.told_offset + c.rank * sizeof(Told);
+    if (is_near(c, p)) {
+      *reinterpret_cast<Told*>(near_pointer(c, at, p)) = told;
+    } else {
+      const auto word = [](int low, int high) {
+        return static_cast<uint32_t>(low) | static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32;
+      };
+      network_put_value(network(c, 0), p, c.window, at, word(told.rows, told.first));
+      network_put_value(network(c, 0), p, c.window, at + 8, word(told.distinct, told.entries));
+    }
   }
   __syncthreads();
-  signal_node(c, kRowsTold, number);
-  if (!wait_all(c, kRowsTold, number, true, scratch)) return;
+  signal_all(c, kRowsTold, number, true);
+  if (!wait_everybody(c, kRowsTold, number, reduces + 1, true, scratch)) return;
+  if constexpr (kNodes) {
+    if (!tell_room(args, grouping, shared, number, reduces + 1)) return;
+  }
   if (threadIdx.x == 0) {
     int32_t* words = reinterpret_cast<int32_t*>(args.host) + 1;
     for (int p = 0; p < c.num_ranks; p++) {
       const Told& told = grouping.told(p);
       words[3 * p] = told.rows, words[3 * p + 1] = told.distinct, words[3 * p + 2] = told.entries;
+    }
+    if constexpr (kNodes) {
+      int most = 0;
+      for (int p = 0; p < c.num_ranks; p++) most = max(most, own_pointer<Room>(c, args.room_offset)[p].arrived);
+      words[3 * c.num_ranks] = most;
     }
     __threadfence_system();
     store_release_system(reinterpret_cast<uint32_t*>(args.host), args.host_tag);
@@ -241,7 +295,8 @@ EPV2_KERNEL(epv2_engram_group, EngramGroupArgs, 512) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   Grouping grouping(args, shared, reinterpret_cast<int32_t*>(shared_memory() + sizeof(Shared)));
   if (args.from_peers) {
-    if (!wait_all(c, kSumsStaged, number, true, shared.scratch)) return;
+    const uint32_t count = kNodes ? *state_word(c, kReduces) + 1 : 0;
+    if (!wait_everybody(c, kSumsStaged, number, count, !kNodes, shared.scratch)) return;
     grouping.take_staged();
   } else {
     grouping.take_own();
@@ -255,7 +310,7 @@ EPV2_KERNEL(epv2_engram_group, EngramGroupArgs, 512) {
     reinterpret_cast<int32_t*>(args.begins)[distinct] = grouping.entries_below(side, grouping.limit());
   }
   if (!args.from_peers) {
-    tell_owners(args, grouping, side, distinct, number, shared.scratch);
+    tell_owners(args, grouping, shared, side, distinct, number);
   } else if (threadIdx.x == 0) {
     reinterpret_cast<int32_t*>(args.host)[1] = distinct;
     __threadfence_system();

@@ -1,5 +1,6 @@
 // Reduce: sums in fp32 over the entries of each row, one after the other. Twice in a reduce: each rank sums its own
-// entries into its window, then the owner what all ranks staged for it, in rank order. A sum begins with zero.
+// entries into its window, then the owner what all ranks staged for it, in rank order. A sum begins with zero. Between
+// nodes put.cu runs in between, and what came from other nodes lies in the owner's window.
 #include "engram/engram.cuh"
 
 using namespace epv2;
@@ -100,11 +101,18 @@ EPV2_KERNEL(epv2_engram_sum, EngramSumArgs, 1024) {
     if (!args.from_peers) {
       sources[0] = {reinterpret_cast<const uint8_t*>(args.values), 0, 0x7fffffff};
     } else {
-      const Told* told = reinterpret_cast<const Told*>(peer_pointer(c.window, args.told_offset, c.rank));
-      int first = 0;
+      const Told* told = own_pointer<const Told>(c, args.told_offset);
+      const uint64_t sum_bytes = static_cast<uint64_t>(args.hidden) * 4;
+      int first = 0, arrived = 0;
       for (int p = 0; p < c.num_ranks; p++) {
-        const uint64_t offset = args.sums_offset + static_cast<uint64_t>(told[p].first) * args.hidden * 4;
-        sources[p] = {peer_pointer(args.staging, offset, p), first, first + told[p].rows};
+        const uint8_t* values;
+        if (is_near(c, p)) {
+          values = node_pointer(c, args.staging, args.sums_offset + told[p].first * sum_bytes, p);
+        } else {
+          values = node_pointer(c, args.staging, args.arrived_sums_offset + arrived * sum_bytes, c.rank);
+          arrived += told[p].rows;
+        }
+        sources[p] = {values, first, first + told[p].rows};
         first += told[p].rows;
       }
     }
@@ -119,7 +127,14 @@ EPV2_KERNEL(epv2_engram_sum, EngramSumArgs, 1024) {
     sum_rows<1>(args, sources);
   }
   if (last_to_arrive(c, kArrived, scratch)) {
-    signal_node(c, args.from_peers ? kReduceDone : kSumsStaged, number);
-    if (args.from_peers && threadIdx.x == 0) finish_operation(c, kLastReduce, number);
+    if (!args.from_peers) {
+      signal_node(c, kSumsStaged, number);
+      return;
+    }
+    signal_all(c, kReduceDone, number, false);
+    if (threadIdx.x == 0) {
+      if (kNodes) ++*state_word(c, kReduces);
+      finish_operation(c, kLastReduce, number);
+    }
   }
 }

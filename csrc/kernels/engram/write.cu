@@ -9,7 +9,7 @@ EPV2_KERNEL(epv2_engram_write, EngramWriteArgs, 1024) {
   const uint32_t number = operation_number(c);
   uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
   int64_t* targets = reinterpret_cast<int64_t*>(scratch + 4);
-  if (!wait_all(c, kFetchDone, *state_word(c, kLastFetch), false, scratch)) return;
+  if (!wait_everybody(c, kFetchDone, *state_word(c, kLastFetch), *state_word(c, kFetches), false, scratch)) return;
 
   const Parts parts(args.data_bytes, args.scale_bytes);
   const int64_t* rows = reinterpret_cast<const int64_t*>(args.rows);

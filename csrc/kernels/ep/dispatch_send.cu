@@ -260,5 +260,5 @@ EPV2_KERNEL(epv2_dispatch_send, DispatchSendArgs, 512) {
     if (!failed(c)) network_signal(network(c, context), remote(c, i), signal_index(c, kRowsSent, c.rank), share);
   }
   if (blockIdx.x == 0 && warp == 0) pass_on(c, number, count);
-  finish_puts(c, context, scratch);
+  finish_transfers(c, context, scratch);
 }

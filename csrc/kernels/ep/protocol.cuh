@@ -364,14 +364,15 @@ __device__ inline bool agree_failed(const Common& c, uint32_t* word) {
   return *word != 0;
 }
 
-// All threads of the CTA: the end of what it has put in a context. A rank that is gone never takes what was put to it, so
-// after a failure nobody waits for that.
-__device__ inline void finish_puts(const Common& c, int context, uint32_t* word) {
-  if (!agree_failed(c, word)) {
-    network_flush(network(c, context));
-  } else if (threadIdx.x == 0) {
-    network_abandon(network(c, context));
+// All threads of the CTA: the end of what it has put and got in a context. A rank that is gone never takes what was put to
+// it, so after a failure nobody waits for that: false = this rank gave up, and what it has got is not here.
+__device__ inline bool finish_transfers(const Common& c, int context, uint32_t* word) {
+  if (agree_failed(c, word)) {
+    if (threadIdx.x == 0) network_abandon(network(c, context));
+    return false;
   }
+  network_flush(network(c, context));
+  return true;
 }
 
 // All threads of the CTA: wait until the ranks from `begin` to `end` have raised flag `kind` to `number`; false = this rank

@@ -59,7 +59,7 @@ __device__ inline void tell_owners(const Common& c, int context, uint32_t* scrat
   for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
     network_signal(network(c, context), remote(c, i), signal_index(c, kReturned, c.rank), share);
   }
-  finish_puts(c, context, scratch);
+  finish_transfers(c, context, scratch);
 }
 
 }  // namespace epv2

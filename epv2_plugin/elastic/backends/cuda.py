@@ -920,6 +920,7 @@ class CudaBackend:
             self._operation,
             self.check,
             self._refused,
+            contexts=self._contexts,
             host_timeout_seconds=self._host_timeout,
             gpu_timeout_seconds=self._gpu_timeout,
         )

@@ -1,9 +1,10 @@
-"""Engram on GPUs that reach each other's memory: a table in windows of symmetric memory, by csrc/kernels/engram.
+"""Engram on GPUs: a table in windows of symmetric memory, by csrc/kernels/engram.
 
 A fetch is one kernel: it waits until every rank has come to the same fetch, reads each distinct row once, from where it
 lies, and writes it to every entry that asked for it. A write or update waits until no rank reads the rows any more. A
 reduce is four: each rank groups its entries by row and sums them into its window, then each owner does the same with
-what all ranks have there for it. The host waits in between, as it does not know how much comes.
+what all ranks have there for it. The host waits in between, as it does not know how much comes. Between nodes the
+network gets rows of a fetch, and a fifth kernel of a reduce puts sums.
 
 Operations of all kinds have numbers of their own, apart from those of dispatch and combine; flags and error record are
 as csrc/kernels/ep/protocol.cuh says.
@@ -25,10 +26,10 @@ import torch
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends import kernel_errors
 from epv2_plugin.elastic.backends.base import EngramTable, Traffic
-from epv2_plugin.elastic.backends.device import Runtime, Window, require_one_node
+from epv2_plugin.elastic.backends.device import Runtime, Window
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import Event
-from epv2_plugin.elastic.sizing import EngramStagingLayout, align
+from epv2_plugin.elastic.sizing import EngramControlLayout, EngramStagingLayout, EngramTableLayout, align
 from epv2_plugin.jit import kernels
 from epv2_plugin.jit.kernels import Kernel
 
@@ -45,6 +46,7 @@ _PHASES = (
     "engram_reduce, counts",
     "engram_reduce, sums",
     "engram_reduce, end of the one before",
+    "engram_reduce, places at the owners",
 )
 _UPDATE_PHASE = 2  # rows that engram_update is given are looked at behind this wait
 _BAD_ROW = 16  # error code, see csrc/kernels/engram/engram.cuh
@@ -61,6 +63,7 @@ class CudaEngram:
 
     Args:
         runtime: the device. traffic: counts rows pulled from other ranks.
+        contexts: of a network of its own between nodes.
         operation: launches what follows in the order of the buffer's operations. check: raises why the buffer failed.
         refused: see the attribute.
 
@@ -76,14 +79,19 @@ class CudaEngram:
         check: Callable[[], None],
         refused: int,
         *,
+        contexts: int,
         host_timeout_seconds: float,
         gpu_timeout_seconds: float,
     ):
-        require_one_node(runtime, "Engram")
         self.table: EngramTable | None = None
         self.refused = refused
         self._runtime, self._traffic, self._operation, self._check = runtime, traffic, operation, check
         self._host_timeout, self._gpu_timeout = host_timeout_seconds, gpu_timeout_seconds
+        self._contexts = contexts
+        self._between_nodes = runtime.lsa_size < runtime.size
+        self._kernels = kernels.ENGRAM_BETWEEN_NODES if self._between_nodes else kernels.ENGRAM_IN_NODE
+        begin = runtime.rank // runtime.lsa_size * runtime.lsa_size
+        self._near = slice(begin, begin + runtime.lsa_size)  # ranks of this node
         self._num_sms = 0
         self._writes = 0  # engram_write
         self._changes = 0  # and engram_update, which peers learn of by this number alone
@@ -92,7 +100,7 @@ class CudaEngram:
         self._staging: Window | None = None
         self._failure: BaseException | None = None
         self._tag = 0  # with which a kernel tells the host that its words are there
-        self._counted = [0, 0]
+        self._counted = [0, 0, 0]
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 
@@ -146,7 +154,7 @@ class CudaEngram:
                 self._await("engram_write, end of the last fetch")
                 self._count()
                 self.table = self._rows = None
-            self._rows = self._runtime.window(align(table.rows * table.layout.stride, sizing.BUFFER_ALIGNMENT))
+            self._rows = self._runtime.window(align(self._place(table).end, sizing.BUFFER_ALIGNMENT))
             self.table = table
         self._change("engram_write", None, storage, scales)
 
@@ -160,6 +168,9 @@ class CudaEngram:
         stride = table.layout.stride
         return table.views(window.tensor[: table.rows * stride].view(table.rows, stride))
 
+    def _place(self, table: EngramTable) -> EngramTableLayout:
+        return EngramTableLayout(table.rows, table.layout.stride, self._between_nodes)
+
     def _agree(self, table: EngramTable) -> None:
         """Make sure that all ranks write the same kind of table; the first time, make what operations need."""
         self._writes += 1
@@ -167,9 +178,7 @@ class CudaEngram:
         facts = table.facts | {"number of refused calls": self.refused, "number of changes": self._changes}
 
         def step() -> str:
-            for kernel in (kernels.ENGRAM_WRITE, kernels.ENGRAM_FETCH, kernels.ENGRAM_GROUP):
-                runtime.prepare(kernel)
-            for kernel in kernels.ENGRAM_SUM.values():
+            for kernel in [*self._kernels.all(), *[kernels.ENGRAM_PUT] * self._between_nodes]:
                 runtime.prepare(kernel)
             return "; ".join(f"{name} {value}" for name, value in facts.items())
 
@@ -180,7 +189,7 @@ class CudaEngram:
                     if ours != theirs:
                         raise CommunicationError(runtime.rank, peer, phase, f"{ours} as on this rank", theirs)
             if self._control is None:
-                self._control = _Control(runtime)
+                self._control = _Control(runtime, self._contexts if self._between_nodes else 0)
         except BaseException as error:
             self._failure = error  # the others go on without this rank, or not at all
             raise
@@ -199,7 +208,7 @@ class CudaEngram:
         with self._operation((), False, ()) as place:
             self._changes += 1
             self._launch(
-                kernels.ENGRAM_WRITE,
+                self._kernels.write,
                 "write",
                 call,
                 table=window.tensor.data_ptr(),
@@ -224,7 +233,7 @@ class CudaEngram:
         table, window, control = self._open()
         layout, num_entries = table.layout, _num_entries(indices_N)
         self._count()
-        device = self._runtime.device
+        device, place_of = self._runtime.device, self._place(table)
         num_slots = 1 << (2 * num_entries).bit_length()  # at most half of them get used
         with self._operation((), True, (indices_N,)) as place:
             data = torch.empty(num_entries, table.hidden, dtype=table.dtype, device=device)
@@ -233,7 +242,7 @@ class CudaEngram:
                 scales = torch.empty(num_entries, table.scale_columns, dtype=table.scale_dtype, device=device)
             scratch = torch.empty(num_slots + num_entries, dtype=torch.int32, device=device)
             self._launch(
-                kernels.ENGRAM_FETCH,
+                self._kernels.fetch,
                 "fetch",
                 "engram_fetch",
                 table=window.handle,
@@ -247,6 +256,8 @@ class CudaEngram:
                 table_rows=table.rows,
                 num_entries=num_entries,
                 num_slots=num_slots,
+                landing_offset=place_of.landing,
+                tile=place_of.tile(self._num_sms),
                 data_bytes=layout.data_bytes,
                 scale_bytes=layout.scale_bytes,
                 scale_offset=layout.scale_offset,
@@ -266,10 +277,12 @@ class CudaEngram:
         if self._control is None:
             return
         stride = 0 if self.table is None else self.table.layout.stride
-        rows, entries = (int(count) for count in self._control.counted)
+        rows, entries, far_rows = (int(count) for count in self._control.counted)
         self._traffic.sent_bytes += stride * (rows - self._counted[0])
         self._traffic.undeduplicated_bytes += stride * (entries - self._counted[1])
-        self._counted = [rows, entries]
+        self._traffic.network_bytes += stride * (far_rows - self._counted[2])
+        self._traffic.direct_network_bytes += stride * (far_rows - self._counted[2])
+        self._counted = [rows, entries, far_rows]
 
     # ---- reduce -----------------------------------------------------------------------------------------------------
 
@@ -284,9 +297,10 @@ class CudaEngram:
         with self._operation((), False, ()) as place:
             mine = _Groups(num_entries, self._num_sms, runtime.device)
             self._group(mine, runtime.size * table.rows, indices=indices_N.data_ptr())
-            told = self._await("engram_reduce, counts")[: 3 * runtime.size].reshape(runtime.size, 3)
+            words = self._await("engram_reduce, counts")
+            told = words[: 3 * runtime.size].reshape(runtime.size, 3)
             rows_from, staged, entries_from = (column.tolist() for column in told.T)
-            layout = EngramStagingLayout(max(staged), table.hidden)
+            layout = EngramStagingLayout(max(staged), int(words[3 * runtime.size]), table.hidden)
             own = self._make_room(layout.end).tensor.data_ptr()
             width = 4 if table.hidden % 4 == 0 and gradients_NH.data_ptr() % (4 * gradients_NH.itemsize) == 0 else 1
             self._sum(
@@ -298,8 +312,12 @@ class CudaEngram:
                 out_rows=own + layout.rows,
                 width=width,
             )
+            if self._between_nodes:
+                self._put(layout, staged[runtime.rank])
             theirs = _Groups(sum(rows_from), self._num_sms, runtime.device)
-            self._group(theirs, table.rows, from_peers=1, rows_offset=layout.rows)
+            self._group(
+                theirs, table.rows, from_peers=1, rows_offset=layout.rows, arrived_rows_offset=layout.arrived_rows
+            )
             num_rows = int(self._await("engram_reduce, sums")[0])
             rows = torch.empty(num_rows, dtype=torch.int64, device=runtime.device)
             sums = torch.empty(num_rows, table.hidden, dtype=torch.float32, device=runtime.device)
@@ -309,12 +327,16 @@ class CudaEngram:
                 num_rows=num_rows,
                 from_peers=1,
                 sums_offset=layout.sums,
+                arrived_sums_offset=layout.arrived_sums,
                 out=sums.data_ptr(),
                 out_rows=rows.data_ptr(),
                 width=4 if table.hidden % 4 == 0 else 1,
             )
             event = place.end(())
         row_bytes = 8 + 4 * table.hidden
+        far_bytes = row_bytes * (sum(rows_from) - sum(rows_from[self._near]))
+        self._traffic.network_bytes += far_bytes
+        self._traffic.direct_network_bytes += far_bytes
         self._traffic.sent_bytes += row_bytes * (sum(rows_from) - rows_from[runtime.rank])
         self._traffic.undeduplicated_bytes += row_bytes * (sum(entries_from) - entries_from[runtime.rank])
 
@@ -329,7 +351,7 @@ class CudaEngram:
         table, _, control = self._open()
         groups.num_passes = -(-num_keys.bit_length() // 8)
         self._launch(
-            kernels.ENGRAM_GROUP,
+            self._kernels.group,
             "group",
             "engram_reduce",
             staging=0 if self._staging is None else self._staging.handle,
@@ -340,7 +362,8 @@ class CudaEngram:
             distinct=groups.distinct.data_ptr(),
             host=control.host.pointer,
             host_tag=self._next_tag(),
-            told_offset=control.told_offset,
+            told_offset=control.layout.told,
+            room_offset=control.layout.room,
             table_rows=table.rows,
             num_entries=groups.num_entries,
             num_passes=groups.num_passes,
@@ -351,16 +374,35 @@ class CudaEngram:
         table, _, control = self._open()
         assert self._staging is not None
         self._launch(
-            kernels.ENGRAM_SUM[_DTYPES[dtype]],
+            self._kernels.sum[_DTYPES[dtype]],
             "sum",
             "engram_reduce",
             staging=self._staging.handle,
             items=groups.items.data_ptr() + 4 * groups.num_entries * (groups.num_passes % 2),
             begins=groups.begins.data_ptr(),
             distinct=groups.distinct.data_ptr(),
-            told_offset=control.told_offset,
+            told_offset=control.layout.told,
             hidden=table.hidden,
             **fields,
+        )
+
+    def _put(self, layout: EngramStagingLayout, num_rows: int) -> None:
+        """Between nodes: send the sums of this rank's entries to owners in other nodes."""
+        table, _, control = self._open()
+        assert self._staging is not None
+        self._launch(
+            kernels.ENGRAM_PUT,
+            "put",
+            "engram_reduce",
+            staging=self._staging.handle,
+            room_offset=control.layout.room,
+            rows_offset=layout.rows,
+            sums_offset=layout.sums,
+            arrived_rows_offset=layout.arrived_rows,
+            arrived_sums_offset=layout.arrived_sums,
+            table_rows=table.rows,
+            num_rows=num_rows,
+            hidden=table.hidden,
         )
 
     def _make_room(self, num_bytes: int) -> Window:
@@ -395,8 +437,12 @@ class CudaEngram:
             route=shared[1],
             rank=runtime.rank,
             num_ranks=runtime.size,
+            lsa_begin=self._near.start,
+            lsa_size=runtime.lsa_size,
+            network=control.network,
+            contexts=self._contexts,
         )
-        shape = sizing.engram_shape(name, runtime.size)
+        shape = sizing.engram_shape(name, runtime.size, self._between_nodes)
         arguments = _struct_of(kernel).pack(common=common, **fields)
         runtime.launch(kernel, arguments, ctas=self._num_sms, threads=shape.threads, shared_bytes=shape.shared_bytes)
 
@@ -420,22 +466,22 @@ class _Control:
     """What operations need beside the table, for as long as the buffer lives. Collective.
 
     Attributes:
-        window: flags, then at `told_offset` what each rank told this one. state: words of the kernels. counters: rows
-            pulled and entries served so far. error, host, host_counters: what they tell the host, which reads it as
-            `errors`, `told` (a tag first) and `counted`.
+        window, layout: flags and what ranks told this one. network: between nodes, to all ranks. state: words of the
+            kernels. counters: rows pulled, entries served and rows of other nodes so far. error, host, host_counters:
+            what they tell the host, which reads it as `errors`, `told` (a tag first) and `counted`.
     """
 
-    def __init__(self, runtime: Runtime):
-        self.told_offset = sizing.control_bytes(runtime.size)
+    def __init__(self, runtime: Runtime, contexts: int):
+        self.layout = EngramControlLayout(runtime.size)
+        self.network = runtime.network(sizing.SIGNAL_KINDS * runtime.size, contexts, False) if contexts else 0
         self.state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=runtime.device)
-        self.counters = torch.zeros(2, dtype=torch.int64, device=runtime.device)
-        self.error, self.host = runtime.mapped(4 * _ERROR_WORDS), runtime.mapped(4 * (1 + 3 * runtime.size))
-        self.host_counters = runtime.mapped(16)
+        self.counters = torch.zeros(3, dtype=torch.int64, device=runtime.device)
+        self.error, self.host = runtime.mapped(4 * _ERROR_WORDS), runtime.mapped(4 * (2 + 3 * runtime.size))
+        self.host_counters = runtime.mapped(24)
         self.errors: Any = self.error.tensor.view(torch.int32).numpy()
         self.told: Any = self.host.tensor.view(torch.int32).numpy()
         self.counted: Any = self.host_counters.tensor.view(torch.int64).numpy()
-        num_bytes = sizing.engram_control_bytes(runtime.size)
-        self.window = runtime.window(align(num_bytes, sizing.BUFFER_ALIGNMENT))
+        self.window = runtime.window(align(self.layout.end, sizing.BUFFER_ALIGNMENT))
 
     def detach(self) -> None:
         """Keep the words: events may outlive the mapped memory."""
