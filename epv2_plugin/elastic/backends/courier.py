@@ -42,7 +42,10 @@ class Courier:
         self._given = 0  # puts
         table = runtime.mapped(8 * (_SEALS + 1))
         self._words, self._table = table.tensor.view(torch.int64).numpy(), table.pointer  # the last: puts that are done
-        self._progress = (self._table + 8 * _SEALS, 8)
+        self._progress = self._table + 8 * _SEALS
+        # What a wait for the network looks at: there is nothing to be seen but the time.
+        self._nothing = torch.zeros(1, dtype=torch.int64, device=runtime.device)
+        self._look = (self._nothing.data_ptr(), 8)
         self._free = deque(range(_SEALS))
         self._meetings = 0
 
@@ -77,9 +80,9 @@ class Courier:
                 if seal is not None:
                     self._runtime.stream_ops([("write64", seal[0], seal[1] | (self._sent[peer] & 0xFFFFFFFF) << 32)])
                 self._transport.put(window, found)
-                self._runtime.stream_ops([("write64", self._progress[0], self._given), passed])
+                self._runtime.stream_ops([("write64", self._progress, self._given), passed])
             done.judge, done.since = lambda _: (peer, ""), time.monotonic()
-            done.look = self._progress  # from now on it waits for the network
+            done.look = self._look  # from now on it waits for the network
             return True
 
         self._watch.then(staged, errand)
@@ -115,9 +118,7 @@ class Courier:
         sent = self._runtime.meeting.agree(f"courier/{self._meetings}", lambda: json.dumps(self._sent), phase)
         rank, node = self._runtime.rank, self._runtime.rank // self._runtime.lsa_size
         far = next(peer for peer in range(self._runtime.size) if peer // self._runtime.lsa_size != node)
-        landed = Wait(
-            rank, phase, "the puts of other nodes", "courier", self._progress, lambda _: (far, ""), network=True
-        )
+        landed = Wait(rank, phase, "the puts of other nodes", "courier", self._look, lambda _: (far, ""), network=True)
         with self._runtime.on_stream(self._stream):
             for peer, text in enumerate(sent):
                 if count := json.loads(text)[rank] - self._heard[peer]:

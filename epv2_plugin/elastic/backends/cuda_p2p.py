@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ _HEADER_WORDS = 4  # 64 bits each: number, what, and two of dimensions
 _DIMENSION_BYTES = 16
 _TOO_LONG = 1 << 16  # in `what`: the dimensions do not fit
 _DTYPES = sorted(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
+_PEEK_SECONDS = 0.02  # between two questions to the store that all ranks ask
 _USUAL_RINGS = 4  # two peers, activations and gradients to each
 # Without the variable CUDA has 8 queues, and the streams of four waiting links hold all others (docs/performance.md).
 _LEAST_CONNECTIONS, _ENOUGH_CONNECTIONS = 10, 32
@@ -92,6 +94,7 @@ class _Outgoing:
     def __init__(self, stream: Any, offset: int):
         self.stream, self.offset = stream, offset  # of its ring in the window
         self.arrivals: int | None = None  # where the ring of a receiver on another node is
+        self.next_peek = 0.0  # time to ask for that again
         self.number = 0  # tensors so far
         self.recent: deque[str] = deque()  # what lies in its slots, oldest first
 
@@ -380,10 +383,13 @@ class CudaPointToPoint:
         key = self._key(rank, peer, channel)
 
         def puts() -> list[Put] | None:
-            if link.arrivals is None and (offset := self.runtime.meeting.peek(key)) is not None:
-                link.arrivals = int(offset)
             if link.arrivals is None:
-                return None
+                if time.monotonic() < link.next_peek:
+                    return None
+                link.next_peek = time.monotonic() + _PEEK_SECONDS
+                if (offset := self.runtime.meeting.peek(key)) is None:
+                    return None
+                link.arrivals = int(offset)
             data = [(peer, link.arrivals + inside, link.offset + inside, num_bytes)] if num_bytes else []
             return [*data, (peer, inbox, outbox, 8 * _HEADER_WORDS + SEAL_BYTES)]
 
