@@ -520,9 +520,8 @@ def refusals(rank: int, size: int, kind: str) -> None:
     with mock.patch.dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1"):
         with pytest.raises(UnavailableError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1: .* set it to 32 \(10 at least\)"):
             buffer.pp_set_config(1 << 18, 4)
-        if kind == "emulated":
-            with pytest.raises(UnavailableError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1"):
-                buffer.agrs_set_config(1 << 18, 4)
+        with pytest.raises(UnavailableError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1"):
+            buffer.agrs_set_config(1 << 18, 4)
         del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
         with pytest.raises(UnavailableError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=\(unset\)"):
             buffer.pp_set_config(1 << 18, 4)

@@ -410,17 +410,23 @@ class SessionLayout:
     """Where all-gather sessions keep their words and tensors: offsets in the window.
 
     Attributes:
-        begun: word of each rank: the session it has begun. begun_outbox: this rank's, for the others to get.
-        tensors: where gathered tensors begin. end: behind the last.
+        begun: word of each rank: the session it has begun. Between nodes (`far`) two rows more, of ranks of other
+            nodes: even sessions and odd ones. begun_outbox: this rank's, likewise, for the others to get.
+        tensors: where gathered tensors begin. incoming: as much, for what other nodes add to sums; none in one node.
+        end: behind the last.
     """
 
-    def __init__(self, *, num_ranks: int, max_operations: int, max_session_bytes: int):
+    def __init__(self, *, num_ranks: int, max_operations: int, max_session_bytes: int, far: bool = False):
         self._num_ranks = num_ranks
         sections = _Sections(0)
-        self.begun, self.begun_outbox = sections.take(4 * num_ranks), sections.take(4)
+        rows = 3 if far else 1
+        self.begun, self.begun_outbox = sections.take(4 * num_ranks * rows), sections.take(4 * rows)
         self._arrived, self._outbox = sections.take(4 * num_ranks * max_operations), sections.take(4 * max_operations)
+        seals = 8 * num_ranks * max_operations if far else 0
+        self._seals, self._seal_outbox = sections.take(seals), sections.take(seals)
         self.tensors = align(sections.end, RING_ALIGNMENT)
-        self.end = self.tensors + max_session_bytes
+        self.incoming = align(self.tensors + max_session_bytes, RING_ALIGNMENT)
+        self.end = self.incoming + max_session_bytes if far else self.tensors + max_session_bytes
 
     def arrived(self, operation: int, rank: int) -> int:
         """What says that `rank`'s part of an operation is here."""
@@ -429,6 +435,10 @@ class SessionLayout:
     def outbox(self, operation: int) -> int:
         """The same word for the others to get."""
         return self._outbox + 4 * operation
+
+    def seal(self, operation: int, rank: int, *, outgoing: bool) -> int:
+        """What says that `rank`, of another node, has sent its part, or (outgoing) what it is going to be told."""
+        return (self._seal_outbox if outgoing else self._seals) + 8 * (operation * self._num_ranks + rank)
 
 
 # ---- Engram on the cuda backend -------------------------------------------------------------------------------------

@@ -71,19 +71,24 @@ class Courier:
         done.network = True
         passed, peer = self._watch.note(done), done.peer
 
+        left: deque[Put] = deque()
+
         def errand() -> bool:
-            if self._given - int(self._words[_SEALS]) > _MOST_PUTS - 2 or (found := puts()) is None:
+            if not left:
+                left.extend(puts() or ())
+            found = [left.popleft() for _ in range(min(len(left), _MOST_PUTS - self._under_way()))]
+            if not found:
                 return False
             self._sent[peer] += len(found)
             self._given += len(found)
             with self._runtime.on_stream(self._stream):
-                if seal is not None:
+                if seal is not None and not left:
                     self._runtime.stream_ops([("write64", seal[0], seal[1] | (self._sent[peer] & 0xFFFFFFFF) << 32)])
                 self._transport.put(window, found)
-                self._runtime.stream_ops([("write64", self._progress, self._given), passed])
+                self._runtime.stream_ops([("write64", self._progress, self._given), *([] if left else [passed])])
             done.judge, done.since = lambda _: (peer, ""), time.monotonic()
             done.look = self._look  # from now on it waits for the network
-            return True
+            return not left
 
         self._watch.then(staged, errand)
 
@@ -125,6 +130,9 @@ class Courier:
                     self._hear(peer, count)
             self._runtime.stream_ops([self._watch.note(landed)])
         self._watch.finish(landed)
+
+    def _under_way(self) -> int:
+        return self._given - int(self._words[_SEALS])
 
     def _hear(self, peer: int, count: int) -> None:
         self._heard[peer] += count

@@ -915,7 +915,7 @@ class CudaBackend:
 
     @cached_property
     def sessions(self) -> CudaSessions:
-        return CudaSessions(self.runtime, self._watch, self.traffic, self._refused)
+        return CudaSessions(self.runtime, self._watch, self.traffic, self._refused, lambda: self._courier)
 
     @cached_property
     def engram(self) -> CudaEngram:
