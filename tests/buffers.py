@@ -45,12 +45,18 @@ def emulated_buffer(seed: int = 0, seconds: float = 60, **options: Any) -> Emula
 
 
 def make_buffer(kind: str, **options: Any) -> ElasticBuffer:
-    """A buffer of the backend `kind`, "emulated by 2" = in nodes of 2, over all ranks; some need `num_bytes`."""
+    """A buffer of the backend `kind` over all ranks; those that need it get `num_bytes`.
+
+    "emulated/2": on nodes of 2 ranks, or of 1 where these make no nodes of the group.
+    """
     if kind == "host":
         return ElasticBuffer(dist.group.WORLD, backend="host", **options)
     options = {"num_bytes": _ROOM, **options}
-    if kind.startswith("emulated"):
-        return emulated_buffer(per_node=int(kind.removeprefix("emulated").removeprefix(" by ") or 0), **options)
+    name, _, per_node = kind.partition("/")
+    if name == "emulated":
+        if per_node and (dist.get_world_size() % int(per_node) or dist.get_world_size() == int(per_node)):
+            per_node = "1"
+        return emulated_buffer(per_node=int(per_node or 0), **options)
     take_device()
     return ElasticBuffer(dist.group.WORLD, backend="cuda", **options)
 

@@ -29,7 +29,7 @@ LARGE_CASES = {
     "wide rows": Case(2, 30, 1001, "fp16", 1, ((40, 20),), 1, 0.5, 0.2, False, False, False, False, 3),
     "scales": Case(2, 300, 128, "fp8", 3, ((200, 90),), 2, 0.3, 0.2, False, True, False, False, 4),
 }
-CLUSTERS = {"2x1": (2, "emulated by 1"), "2x2": (4, "emulated by 2")}  # nodes x ranks of each
+CLUSTERS = {"2x1": (2, "emulated/1"), "2x2": (4, "emulated/2")}  # nodes x ranks of each
 
 
 def exchange(rank: int, size: int, case: Case, kind: str) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def test_training_has_the_bits_of_the_host(pool: Callable[[int], Pool], kind: st
 
 @pytest.mark.parametrize(
     ("what", "kind"),
-    [*itertools.product(test_engram.DISAGREEMENTS, ["emulated"]), ("operation", "emulated by 1")]
+    [*itertools.product(test_engram.DISAGREEMENTS, ["emulated"]), ("operation", "emulated/1")]
     + [pytest.param(what, "cuda", marks=pytest.mark.gpu) for what in test_engram.DISAGREEMENTS],
 )
 def test_ranks_that_disagree(what: str, kind: str) -> None:
@@ -177,12 +177,12 @@ def test_ranks_that_disagree(what: str, kind: str) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "emulated by 1"])
+@pytest.mark.parametrize("kind", [*KINDS, "emulated/1"])
 def test_killed_peer(kind: str) -> None:
     test_engram.check_killed(harness.outcomes(3, test_engram.dies, kind, 3, timeout=60))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "emulated by 1"])
+@pytest.mark.parametrize("kind", [*KINDS, "emulated/1"])
 def test_absent_peer_times_out_on_every_rank(kind: str) -> None:
     results = harness.run(3, test_engram.never_calls, kind, timeout=60)
     assert all(kind for kind, _ in results)
@@ -230,7 +230,7 @@ def wrong_row(rank: int, size: int, kind: str, call: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "emulated by 1"])
+@pytest.mark.parametrize("kind", [*KINDS, "emulated/1"])
 @pytest.mark.parametrize("call", ["engram_fetch", "engram_reduce", "engram_update"])
 def test_row_that_is_not_there_is_named_by_the_rank_that_asked_for_it(
     pool: Callable[[int], Pool], call: str, kind: str
@@ -266,7 +266,7 @@ def refused_on_one_rank(rank: int, size: int, kind: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "emulated by 1"])
+@pytest.mark.parametrize("kind", [*KINDS, "emulated/1"])
 def test_a_call_that_only_one_rank_refused_is_an_error_everywhere(kind: str) -> None:
     said = harness.run(2, refused_on_one_rank, kind, timeout=60)
     assert all(text.startswith(f"rank {rank}, waiting for rank {1 - rank}") for rank, text in enumerate(said)), said
@@ -301,7 +301,7 @@ def tables_in_turn(rank: int, size: int, kind: str) -> None:
     buffer.destroy()
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "emulated by 1"])
+@pytest.mark.parametrize("kind", [*KINDS, "emulated/1"])
 def test_tables_in_turn(pool: Callable[[int], Pool], kind: str) -> None:
     pool(2).run(tables_in_turn, kind, timeout=60)
 

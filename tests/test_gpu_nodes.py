@@ -1,4 +1,4 @@
-"""Expert parallelism between nodes that one machine plays: the cases of the emulator's tests through NCCL's GIN."""
+"""Between nodes that one machine plays: the cases of the emulator's tests through NCCL's GIN and its host RMA."""
 
 from __future__ import annotations
 
@@ -18,24 +18,30 @@ CLUSTERS = [(2, 1), (2, 2), (2, 4), (4, 2)]  # nodes x ranks of each
 
 def run(cluster: tuple[int, int], backend: str, mode: str, seeds: Sequence[int], cases: int) -> list[tuple[str, ...]]:
     """(backend, mode, bytes over the network, those of direct mode) for each seed."""
+    arguments = [backend, mode, ",".join(map(str, seeds)), str(cases)]
+    said = emulate(cluster, "tests.nodes_ranks", arguments, 300 + 30 * len(seeds))
+    found = re.findall(r"cases, (\w+), (\w+): (\d+) bytes, direct (\d+)", said)
+    assert len(found) == len(seeds), said
+    return found
+
+
+def emulate(cluster: tuple[int, int], module: str, arguments: Sequence[str], seconds: float) -> str:
+    """What the ranks of `module` said."""
     nodes, ranks = map(str, cluster)
     command = [sys.executable, "-m", "epv2_plugin.cli", "emulate", "--nodes", nodes, "--gpus-per-node", ranks]
-    command += ["--sms", "4", "--", sys.executable, "-m", "tests.nodes_ranks", backend, mode]
-    command += [",".join(map(str, seeds)), str(cases)]
+    command += ["--sms", "4", "--", sys.executable, "-m", module, *arguments]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     harness.make_room()
     environment = {**os.environ, "PYTHONPATH": path}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as started:
         try:
-            said, errors = started.communicate(timeout=300 + 30 * len(seeds))
+            said, errors = started.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             started.terminate()  # which ends the ranks, too
             said, errors = started.communicate(timeout=60)
     assert started.returncode == 0, said + errors
-    found = re.findall(r"cases, (\w+), (\w+): (\d+) bytes, direct (\d+)", said)
-    assert len(found) == len(seeds), said
-    return found
+    return said
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()")
@@ -65,3 +71,15 @@ def test_tables_between_emulated_nodes(cluster: tuple[int, int]) -> None:
 @pytest.mark.parametrize("mode", ["direct", "hybrid"])
 def test_twenty_seeds_of_chaos(mode: str) -> None:
     run((2, 2), "cuda", mode, range(1, 21), 25)  # 500 random cases
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster", [(2, 1), (2, 2)], ids=lambda cluster: "x".join(map(str, cluster)))
+def test_transfers_between_emulated_nodes(cluster: tuple[int, int]) -> None:
+    said = emulate(cluster, "tests.transfers_ranks", ["cuda"], 300)
+    assert [line for line in said.splitlines() if line.endswith(" on cuda")] == [
+        "receives_first on cuda",
+        "both_ways_at_once on cuda",
+        "scatters on cuda",
+        "begins_late on cuda",
+    ]

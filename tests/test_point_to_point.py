@@ -30,6 +30,8 @@ from tests import harness
 from tests.buffers import KINDS, make_buffer, settle
 from tests.harness import Pool
 
+NODES = "emulated/2"  # across nodes: 2 x 2 of four ranks, of 1 each else
+EVERY = (*KINDS, NODES)
 DTYPES = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn),
     *(torch.int64, torch.int32, torch.uint8, torch.bool),
@@ -116,6 +118,15 @@ def test_every_interleaving_arrives(
     assert sum(pool(size).run(walk, kind, slots, messages, timeout=30)) == len(messages)
 
 
+@given(plan=plans())
+@settings(max_examples=10)
+def test_every_interleaving_arrives_across_nodes(
+    pool: Callable[[int], Pool], plan: tuple[int, int, list[Message]]
+) -> None:
+    size, slots, messages = plan
+    assert sum(pool(size).run(walk, NODES, slots, messages, timeout=30)) == len(messages)
+
+
 def both_ways_at_once(rank: int, size: int, kind: str) -> None:
     """Every rank fills its rings to everybody before anybody receives; then reads in another order."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=20)
@@ -161,7 +172,7 @@ def both_ways_at_once(rank: int, size: int, kind: str) -> None:
     torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_full_rings_in_both_directions(pool: Callable[[int], Pool], kind: str) -> None:
     pool(3).run(both_ways_at_once, kind)
 
@@ -186,7 +197,7 @@ def blocks_until_taken(rank: int, size: int, kind: str) -> float:
     return 0.0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_a_full_ring_blocks_the_sender_until_one_is_taken(pool: Callable[[int], Pool], kind: str) -> None:
     assert 0.7 < pool(2).run(blocks_until_taken, kind)[0] < 10
 
@@ -274,8 +285,13 @@ def mismatch(rank: int, size: int, kind: str, what: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("what", ["smaller", "larger", "same bytes", "dtype", "empty"])
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        *((what, kind) for what in ("smaller", "larger", "same bytes", "dtype", "empty") for kind in KINDS),
+        ("same bytes", NODES),
+    ],
+)
 def test_wrong_shape_or_dtype_is_named_on_both_ranks(pool: Callable[[int], Pool], what: str, kind: str) -> None:
     sender, receiver, _ = pool(3).run(mismatch, kind, what, timeout=30)
     assert "rank 1, waiting for rank 0 in pp_recv from rank 0, tensor #2, slot 0 of 2" in receiver
@@ -329,7 +345,7 @@ def not_taken(rank: int, size: int, kind: str, who: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_a_ring_that_stays_full_times_out(pool: Callable[[int], Pool], kind: str) -> None:
     assert pool(2).run(not_taken, kind, "sender")[0] == (
         "rank 0, waiting for rank 1 in pp_send to rank 1, tensor #2, slot 0 of 2: expected rank 1 to take [3] float32 "
@@ -337,7 +353,7 @@ def test_a_ring_that_stays_full_times_out(pool: Callable[[int], Pool], kind: str
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_a_tensor_that_never_comes_times_out(pool: Callable[[int], Pool], kind: str) -> None:
     assert pool(2).run(not_taken, kind, "receiver")[1] == (
         "rank 1, waiting for rank 0 in pp_recv from rank 0, tensor #0, slot 0 of 2: expected #0 [3] float32, "
@@ -366,7 +382,7 @@ def dies(rank: int, size: int, kind: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_killed_peer(kind: str) -> None:
     results = harness.outcomes(3, dies, kind, timeout=60)
     assert results[2].error_type == "Killed"
@@ -437,7 +453,7 @@ def receives_first(rank: int, size: int, kind: str) -> None:
     buffer.pp_flush()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_receives_may_come_first_on_every_rank(pool: Callable[[int], Pool], kind: str) -> None:
     pool(3).run(receives_first, kind)
 
@@ -462,7 +478,7 @@ def full_both_ways(rank: int, size: int, kind: str) -> None:
     buffer.pp_flush()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_a_posted_receive_needs_no_further_call(pool: Callable[[int], Pool], kind: str) -> None:
     pool(2).run(full_both_ways, kind)
 
@@ -488,7 +504,7 @@ def told(rank: int, size: int, kind: str) -> tuple[str, bool]:
     return "", False
 
 
-@pytest.mark.parametrize("kind", ["emulated"])
+@pytest.mark.parametrize("kind", ["emulated", NODES])
 def test_every_rank_is_told_and_has_no_data(pool: Callable[[int], Pool], kind: str) -> None:
     (sender, _), (receiver, receiver_nan), (third, third_nan) = pool(3).run(told, kind)
     assert "expected #0 [8] float32, seen #0 [9] float32" in receiver
@@ -520,6 +536,13 @@ def refusals(rank: int, size: int, kind: str) -> None:
         buffer.pp_send(t, links[0][0], channel=2)
     for peer, channel in links[:4]:
         buffer.pp_recv(t, peer, channel=channel)
+    if kind == NODES:
+        where = rf"rank {rank}, src_rank {links[0][0]}, channel 2: "
+        with pytest.raises(
+            BufferSizeError, match=where + r".* rings from 4 \(rank, channel\) pairs.* 5 need num_bytes"
+        ):
+            buffer.pp_recv(t, links[0][0], channel=2)
+        assert buffer.traffic.network_bytes == 4 * t.nbytes
     buffer.pp_flush()
     buffer.runtime.is_capturing = lambda: True
     with pytest.raises(RuntimeError, match="pp_send can't be captured"):
@@ -528,8 +551,9 @@ def refusals(rank: int, size: int, kind: str) -> None:
         buffer.pp_recv(t, links[0][0])
 
 
-def test_what_the_cuda_backend_refuses(pool: Callable[[int], Pool]) -> None:
-    pool(3).run(refusals, "emulated")
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_what_the_cuda_backend_refuses(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(3).run(refusals, kind)
 
 
 def memory(rank: int, size: int, kind: str) -> None:
@@ -561,8 +585,9 @@ def memory(rank: int, size: int, kind: str) -> None:
     assert not waits._waits
 
 
-def test_tensors_live_as_long_as_they_are_needed(pool: Callable[[int], Pool]) -> None:
-    pool(2).run(memory, "emulated")
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_tensors_live_as_long_as_they_are_needed(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(memory, kind)
 
 
 def destroyed(rank: int, size: int, kind: str, dropped: bool) -> float:
@@ -577,7 +602,8 @@ def destroyed(rank: int, size: int, kind: str, dropped: bool) -> float:
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("epv2_plugin").addHandler(handler)
     begin = time.monotonic()
-    what = r"pp_send to rank .*, tensor #1, .* seen (nothing within|that rank)"
+    # Across nodes the first needs a place at the receiver, too.
+    what = r"pp_send to rank .*, tensor #[01], .* seen (nothing within|that rank)"
     if dropped:
         del buffer
         gc.collect()
@@ -593,9 +619,9 @@ def destroyed(rank: int, size: int, kind: str, dropped: bool) -> float:
     return seconds
 
 
-@pytest.mark.parametrize("dropped", [False, True])
-def test_a_buffer_can_be_destroyed_at_any_time(pool: Callable[[int], Pool], dropped: bool) -> None:
-    first, *others = sorted(pool(2).run(destroyed, "emulated", dropped))
+@pytest.mark.parametrize(("kind", "dropped"), [("emulated", False), ("emulated", True), (NODES, False)])
+def test_a_buffer_can_be_destroyed_at_any_time(pool: Callable[[int], Pool], kind: str, dropped: bool) -> None:
+    first, *others = sorted(pool(2).run(destroyed, kind, dropped))
     assert all(seconds < 10 for seconds in others)
     assert dropped or first > 2
 
@@ -618,5 +644,6 @@ def late_receiver(rank: int, size: int, kind: str) -> None:
     buffer.destroy()
 
 
-def test_destroying_a_buffer_waits_for_its_transfers(pool: Callable[[int], Pool]) -> None:
-    pool(2).run(late_receiver, "emulated")
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_destroying_a_buffer_waits_for_its_transfers(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(late_receiver, kind)

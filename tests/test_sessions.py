@@ -19,6 +19,8 @@ from tests import harness
 from tests.buffers import KINDS, SMS, make_buffer, settle
 from tests.harness import Pool
 
+NODES = "emulated/2"  # across nodes: 2 x 2 of four ranks, of 1 each else
+EVERY = (*KINDS, NODES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8)
 
 
@@ -76,6 +78,13 @@ def test_gathered_tensors(pool: Callable[[int], Pool], kind: str, plan: tuple[in
     pool(size).run(gathers, kind, calls, order)
 
 
+@given(plan=plans())
+@settings(max_examples=6)
+def test_gathered_tensors_across_nodes(pool: Callable[[int], Pool], plan: tuple[int, list[tuple], list[int]]) -> None:
+    _, calls, order = plan
+    pool(4).run(gathers, NODES, calls, order)
+
+
 def scatters(rank: int, size: int, kind: str) -> list[torch.Tensor]:
     """Sums of bf16 that depend on order and on precision; two in flight and an all-gather beside them."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=20)
@@ -128,12 +137,12 @@ def given_targets(rank: int, size: int, kind: str) -> None:
     assert torch.equal(part, (sum((each + rank).float() for each in want) * 0.3).to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_results_in_tensors_of_the_caller(pool: Callable[[int], Pool], kind: str) -> None:
     pool(2).run(given_targets, kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_sums_run_in_fp32_in_rank_order(pool: Callable[[int], Pool], kind: str) -> None:
     for first, second in zip(pool(3).run(scatters, kind), pool(3).run(scatters, kind), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -247,8 +256,14 @@ def disagree(rank: int, size: int, kind: str, what: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("what", ["shape", "dtype", "number", "operation"])
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        *((what, kind) for what in ("shape", "dtype", "number", "operation") for kind in KINDS),
+        ("shape", NODES),
+        ("operation", NODES),
+    ],
+)
 def test_ranks_that_disagree(pool: Callable[[int], Pool], what: str, kind: str) -> None:
     messages = pool(2).run(disagree, kind, what, timeout=30)
     assert all(f"rank {rank}, waiting for rank {1 - rank} in" in m for rank, m in enumerate(messages)), messages
@@ -277,15 +292,19 @@ def sums(rank: int, size: int, kind: str, num_sms: int) -> None:
                 total = total + every[source, rank]
             got, want = (t.to(dtype).cpu().view(-1).view(torch.uint8) for t in (reduced, total))
             assert torch.equal(got, want), (dtype, shape)
-    if kind == "emulated":
+    if kind != "cuda":
         kernels = [launch for launch in buffer.runtime.launches if launch.kernel == "epv2_reduce_scatter"]
         assert len(kernels) == 4 * len(PARTS)
         assert max(launch.ctas for launch in kernels) == min(num_sms or 4, SMS)
 
 
-@pytest.mark.parametrize(("size", "num_sms"), [(2, 1), (3, 2), (4, 0)])
-def test_sums_have_the_bits_of_sums_in_rank_order(pool: Callable[[int], Pool], size: int, num_sms: int) -> None:
-    pool(size).run(sums, "emulated", num_sms, timeout=120)
+@pytest.mark.parametrize(
+    ("kind", "size", "num_sms"), [("emulated", 2, 1), ("emulated", 3, 2), ("emulated", 4, 0), (NODES, 4, 0)]
+)
+def test_sums_have_the_bits_of_sums_in_rank_order(
+    pool: Callable[[int], Pool], kind: str, size: int, num_sms: int
+) -> None:
+    pool(size).run(sums, kind, num_sms, timeout=120)
 
 
 def begins_late(rank: int, size: int, kind: str) -> None:
@@ -305,8 +324,9 @@ def begins_late(rank: int, size: int, kind: str) -> None:
         assert reduced[3].item() == sum(10.0 * turn + r for r in range(size))
 
 
-def test_a_session_waits_for_everybody_to_be_done_with_the_last(pool: Callable[[int], Pool]) -> None:
-    pool(3).run(begins_late, "emulated")
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_a_session_waits_for_everybody_to_be_done_with_the_last(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(3).run(begins_late, kind)
 
 
 def keeps(rank: int, size: int, kind: str) -> None:
@@ -356,9 +376,9 @@ def absent(rank: int, size: int, kind: str, what: str) -> tuple[str, bool]:
     return str(error.value), gathered_is_none and bool(results[1].isnan().all())
 
 
-@pytest.mark.parametrize("what", ["killed", "late"])
-def test_a_rank_that_does_not_come_is_named(what: str) -> None:
-    results = harness.outcomes(3, absent, "emulated", what, timeout=60)
+@pytest.mark.parametrize(("kind", "what"), [("emulated", "killed"), ("emulated", "late"), (NODES, "killed")])
+def test_a_rank_that_does_not_come_is_named(kind: str, what: str) -> None:
+    results = harness.outcomes(3, absent, kind, what, timeout=60)
     for rank in (0, 2):
         assert results[rank].error == "", results[rank].error
         message, no_data = results[rank].value

@@ -339,7 +339,7 @@ class WindowLayout:
 
 
 RING_ALIGNMENT = 256  # bytes; slots of a ring, and the tensors behind a session's words, begin at multiples of it
-RECORD_BYTES = 64  # what a receiver is told about a tensor: four words of 64 bits, then one of 32
+RECORD_BYTES = 64  # what a receiver is told about a tensor: four words of 64 bits, then one of 32, or a seal
 
 
 def ring_slot_bytes(max_tensor_bytes: int) -> int:
@@ -350,29 +350,55 @@ def ring_slot_bytes(max_tensor_bytes: int) -> int:
 class RingLayout:
     """Where a rank keeps the tensors that it sends to others, and the words about them: offsets in its window.
 
+    Between nodes (`far`) there are as many rings for tensors from other nodes, and words for each slot.
+
     Attributes:
-        slots: where rings begin, one of `ring_bytes` bytes after the other. end: behind the last of `num_rings`.
+        slots: where rings begin, one of `ring_bytes` bytes after the other. arrivals: those from other nodes, likewise.
+        end: behind the last.
     """
 
-    def __init__(self, *, num_ranks: int, num_channels: int, max_inflight: int, max_tensor_bytes: int, num_rings: int):
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        num_channels: int,
+        max_inflight: int,
+        max_tensor_bytes: int,
+        num_rings: int,
+        far: bool = False,
+    ):
         self._channels, self._inflight = num_channels, max_inflight
         records, links = RECORD_BYTES * num_ranks * num_channels * max_inflight, 4 * num_ranks * num_channels
         sections = _Sections(0)
         self._inbox, self._outbox = sections.take(records), sections.take(records)
         self._taken, self._taken_outbox = sections.take(links), sections.take(links)
+        words = links * max_inflight if far else 0
+        self._returned, self._returned_outbox = sections.take(words), sections.take(words)
+        self._landed = sections.take(words)
         self.slots = align(sections.end, RING_ALIGNMENT)
         self.slot_bytes = ring_slot_bytes(max_tensor_bytes)
         self.ring_bytes = max_inflight * self.slot_bytes
-        self.end = self.slots + num_rings * self.ring_bytes
+        self.arrivals = self.slots + num_rings * self.ring_bytes
+        self.end = self.arrivals + (num_rings * self.ring_bytes if far else 0)
 
     def record(self, rank: int, channel: int, number: int, *, outgoing: bool) -> int:
         """What is known of tensor `number` from `rank`, or (outgoing) what `rank` is going to be told."""
-        place = (rank * self._channels + channel) * self._inflight + number % self._inflight
-        return (self._outbox if outgoing else self._inbox) + RECORD_BYTES * place
+        return (self._outbox if outgoing else self._inbox) + RECORD_BYTES * self._slot(rank, channel, number)
 
     def taken(self, rank: int, channel: int, *, outgoing: bool) -> int:
         """How many tensors `rank` has taken, or (outgoing) is going to be told that this rank has."""
         return (self._taken_outbox if outgoing else self._taken) + 4 * (rank * self._channels + channel)
+
+    def returned(self, rank: int, channel: int, number: int, *, outgoing: bool) -> int:
+        """How often `rank`, of another node, has taken a tensor out of this one's slot, or (outgoing) likewise."""
+        return (self._returned_outbox if outgoing else self._returned) + 4 * self._slot(rank, channel, number)
+
+    def landed(self, rank: int, channel: int, number: int) -> int:
+        """What says that a tensor from `rank`, of another node, is here."""
+        return self._landed + 4 * self._slot(rank, channel, number)
+
+    def _slot(self, rank: int, channel: int, number: int) -> int:
+        return (rank * self._channels + channel) * self._inflight + number % self._inflight
 
 
 # SMs of a reduce-scatter unless its caller says: one reads 150 GB/s while few are busy, so that these keep up with the
@@ -384,17 +410,23 @@ class SessionLayout:
     """Where all-gather sessions keep their words and tensors: offsets in the window.
 
     Attributes:
-        begun: word of each rank: the session it has begun. begun_outbox: this rank's, for the others to get.
-        tensors: where gathered tensors begin. end: behind the last.
+        begun: word of each rank: the session it has begun. Between nodes (`far`) two rows more, of ranks of other
+            nodes: even sessions and odd ones. begun_outbox: this rank's, likewise, for the others to get.
+        tensors: where gathered tensors begin. incoming: as much, for what other nodes add to sums; none in one node.
+        end: behind the last.
     """
 
-    def __init__(self, *, num_ranks: int, max_operations: int, max_session_bytes: int):
+    def __init__(self, *, num_ranks: int, max_operations: int, max_session_bytes: int, far: bool = False):
         self._num_ranks = num_ranks
         sections = _Sections(0)
-        self.begun, self.begun_outbox = sections.take(4 * num_ranks), sections.take(4)
+        rows = 3 if far else 1
+        self.begun, self.begun_outbox = sections.take(4 * num_ranks * rows), sections.take(4 * rows)
         self._arrived, self._outbox = sections.take(4 * num_ranks * max_operations), sections.take(4 * max_operations)
+        seals = 8 * num_ranks * max_operations if far else 0
+        self._seals, self._seal_outbox = sections.take(seals), sections.take(seals)
         self.tensors = align(sections.end, RING_ALIGNMENT)
-        self.end = self.tensors + max_session_bytes
+        self.incoming = align(self.tensors + max_session_bytes, RING_ALIGNMENT)
+        self.end = self.incoming + max_session_bytes if far else self.tensors + max_session_bytes
 
     def arrived(self, operation: int, rank: int) -> int:
         """What says that `rank`'s part of an operation is here."""
@@ -403,6 +435,10 @@ class SessionLayout:
     def outbox(self, operation: int) -> int:
         """The same word for the others to get."""
         return self._outbox + 4 * operation
+
+    def seal(self, operation: int, rank: int, *, outgoing: bool) -> int:
+        """What says that `rank`, of another node, has sent its part, or (outgoing) what it is going to be told."""
+        return (self._seal_outbox if outgoing else self._seals) + 8 * (operation * self._num_ranks + rank)
 
 
 # ---- Engram on the cuda backend -------------------------------------------------------------------------------------

@@ -131,6 +131,125 @@ class Stream:
                 self.error = error
 
 
+class EmulatedTransport:
+    """Puts through memory that all ranks share, done by a thread in pieces, in any order, late: as late as is allowed.
+
+    Raises RuntimeError where more puts are under way than NCCL takes without a wait; ValueError for what is not in a
+    window, or a rank of this node.
+    """
+
+    def __init__(self, runtime: EmulatedRuntime, signals: list[torch.Tensor], pauses: random.Random):
+        self._runtime, self._pauses = runtime, pauses
+        rank, size = runtime.rank, runtime.size
+        # [target][source]: puts of `source` that have landed
+        self._memory = signals
+        self._signals = [(ctypes.c_uint64 * size).from_address(each.data_ptr()) for each in signals]
+        self._awaited = [0] * size
+        self._under_way = [0] * size
+        self._first = rank // runtime.lsa_size * runtime.lsa_size
+        self._windows: list[int] = []
+        self.stream = runtime.new_stream()
+        self._puts: list[_Put] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="emulated network", daemon=True)
+        self._thread.start()
+
+    def window(self, num_bytes: int) -> Window:
+        window = self._runtime.window(num_bytes)
+        self._windows.append(window.handle)
+        return window
+
+    def put(self, window: Window, puts: Sequence[tuple[int, int, int, int]]) -> None:
+        if window.handle not in self._windows:
+            raise ValueError("a put between windows that are none of this transport")
+        for peer, target, source, num_bytes in puts:
+            self._check_peer(peer)
+            if num_bytes < 1 or min(target, source) < 0 or max(target, source) + num_bytes > window.num_bytes:
+                raise ValueError(f"put of {num_bytes} bytes from {source} to {target}: not in {window.num_bytes} bytes")
+            with self._changed:
+                self._under_way[peer] += 1
+                if self._under_way[peer] >= 32:
+                    raise RuntimeError(f"{self._under_way[peer]} puts to rank {peer} are under way: NCCL would wait")
+        rank = self._runtime.rank
+        made = [
+            _Put(p, window.mappings[p].data_ptr() + to, window.mappings[rank].data_ptr() + own, n)
+            for p, to, own, n in puts
+        ]
+
+        def run() -> None:
+            with self._changed:
+                self._puts += made
+                self._changed.notify_all()
+            for put in made:
+                self._runtime.await_emulated(put.read.is_set, f"rank {rank}: a put was not done")
+
+        with self._runtime.on_stream(self.stream):
+            self._runtime.do(run)
+
+    def await_puts(self, peer: int, count: int) -> None:
+        self._check_peer(peer)
+        if count < 1:
+            raise ValueError(f"count = {count}: must be positive")
+        self._awaited[peer] += count
+        wanted, rank = self._awaited[peer], self._runtime.rank
+        here = self._signals[rank]
+        what = f"rank {rank}: {wanted} signals of rank {peer} expected"
+        with self._runtime.on_stream(self.stream):
+            self._runtime.do(lambda: self._runtime.await_emulated(lambda: here[peer] >= wanted, what))
+
+    def close(self, abandon: bool) -> None:
+        with self._changed:
+            self._closing = True
+            if abandon:
+                self._puts.clear()
+            self._changed.notify_all()
+        self._thread.join(10)
+
+    def _check_peer(self, peer: int) -> None:
+        if not 0 <= peer < self._runtime.size or self._first <= peer < self._first + self._runtime.lsa_size:
+            raise ValueError(f"rank {peer}: must be on another node than ranks from {self._first}")
+
+    def _run(self) -> None:
+        """Read and deliver pieces of what is under way, one by one as they are drawn."""
+        while True:
+            with self._changed:
+                while not self._puts and not self._closing:
+                    self._changed.wait()
+                if not self._puts:
+                    return
+                puts = [*self._puts]
+            put = self._pauses.choice(puts)
+            if not put.read.is_set():
+                put.content = ctypes.string_at(put.source, put.num_bytes)
+                put.pieces = [*range(0, put.num_bytes, put.step)]
+                put.read.set()
+                with self._changed:
+                    self._under_way[put.peer] -= 1
+            elif put.pieces:
+                begin = put.pieces.pop(self._pauses.randrange(len(put.pieces)))
+                piece = put.content[begin : begin + put.step]
+                ctypes.memmove(put.target + begin, piece, len(piece))
+            with self._changed:
+                # Signals in order: of the puts to a rank those that have landed, up to the first that has not.
+                for peer in {each.peer for each in self._puts}:
+                    while first := next((each for each in self._puts if each.peer == peer), None):
+                        if first.pieces or not first.read.is_set():
+                            break
+                        self._puts.remove(first)
+                        self._signals[peer][self._runtime.rank] += 1
+            time.sleep(self._pauses.random() * 4e-4)
+
+
+class _Put:
+    """A put under way: `read` once its source was, `pieces` (where they begin) that have not landed yet."""
+
+    def __init__(self, peer: int, target: int, source: int, num_bytes: int):
+        self.peer, self.target, self.source, self.num_bytes = peer, target, source, num_bytes
+        self.step = max(8, num_bytes // 3 // 8 * 8)
+        self.read, self.content, self.pieces = threading.Event(), b"", [0]
+
+
 class EmulatedRuntime:
     """Runs kernels on fibers, to completion, in the calling thread or that of a stream, one at a time.
 
@@ -166,6 +285,7 @@ class EmulatedRuntime:
         self._random = random.Random(f"{seed}/{self.rank}")
         self._windows: list[Window] = []
         self._signals: dict[int, list[torch.Tensor]] = {}  # by handle of the network
+        self._transports: list[EmulatedTransport] = []
         self._mapped: list[Mapped] = []
         self._streams: list[Stream] = []
         self._of_thread = threading.local()
@@ -200,6 +320,12 @@ class EmulatedRuntime:
         shape = (num_contexts, num_signals, int(rail))
         _scheduler().epv2_emulator_network(handle, _addresses(parts), *shape, self.size, self.rank, self.lsa_size)
         return handle
+
+    def transport(self) -> EmulatedTransport:
+        """Collective. A way for the host to ranks of other nodes."""
+        signals = self._share(8 * self.size, "transports", None)
+        self._transports.append(EmulatedTransport(self, signals, random.Random(self._random.getrandbits(64))))
+        return self._transports[-1]
 
     def _share(self, num_bytes: int, what: str, wish: object) -> list[torch.Tensor]:
         """Zeroed memory of every rank (uint8), by rank, if all have the same wish."""
@@ -258,7 +384,7 @@ class EmulatedRuntime:
             if failed:
                 raise RuntimeError(f"rank {self.rank}: {_with_lines(message.value.decode(errors='replace'))}")
 
-        self._do(run)
+        self.do(run)
 
     def reseed(self, seed: int) -> None:
         """Schedule what follows as `seed` says."""
@@ -266,11 +392,11 @@ class EmulatedRuntime:
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:
         """Copy memory on the current stream."""
-        self._do(lambda: ctypes.memmove(target, source, num_bytes))
+        self.do(lambda: ctypes.memmove(target, source, num_bytes))
 
     def fill(self, target: int, byte: int, num_bytes: int) -> None:
         """Set bytes on the current stream."""
-        self._do(lambda: ctypes.memset(target, byte, num_bytes))
+        self.do(lambda: ctypes.memset(target, byte, num_bytes))
 
     def stream_ops(self, operations: Sequence[StreamOp]) -> None:
         """Write words and wait for words on the current stream.
@@ -291,13 +417,22 @@ class EmulatedRuntime:
                 else:
                     self._wait_word(name, address, value)
 
-        self._do(run)
+        self.do(run)
 
     def _wait_word(self, name: str, address: int, value: int) -> None:
-        word, deadline = ctypes.c_uint32.from_address(address), time.monotonic() + self._limit_seconds
-        while not (word.value == value if name == "wait32_eq" else (word.value - value) & 0xFFFFFFFF < 1 << 31):
+        word = ctypes.c_uint32.from_address(address)
+        equal = name == "wait32_eq"
+        self.await_emulated(
+            lambda: word.value == value if equal else (word.value - value) & 0xFFFFFFFF < 1 << 31,
+            f"rank {self.rank}: {name} {value:#x} at {address:#x}",
+        )
+
+    def await_emulated(self, passed: Callable[[], bool], what: str) -> None:
+        """Hold the thread of a stream. Raises RuntimeError if it does not pass in time."""
+        deadline = time.monotonic() + self._limit_seconds
+        while not passed():
             if self._closing or time.monotonic() > deadline:
-                raise RuntimeError(f"rank {self.rank}: {name} {value:#x} at {address:#x}, but it is {word.value:#x}")
+                raise RuntimeError(f"{what} within {self._limit_seconds} s")
             time.sleep(2e-4)
 
     def comm_stream(self) -> Any:
@@ -325,7 +460,7 @@ class EmulatedRuntime:
         """None: the calling thread itself."""
         return getattr(self._of_thread, "stream", None)
 
-    def _do(self, work: Callable[[], None]) -> None:
+    def do(self, work: Callable[[], None]) -> None:
         stream = self.current_stream()
         if stream is None:
             self._raise()
@@ -345,7 +480,7 @@ class EmulatedRuntime:
     def record(self) -> threading.Event:
         """An event that is set when the current stream comes to it."""
         event = threading.Event()
-        self._do(event.set)
+        self.do(event.set)
         return event
 
     def wait(self, event: threading.Event) -> None:
@@ -358,13 +493,15 @@ class EmulatedRuntime:
                     self._raise()
                     raise RuntimeError(f"rank {self.rank}: an event did not come within {self._limit_seconds} s")
 
-        self._do(run)
+        self.do(run)
 
     def close(self, abandon: bool = False) -> None:
         """End the streams and forget windows and networks; kernels that use their handles fail from now on."""
         self._closing = abandon
         for stream in self._streams:
             stream.close()
+        for transport in self._transports:
+            transport.close(abandon)
         for handle in [*(window.handle for window in self._windows), *self._signals]:
             _scheduler().epv2_emulator_forget(handle)
         self._windows, self._signals, self._streams = [], {}, []

@@ -83,7 +83,8 @@ __device__ inline bool wait_everybody(const Common& c, int flag, uint32_t number
   if constexpr (kNodes) {
     for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
       const int from = remote(c, i);
-      if (!wait_signal(c, signal_of(flag), from, count, flag, number, c.contexts) || !call) continue;
+      // What does not begin an operation comes after its sender has waited for others in it.
+      if (!wait_signal(c, signal_of(flag), from, count, flag, number, !call, c.contexts) || !call) continue;
       const uint32_t signature = own_pointer<uint32_t>(c, flag_offset(c, flag, from))[1];
       if (signature != c.signature) give_up(c, kOtherArguments, from, flag, c.signature, signature);
     }

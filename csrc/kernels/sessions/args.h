@@ -8,5 +8,9 @@ struct ReduceScatterArgs {
   uint64_t out;       // the sums
   uint64_t count;     // values
   double scale;       // factor on each sum
+  uint64_t incoming;  // in this rank's window: what ranks of other nodes have brought, that of rank r the r-th
   int32_t num_ranks;
+  int32_t first;  // rank of this node
+  int32_t near;   // ranks of this node
+  int32_t own;    // this rank's index there
 };

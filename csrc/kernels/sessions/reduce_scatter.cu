@@ -113,7 +113,11 @@ EPV2_KERNEL(epv2_reduce_scatter, ReduceScatterArgs, 512) {
   using namespace epv2;
   const uint64_t threads = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   const uint64_t thread = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const auto part = [&](int rank) { return peer_pointer(args.window, args.offset, rank); };
+  const auto part = [&](int rank) {
+    const int near = rank - args.first;
+    if (near >= 0 && near < args.near) return peer_pointer(args.window, args.offset, near);
+    return peer_pointer(args.window, args.incoming + rank * args.count * sizeof(Value), args.own);
+  };
   const bool aligned = args.offset % 16 == 0 && args.count * sizeof(Value) % 16 == 0 && args.out % 16 == 0;
   if (!aligned) {
     Value* out = reinterpret_cast<Value*>(args.out);

@@ -26,6 +26,7 @@ import torch
 from epv2_plugin.elastic import model, network, sizing
 from epv2_plugin.elastic.backends import kernel_errors
 from epv2_plugin.elastic.backends.base import Received, Traffic
+from epv2_plugin.elastic.backends.courier import Courier
 from epv2_plugin.elastic.backends.cuda_engram import CudaEngram
 from epv2_plugin.elastic.backends.cuda_p2p import CudaPointToPoint
 from epv2_plugin.elastic.backends.cuda_sessions import CudaSessions
@@ -905,12 +906,16 @@ class CudaBackend:
         return Watch(self.runtime, self._host_timeout)
 
     @cached_property
+    def _courier(self) -> Courier:
+        return Courier(self.runtime, self._watch)
+
+    @cached_property
     def point_to_point(self) -> CudaPointToPoint:
-        return CudaPointToPoint(self.runtime, self._watch, self.traffic, self._given_bytes)
+        return CudaPointToPoint(self.runtime, self._watch, self.traffic, self._given_bytes, lambda: self._courier)
 
     @cached_property
     def sessions(self) -> CudaSessions:
-        return CudaSessions(self.runtime, self._watch, self.traffic, self._refused)
+        return CudaSessions(self.runtime, self._watch, self.traffic, self._refused, lambda: self._courier)
 
     @cached_property
     def engram(self) -> CudaEngram:

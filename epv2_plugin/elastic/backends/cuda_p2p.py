@@ -1,4 +1,4 @@
-"""Point-to-point between GPUs that reach each other's memory, without a kernel: copy engines and words on streams.
+"""Point-to-point between GPUs, without a kernel: copy engines, words on streams, and NCCL's puts between nodes.
 
 A rank keeps a ring of slots in its window for each link (destination, channel). A send copies the tensor into the next
 slot and then writes a record into the receiver's window: number, dtype and shape, and behind them the word `ready`, a
@@ -8,6 +8,11 @@ the sender how many it has taken. That is the credit: the send that wants the sl
 Streams write words only into their own rank's memory; a copy brings them to the peer, as data. Every link has a stream
 for each direction. Where a ring lies the sender says once, through torch's store; receives that are posted before that
 are put on their stream once it has, in order.
+
+To a rank of another node the tensor goes from the sender's slot to one of a ring that the receiver keeps; where that is
+he says when he first receives. Then comes the record, whose hash does not say that the tensor is there: the receiver's
+stream waits for a second word, which comes behind the network's signals (`courier.py`). A credit is a word of the slot,
+not of the link, as two of the link could come in the other order.
 """
 
 from __future__ import annotations
@@ -15,15 +20,19 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import time
 import zlib
 from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic, describe
-from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window, require_one_node
+from epv2_plugin.elastic.backends.courier import SEAL_BYTES, Courier
+from epv2_plugin.elastic.backends.device import Put, Runtime, StreamOp, Window
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
 from epv2_plugin.elastic.sizing import RingLayout, align
@@ -32,6 +41,7 @@ _HEADER_WORDS = 4  # 64 bits each: number, what, and two of dimensions
 _DIMENSION_BYTES = 16
 _TOO_LONG = 1 << 16  # in `what`: the dimensions do not fit
 _DTYPES = sorted(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
+_PEEK_SECONDS = 0.02  # between two questions to the store that all ranks ask
 _USUAL_RINGS = 4  # two peers, activations and gradients to each
 # Without the variable CUDA has 8 queues, and the streams of four waiting links hold all others (docs/performance.md).
 _LEAST_CONNECTIONS, _ENOUGH_CONNECTIONS = 10, 32
@@ -83,6 +93,8 @@ class _Outgoing:
 
     def __init__(self, stream: Any, offset: int):
         self.stream, self.offset = stream, offset  # of its ring in the window
+        self.arrivals: int | None = None  # where the ring of a receiver on another node is
+        self.next_peek = 0.0  # time to ask for that again
         self.number = 0  # tensors so far
         self.recent: deque[str] = deque()  # what lies in its slots, oldest first
 
@@ -90,9 +102,8 @@ class _Outgoing:
 class _Incoming:
     """A link from a peer. `deferred` receives wait until the peer has said where its ring is."""
 
-    def __init__(self, stream: Any):
-        self.stream = stream
-        self.ring: int | None = None  # its address
+    def __init__(self, stream: Any, ring: int | None):
+        self.stream, self.ring = stream, ring  # address of the ring; here where the peer is on another node
         self.number = 0
         self.deferred: deque[_Receive] = deque()
         self.last: Wait | None = None
@@ -135,10 +146,21 @@ class CudaPointToPoint:
     Args:
         runtime: the device. watch: ends waits for what never comes. traffic: counts what was sent.
         num_bytes: that the buffer was made with: room for more rings than the usual four; None = these.
+        courier: makes the way to other nodes, or gives it (collective); asked where there are any.
     """
 
-    def __init__(self, runtime: Runtime, watch: Watch, traffic: Traffic, num_bytes: int | None):
+    def __init__(
+        self,
+        runtime: Runtime,
+        watch: Watch,
+        traffic: Traffic,
+        num_bytes: int | None,
+        courier: Callable[[], Courier],
+    ):
         self.runtime = runtime
+        self._courier = courier
+        first = runtime.rank // runtime.lsa_size * runtime.lsa_size
+        self._near = range(first, first + runtime.lsa_size)
         self._watch, self._traffic, self._num_bytes = watch, traffic, num_bytes or 0
         self._window: Window | None = None
         self._streams: dict[tuple[str, int, int], Any] = {}
@@ -151,7 +173,8 @@ class CudaPointToPoint:
     # ---- base.PointToPoint ------------------------------------------------------------------------------------------
 
     def configure(self, max_tensor_bytes: int, max_inflight: int) -> None:
-        require_one_node(self.runtime, "pp_send and pp_recv")
+        far = len(self._near) < self.runtime.size
+        courier = self._courier() if far else None
         self.flush()
         for (peer, channel), link in self._incoming.items():
             if link.deferred:
@@ -182,9 +205,13 @@ class CudaPointToPoint:
             max_inflight=max_inflight,
             max_tensor_bytes=max_tensor_bytes,
             num_rings=self._num_rings,
+            far=far,
         )
+        if courier is not None:
+            courier.meet(f"{name}, end of what was sent before")
         if self._window is None or self._window.num_bytes < self._layout.end:
-            self._window = self.runtime.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
+            home = self.runtime if courier is None else courier
+            self._window = home.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
         else:
             with self.runtime.on_stream(self._stream("config", rank, 0)):
                 self.runtime.fill(self._window.peer_pointer(rank, 0), 0, self._layout.slots)
@@ -192,7 +219,7 @@ class CudaPointToPoint:
                 self.runtime.stream_ops([self._watch.note(zeroed)])
             self._watch.finish(zeroed)
             self.runtime.meeting.agree(f"{name}/zeroed", lambda: "", f"{name}, end")
-        self._bases = [self._window.peer_pointer(peer, 0) for peer in range(self.runtime.size)]
+        self._bases = {peer: self._window.peer_pointer(peer, 0) for peer in self._near}
         self._outgoing, self._incoming = {}, {}
 
     def send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool) -> _Sent:
@@ -205,14 +232,14 @@ class CudaPointToPoint:
         slot = self._bases[runtime.rank] + link.offset + number % self._max_inflight * layout.slot_bytes
         record = layout.record(peer, channel, number, outgoing=True)
         outbox = self._bases[runtime.rank] + record
-        inbox = self._bases[peer] + layout.record(runtime.rank, channel, number, outgoing=False)
+        inbox = layout.record(runtime.rank, channel, number, outgoing=False)
         before = runtime.record()
         wait = Wait(peer, self._phase("pp_send", number, peer, channel), "", ("out", peer, channel), keep=(dense,))
         credit: list[StreamOp] = []
         if number >= self._max_inflight:
             oldest = self._phase("pp_send", number - self._max_inflight, peer, channel)
             wait.expected = f"rank {peer} to take {link.recent.popleft()} of {oldest}"
-            credit = [self._taken_wait(wait, peer, channel, number + 1 - self._max_inflight)]
+            credit = [self._taken_wait(wait, peer, channel, number - self._max_inflight)]
         link.recent.append(what)
         ready = hash_word(f"#{number} {what}", number // self._max_inflight)
         with runtime.on_stream(link.stream):
@@ -224,8 +251,13 @@ class CudaPointToPoint:
                 runtime.copy(slot, dense.data_ptr(), dense.nbytes)
             copied = runtime.record() if copy else None
             words = [("write64", outbox + 8 * i, word) for i, word in enumerate(header(number, dense))]
-            runtime.stream_ops([*words, ("write32", outbox + 8 * _HEADER_WORDS, ready), passed])
-            runtime.copy(inbox, outbox, 8 * _HEADER_WORDS + 4)
+            if peer in self._near:
+                runtime.stream_ops([*words, ("write32", outbox + 8 * _HEADER_WORDS, ready), passed])
+                runtime.copy(self._bases[peer] + inbox, outbox, 8 * _HEADER_WORDS + 4)
+            else:
+                runtime.stream_ops([*words, passed])
+        if peer not in self._near:
+            self._send_far(wait, peer, channel, number, what, dense.nbytes, ready)
         link.number += 1
         self._traffic.sent_bytes += dense.nbytes
         self._traffic.undeduplicated_bytes += dense.nbytes
@@ -238,7 +270,8 @@ class CudaPointToPoint:
         self._begin("pp_recv")
         with self._lock:
             if (peer, channel) not in self._incoming:
-                self._incoming[peer, channel] = _Incoming(self._stream("in", peer, channel))
+                ring = None if peer in self._near else self._ring_for(peer, channel)
+                self._incoming[peer, channel] = _Incoming(self._stream("in", peer, channel), ring)
             link = self._incoming[peer, channel]
         receive = _Receive(self, tensor, peer, channel, link.number)
         with self._lock:
@@ -253,11 +286,12 @@ class CudaPointToPoint:
         self._put_deferred()
         waits = []
         for (peer, channel), link in self._outgoing.items():
-            if link.number:
-                phase = self._phase("pp_send", link.number - 1, peer, channel)
-                wait = Wait(peer, phase, f"rank {peer} to take {link.recent[-1]}", ("out", peer, channel))
+            recent = list(enumerate(link.recent, link.number - len(link.recent)))
+            for number, what in recent[-1:] if peer in self._near else recent:
+                phase = self._phase("pp_send", number, peer, channel)
+                wait = Wait(peer, phase, f"rank {peer} to take {what}", ("out", peer, channel))
                 with self.runtime.on_stream(link.stream):
-                    taken = self._taken_wait(wait, peer, channel, link.number)
+                    taken = self._taken_wait(wait, peer, channel, number)
                     self.runtime.stream_ops([taken, self._watch.note(wait)])
                 waits.append(wait)
         for wait in waits:
@@ -271,7 +305,7 @@ class CudaPointToPoint:
         self._put_deferred()
         phase = self._phase("pp_send", number, peer, channel)
         wait = Wait(peer, phase, f"rank {peer} to take {what}", ("current", self.runtime.current_stream()))
-        taken = self._taken_wait(wait, peer, channel, number + 1)
+        taken = self._taken_wait(wait, peer, channel, number)
         self.runtime.stream_ops([taken, self._watch.note(wait)])
         self._watch.check()
 
@@ -297,6 +331,11 @@ class CudaPointToPoint:
             raise RuntimeError(f"{call} can't be captured into a CUDA graph: tensors have numbers, which would repeat")
         self._put_deferred()
 
+    @property
+    def _registered(self) -> Window:
+        assert self._window is not None
+        return self._window
+
     def _stream(self, *key: Any) -> Any:
         if key not in self._streams:
             self._streams[key] = self.runtime.new_stream()
@@ -309,17 +348,55 @@ class CudaPointToPoint:
         """The link, with a ring; the first send takes the next free one and tells the receiver."""
         if (peer, channel) not in self._outgoing:
             used, layout = len(self._outgoing), self._layout
-            if used >= self._num_rings:
-                links = ", ".join(f"rank {p} channel {c}" for p, c in self._outgoing)
-                raise BufferSizeError(
-                    f"rank {self.runtime.rank}, dst_rank {peer}, channel {channel}: the buffer has room for rings to "
-                    f"{used} (rank, channel) pairs, and they are in use ({links}); {used + 1} need num_bytes = "
-                    f"{align((used + 1) * layout.ring_bytes, sizing.BUFFER_ALIGNMENT)}"
-                )
+            self._check_rings(f"dst_rank {peer}, channel {channel}", "to", [*self._outgoing])
             offset = layout.slots + used * layout.ring_bytes
             self._outgoing[peer, channel] = _Outgoing(self._stream("out", peer, channel), offset)
-            self.runtime.meeting.post(self._key(self.runtime.rank, peer, channel), str(offset))
+            if peer in self._near:
+                self.runtime.meeting.post(self._key(self.runtime.rank, peer, channel), str(offset))
         return self._outgoing[peer, channel]
+
+    def _ring_for(self, peer: int, channel: int) -> int:
+        """Address of the next free ring for tensors from another node, after the sender was told."""
+        links = [link for link in self._incoming if link[0] not in self._near]
+        self._check_rings(f"src_rank {peer}, channel {channel}", "from", links)
+        offset = self._layout.arrivals + len(links) * self._layout.ring_bytes
+        self.runtime.meeting.post(self._key(peer, self.runtime.rank, channel), str(offset))
+        return self._bases[self.runtime.rank] + offset
+
+    def _check_rings(self, where: str, way: str, links: Sequence[tuple[int, int]]) -> None:
+        if (used := len(links)) >= self._num_rings:
+            names = ", ".join(f"rank {p} channel {c}" for p, c in links)
+            num_bytes = align((used + 1) * self._layout.ring_bytes, sizing.BUFFER_ALIGNMENT)
+            raise BufferSizeError(
+                f"rank {self.runtime.rank}, {where}: the buffer has room for rings {way} {used} (rank, channel) pairs, "
+                f"and they are in use ({names}); {used + 1} need num_bytes = {num_bytes}"
+            )
+
+    def _send_far(
+        self, staged: Wait, peer: int, channel: int, number: int, what: str, num_bytes: int, ready: int
+    ) -> None:
+        """Put a tensor, and the record behind it, into another node once they are staged and it is known where."""
+        rank, layout, link = self.runtime.rank, self._layout, self._outgoing[peer, channel]
+        inside = number % self._max_inflight * layout.slot_bytes
+        outbox = layout.record(peer, channel, number, outgoing=True)
+        inbox = layout.record(rank, channel, number, outgoing=False)
+        key = self._key(rank, peer, channel)
+
+        def puts() -> list[Put] | None:
+            if link.arrivals is None:
+                if time.monotonic() < link.next_peek:
+                    return None
+                link.next_peek = time.monotonic() + _PEEK_SECONDS
+                if (offset := self.runtime.meeting.peek(key)) is None:
+                    return None
+                link.arrivals = int(offset)
+            data = [(peer, link.arrivals + inside, link.offset + inside, num_bytes)] if num_bytes else []
+            return [*data, (peer, inbox, outbox, 8 * _HEADER_WORDS + SEAL_BYTES)]
+
+        phase = self._phase("pp_send", number, peer, channel)
+        done = Wait(peer, phase, f"{what} to reach rank {peer}", ("put", peer, channel))
+        seal = (self._bases[rank] + outbox + 8 * _HEADER_WORDS, ready)
+        self._courier().send(staged, done, self._registered, puts, seal)
 
     def _put_deferred(self) -> bool:
         """Put receives on their streams whose rings are known by now; whether none is left."""
@@ -337,9 +414,8 @@ class CudaPointToPoint:
         runtime, layout, dense = self.runtime, self._layout, receive.dense
         peer, channel, number = receive.peer, receive.channel, receive.number
         slot = ring + number % self._max_inflight * layout.slot_bytes
-        record = self._bases[runtime.rank] + layout.record(peer, channel, number, outgoing=False)
-        outbox = self._bases[runtime.rank] + layout.taken(peer, channel, outgoing=True)
-        taken = self._bases[peer] + layout.taken(runtime.rank, channel, outgoing=False)
+        own = self._bases[runtime.rank]
+        record = own + layout.record(peer, channel, number, outgoing=False)
         expected = f"#{number} {describe(dense)}"
         ready = hash_word(expected, number // self._max_inflight)
 
@@ -349,33 +425,63 @@ class CudaPointToPoint:
                 return None
             return (peer, header_text(words) if same_turn(seen, ready) else "")
 
+        def is_here(words: bytes) -> tuple[int, str] | None:
+            return None if struct.unpack("<I", words) == (ready,) else (peer, "")
+
+        phase, lane, word = (
+            self._phase("pp_recv", number, peer, channel),
+            ("in", peer, channel),
+            record + 8 * _HEADER_WORDS,
+        )
         wait = Wait(
             peer,
-            self._phase("pp_recv", number, peer, channel),
+            phase,
             expected,
-            ("in", peer, channel),
+            lane,
             look=(record, 8 * _HEADER_WORDS + 4),
             judge=judge,
-            release=[("write32", record + 8 * _HEADER_WORDS, ready)],
+            release=[("write32", word, ready)],
             # What is copied then must not look like a result.
             spoil=[(slot, dense.nbytes)] if dense.nbytes else [],
             keep=(dense,),
         )
         with runtime.on_stream(link.stream):
             runtime.wait(receive.before)
-            passed = self._watch.note(wait)
-            runtime.stream_ops([("wait32_eq", record + 8 * _HEADER_WORDS, ready)])
+            if peer in self._near:
+                passed = self._watch.note(wait)
+                runtime.stream_ops([("wait32_eq", word, ready)])
+            else:
+                landed = own + layout.landed(peer, channel, number)
+                self._courier().expect(wait, word, ready, landed)
+                wait = replace(wait, look=(landed, 4), judge=is_here, release=[("write32", landed, ready)])
+                passed = self._watch.note(wait)
+                runtime.stream_ops([("wait32_eq", landed, ready)])
             if dense.nbytes:
                 runtime.copy(dense.data_ptr(), slot, dense.nbytes)
-            runtime.stream_ops([("write32", outbox, number + 1 & 0xFFFFFFFF), passed])
-            receive.after = runtime.record()
-            runtime.copy(taken, outbox, 4)
+            if peer in self._near:
+                outbox = own + layout.taken(peer, channel, outgoing=True)
+                runtime.stream_ops([("write32", outbox, number + 1 & 0xFFFFFFFF), passed])
+                receive.after = runtime.record()
+                runtime.copy(self._bases[peer] + layout.taken(runtime.rank, channel, outgoing=False), outbox, 4)
+            else:
+                outbox = layout.returned(peer, channel, number, outgoing=True)
+                runtime.stream_ops([("write32", own + outbox, self._turn(number)), passed])
+                receive.after = runtime.record()
+                inbox = layout.returned(runtime.rank, channel, number, outgoing=False)
+                done = Wait(peer, phase, f"rank {peer} to know that {describe(dense)} was taken", ("put", *lane))
+                self._courier().send(wait, done, self._registered, lambda: [(peer, inbox, outbox, 4)])
+                self._traffic.network_bytes += dense.nbytes
+                self._traffic.direct_network_bytes += dense.nbytes
         link.last = wait
 
-    def _taken_wait(self, wait: Wait, peer: int, channel: int, count: int) -> StreamOp:
-        """The wait until `peer` has taken `count` tensors, with what `wait` must know to end it."""
-        address = self._bases[self.runtime.rank] + self._layout.taken(peer, channel, outgoing=False)
-        count &= 0xFFFFFFFF
+    def _taken_wait(self, wait: Wait, peer: int, channel: int, number: int) -> StreamOp:
+        """The wait until `peer` has taken a tensor, with what `wait` must know to end it."""
+        own = self._bases[self.runtime.rank]
+        if peer in self._near:
+            address, count = own + self._layout.taken(peer, channel, outgoing=False), number + 1 & 0xFFFFFFFF
+        else:
+            address = own + self._layout.returned(peer, channel, number, outgoing=False)
+            count = self._turn(number)
 
         def judge(words: bytes) -> tuple[int, str] | None:
             (seen,) = struct.unpack("<I", words)
@@ -383,6 +489,10 @@ class CudaPointToPoint:
 
         wait.look, wait.judge, wait.release = (address, 4), judge, [("write32", address, count)]
         return ("wait32_geq", address, count)
+
+    def _turn(self, number: int) -> int:
+        """How often its slot has been used with this tensor."""
+        return number // self._max_inflight + 1 & 0xFFFFFFFF
 
     def _phase(self, call: str, number: int, peer: int, channel: int) -> str:
         way = f"to rank {peer}" if call == "pp_send" else f"from rank {peer}"

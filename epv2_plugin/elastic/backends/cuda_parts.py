@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import Traffic
+from epv2_plugin.elastic.backends.courier import SEAL_BYTES, Courier
 from epv2_plugin.elastic.backends.cuda_p2p import same_turn
 from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window
 from epv2_plugin.elastic.backends.watch import Wait, Watch
@@ -39,43 +40,90 @@ class Parts:
     Args:
         runtime: the device. watch: ends waits for what never comes. traffic: counts what crossed to other ranks.
         window, layout: the same on every rank. name: of the window, in texts that ranks leave for each other.
+        courier: brings parts to other nodes; None = there is one node.
 
     Attributes:
-        bases: where each rank's window begins.
+        bases: where the windows of this node's ranks begin.
     """
 
     def __init__(
-        self, runtime: Runtime, watch: Watch, traffic: Traffic, window: Window, layout: SessionLayout, name: str
+        self,
+        runtime: Runtime,
+        watch: Watch,
+        traffic: Traffic,
+        window: Window,
+        layout: SessionLayout,
+        name: str,
+        courier: Courier | None = None,
     ):
-        self._runtime, self._watch, self._traffic = runtime, watch, traffic
-        self._handle, self._layout, self._name = window.handle, layout, name
+        self._runtime, self._watch, self._traffic, self._courier = runtime, watch, traffic, courier
+        self._window, self._layout, self._name = window, layout, name
         self._peers = [peer for peer in range(runtime.size) if peer != runtime.rank]
-        self.bases = [window.peer_pointer(peer, 0) for peer in range(runtime.size)]
+        first = runtime.rank // runtime.lsa_size * runtime.lsa_size
+        self._node = range(first, first + runtime.lsa_size)
+        self._near = [peer for peer in self._peers if peer in self._node]
+        self._far = [peer for peer in self._peers if peer not in self._node]
+        self.bases = {peer: window.peer_pointer(peer, 0) for peer in self._node}
 
     def begin(self, count: int) -> None:
-        """Tell every rank that this one has begun `count`, a number that only grows."""
+        """Tell every rank that this one has begun `count`, a number that only grows.
+
+        Between nodes everybody has begun the one before, and this stream has waited for that.
+        """
         runtime = self._runtime
         own = self.bases[runtime.rank] + self._layout.begun_outbox
         runtime.stream_ops([("write32", own, count & 0xFFFFFFFF)])
-        for peer in self._peers:
+        for peer in self._near:
             runtime.copy(self.bases[peer] + self._layout.begun + 4 * runtime.rank, own, 4)
+        if self._courier is not None:
+            outbox = self._layout.begun_outbox + 4 * (1 + count % 2)
+            inbox = self._begun(runtime.rank, count, far=True)
+            staged = Wait(runtime.rank, "", "", "begin")
+            written: StreamOp = ("write32", self.bases[runtime.rank] + outbox, count & 0xFFFFFFFF)
+            passed = self._watch.note(staged)
+            runtime.stream_ops([written, passed])
+            for peer in self._far:
+                self._send(staged, peer, f"begin #{count}", [(inbox, outbox, 4)])
+
+    def _begun(self, rank: int, count: int, *, far: bool) -> int:
+        """Where a rank says that it has begun. From other nodes the words for two counts may come in any order."""
+        row = 1 + count % 2 if far else 0
+        return self._layout.begun + 4 * (row * self._runtime.size + rank)
+
+    def _send(
+        self,
+        staged: Wait,
+        peer: int,
+        phase: str,
+        pieces: Sequence[tuple[int, int, int]],
+        seal: tuple[int, int] | None = None,
+    ) -> None:
+        """Send pieces (byte there, byte here, number of bytes) to a rank of another node."""
+        assert self._courier is not None
+        puts = [(peer, *piece) for piece in pieces]
+        done = Wait(peer, f"{self._name}, {phase}", f"parts to reach rank {peer}", ("put", peer))
+        self._courier.send(staged, done, self._window, lambda: puts, seal)
 
     def await_begun(self, count: int, phase: str, expected: str, lane: Any, spoil: Spoil) -> None:
         """Wait until every rank has begun `count`."""
-        own = self.bases[self._runtime.rank] + self._layout.begun
+        own = self.bases[self._runtime.rank]
+        places = {peer: self._begun(peer, count, far=peer not in self._node) for peer in self._peers}
         count &= 0xFFFFFFFF
-        operations: list[StreamOp] = [("wait32_geq", own + 4 * peer, count) for peer in self._peers]
+        operations: list[StreamOp] = [("wait32_geq", own + place, count) for place in places.values()]
 
         def judge(words: bytes) -> tuple[int, str] | None:
-            begun = struct.unpack(f"<{self._runtime.size}I", words)
-            return next(((peer, "") for peer in self._peers if (begun[peer] - count) & 0xFFFFFFFF >= 1 << 31), None)
+            for peer, place in places.items():
+                (begun,) = struct.unpack_from("<I", words, place - self._layout.begun)
+                if (begun - count) & 0xFFFFFFFF >= 1 << 31:
+                    return peer, ""
+            return None
 
         wait = Wait(
             self._peers[0] if self._peers else self._runtime.rank,
             phase,
             expected,
             lane,
-            look=(own, 4 * self._runtime.size),
+            look=(own + self._layout.begun, (3 if self._far else 1) * 4 * self._runtime.size),
             judge=judge,
             release=[("write32", address, value) for _, address, value in operations],
             spoil=[(address, num_bytes) for address, num_bytes in spoil if num_bytes],
@@ -83,7 +131,10 @@ class Parts:
         self._runtime.stream_ops([*operations, self._watch.note(wait)])
 
     def push(self, tensor: torch.Tensor, offset: int) -> None:
-        """Copy `tensor`, this rank's part, to where it belongs in every window: behind those of the ranks before."""
+        """Copy `tensor`, this rank's part, to where it belongs in the node's windows: behind those of the ranks before.
+
+        To those of other nodes `tell` brings it.
+        """
         if not tensor.nbytes:
             return
         runtime = self._runtime
@@ -93,15 +144,64 @@ class Parts:
             runtime.copy(own, tensor.data_ptr(), tensor.nbytes)
         # Every rank begins with another, so that not all write to the same one.
         for step in range(1, runtime.size):
-            runtime.copy(self.bases[(runtime.rank + step) % runtime.size] + place, tensor.data_ptr(), tensor.nbytes)
+            if (peer := (runtime.rank + step) % runtime.size) in self._node:
+                runtime.copy(self.bases[peer] + place, tensor.data_ptr(), tensor.nbytes)
 
-    def tell(self, operation: int, word: int, done: Wait | None) -> None:
-        """Say to every rank that this rank's part of an operation is ready. `done` passes once it is."""
+    def tell(
+        self,
+        operation: int,
+        word: int,
+        done: Wait | None,
+        pieces: Callable[[int], Sequence[tuple[int, int, int]]] = lambda _: (),
+    ) -> None:
+        """Say to every rank that this rank's part of an operation is ready. `done` passes once it is.
+
+        Args:
+            pieces: what to bring to a rank of another node: (byte there, byte here, number of bytes).
+        """
         runtime = self._runtime
         outbox = self.bases[runtime.rank] + self._layout.outbox(operation)
         runtime.stream_ops([("write32", outbox, word), *([] if done is None else [self._watch.note(done)])])
-        for peer in self._peers:
+        for peer in self._near:
             runtime.copy(self.bases[peer] + self._layout.arrived(operation, runtime.rank), outbox, 4)
+        if self._courier is not None:
+            staged = Wait(runtime.rank, "", "", ("staged", runtime.current_stream()))
+            runtime.stream_ops([self._watch.note(staged)])
+            for peer in self._far:
+                outgoing = self._layout.seal(operation, peer, outgoing=True)
+                seal = (self._layout.seal(operation, runtime.rank, outgoing=False), outgoing, SEAL_BYTES)
+                sent = [piece for piece in pieces(peer) if piece[2]]
+                sealed = (self.bases[runtime.rank] + outgoing, word)
+                self._send(staged, peer, f"operation #{operation}", [*sent, seal], sealed)
+
+    def expect(self, operation: int, word: int, phase: str, text: str, what: str, key: str) -> None:
+        """Let what comes from other nodes for an operation be seen, so that `await_arrived` may end.
+
+        Arguments as there. The current stream is one that does nothing else.
+        """
+        own = self.bases[self._runtime.rank]
+        for peer in self._far:
+            seal = own + self._layout.seal(operation, peer, outgoing=False)
+            seen = Wait(
+                peer,
+                phase,
+                f"{text} as on this rank",
+                "expected",
+                look=(seal, SEAL_BYTES),
+                judge=self._judge_seal(peer, word, what, key),
+                release=[("write32", seal, word)],
+            )
+            assert self._courier is not None
+            self._courier.expect(seen, seal, word, own + self._layout.arrived(operation, peer))
+
+    def _judge_seal(self, peer: int, word: int, what: str, key: str) -> Callable[[bytes], tuple[int, str] | None]:
+        def judge(words: bytes) -> tuple[int, str] | None:
+            (seen,) = struct.unpack_from("<I", words)
+            if seen == word:
+                return None
+            return peer, self._refusal(peer, what, key) if same_turn(seen, word) else ""
+
+        return judge
 
     def await_arrived(
         self, operation: int, word: int, phase: str, text: str, what: str, key: str, lane: Any, spoil: Spoil
@@ -116,15 +216,13 @@ class Parts:
         operations: list[StreamOp] = [
             ("wait32_eq", own + self._layout.arrived(operation, peer), word) for peer in self._peers
         ]
-        key = f"{self._name}/{key} of rank"
 
         def judge(words: bytes) -> tuple[int, str] | None:
             arrived = struct.unpack(f"<{self._runtime.size}I", words)
             missing = [peer for peer in self._peers if arrived[peer] != word]
             for peer in missing:
                 if same_turn(arrived[peer], word):
-                    self._runtime.meeting.post(f"{key} {rank}", what)
-                    return peer, self._explanation(f"{key} {peer}")
+                    return peer, self._refusal(peer, what, key)
             return (missing[0], "") if missing else None
 
         wait = Wait(
@@ -139,8 +237,10 @@ class Parts:
         )
         self._runtime.stream_ops([*operations, self._watch.note(wait)])
 
-    def _explanation(self, key: str) -> str:
-        """What a rank that came with something else says that it is; it sees the difference, too."""
+    def _refusal(self, peer: int, what: str, key: str) -> str:
+        """What a rank that came with something else says that it is, to which this one says `what`."""
+        self._runtime.meeting.post(f"{self._name}/{key} of rank {self._runtime.rank}", what)
+        key = f"{self._name}/{key} of rank {peer}"
         deadline = time.monotonic() + _EXPLANATION_SECONDS
         while (text := self._runtime.meeting.peek(key)) is None:
             if time.monotonic() > deadline:
@@ -154,12 +254,16 @@ class Parts:
             return
         kernel = kernels.REDUCE_SCATTER[_DTYPES[out.dtype]]
         arguments = kernels.args_type(kernel).pack(
-            window=self._handle,
+            window=self._window.handle,
             offset=offset + self._runtime.rank * out.nbytes,
             out=out.data_ptr(),
             count=out.numel(),
             scale=scale,
             num_ranks=self._runtime.size,
+            incoming=self._layout.incoming + offset - self._layout.tensors,
+            first=self._node[0],
+            near=len(self._node),
+            own=self._runtime.rank - self._node[0],
         )
         per_cta = _THREADS * _VECTORS_OF_A_THREAD * _VECTOR_BYTES
         self._runtime.launch(
@@ -170,7 +274,13 @@ class Parts:
             shared_bytes=sizing.LEAST_SHARED_BYTES,
         )
 
+    def incoming(self, rank: int, offset: int, num_bytes: int) -> int:
+        """Where in this rank's node a rank of another one brings what it adds to a sum of the tensor at `offset`."""
+        return self._layout.incoming + offset - self._layout.tensors + rank * num_bytes
+
     def count(self, num_bytes: int) -> None:
-        """Count bytes that cross to other ranks."""
-        self._traffic.sent_bytes += num_bytes
-        self._traffic.undeduplicated_bytes += num_bytes
+        """Count bytes of a part, which cross to every other rank; as many come from each."""
+        self._traffic.sent_bytes += len(self._peers) * num_bytes
+        self._traffic.undeduplicated_bytes += len(self._peers) * num_bytes
+        self._traffic.network_bytes += len(self._far) * num_bytes
+        self._traffic.direct_network_bytes += len(self._far) * num_bytes

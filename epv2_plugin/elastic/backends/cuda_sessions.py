@@ -20,9 +20,10 @@ import torch
 
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import SessionState, Traffic, describe
+from epv2_plugin.elastic.backends.courier import Courier
 from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word
 from epv2_plugin.elastic.backends.cuda_parts import Parts, prepare_sums
-from epv2_plugin.elastic.backends.device import Runtime, Window, require_one_node
+from epv2_plugin.elastic.backends.device import Runtime, Window
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import CommunicationError
 from epv2_plugin.elastic.sizing import SessionLayout, align, session_bytes
@@ -33,31 +34,32 @@ class CudaSessions(SessionState):
 
     Args:
         runtime: the device. watch: ends waits for what never comes. traffic: counts what crossed to other ranks.
+        courier: makes the way to other nodes, or gives it (collective); asked where there are any.
 
     Attributes:
         refused: collective calls that never got here; all ranks must have refused as many.
     """
 
-    def __init__(self, runtime: Runtime, watch: Watch, traffic: Traffic, refused: int):
+    def __init__(self, runtime: Runtime, watch: Watch, traffic: Traffic, refused: int, courier: Callable[[], Courier]):
         super().__init__()
+        self._courier = courier
         self.refused = refused
         self._runtime, self._watch, self._traffic = runtime, watch, traffic
         self._window: Window | None = None
         self._configured = self._session = 0
         self._begun_on: set[str] = set()  # streams that have waited for everybody to begin this session
-        self._peers = [peer for peer in range(runtime.size) if peer != runtime.rank]
         self._streams: dict[str, Any] = {}
 
     # ---- base.Sessions ----------------------------------------------------------------------------------------------
 
     def configure(self, max_session_bytes: int, max_operations: int, num_sms: int) -> None:
-        require_one_node(self._runtime, "all-gather sessions")
+        courier = self._courier() if self._runtime.lsa_size < self._runtime.size else None
         self._check_active(False, "agrs_set_config")
         self._watch.check()
         self._configured += 1
         rank, name = self._runtime.rank, f"agrs_set_config #{self._configured}"
         if not self._streams:
-            self._streams = {"gather": self._runtime.new_stream(), "scatter": self._runtime.new_stream()}
+            self._streams = {key: self._runtime.new_stream() for key in ("gather", "scatter", "expected")}
         # What was put on them uses the window that is given up.
         waits = []
         for key, stream in self._streams.items():
@@ -80,10 +82,16 @@ class CudaSessions(SessionState):
                 names = "(max_session_bytes, max_all_gathers_per_session) = "
                 raise CommunicationError(rank, peer, phase, f"{names}{values} as on this rank", f"{names}{seen}")
         self._layout = SessionLayout(
-            num_ranks=self._runtime.size, max_operations=max_operations, max_session_bytes=max_session_bytes
+            num_ranks=self._runtime.size,
+            max_operations=max_operations,
+            max_session_bytes=max_session_bytes,
+            far=courier is not None,
         )
+        if courier is not None:
+            courier.meet(f"{name}, end of what was sent before")
         if self._window is None or self._window.num_bytes < self._layout.end:
-            self._window = self._runtime.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
+            home = self._runtime if courier is None else courier
+            self._window = home.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
         else:
             with self._runtime.on_stream(self._streams["gather"]):
                 self._runtime.fill(self._window.peer_pointer(rank, 0), 0, self._layout.tensors)
@@ -91,7 +99,7 @@ class CudaSessions(SessionState):
                 self._runtime.stream_ops([self._watch.note(zeroed)])
             self._watch.finish(zeroed)
             self._runtime.meeting.agree(f"{name}/zeroed", lambda: "", f"{name}, end")
-        self._parts = Parts(self._runtime, self._watch, self._traffic, self._window, self._layout, name)
+        self._parts = Parts(self._runtime, self._watch, self._traffic, self._window, self._layout, name, courier)
         self._bases = self._parts.bases
         self._max_bytes, self._max_operations, self._session = max_session_bytes, max_operations, 0
         self._num_sms = min(num_sms or sizing.REDUCE_SCATTER_SMS, self._runtime.num_sms)
@@ -114,6 +122,10 @@ class CudaSessions(SessionState):
         with runtime.on_stream(gather):
             for event in before:
                 runtime.wait(event)
+            if self._session > 1 and len(self._bases) < runtime.size:
+                phase = f"session #{self._session}, begin"
+                last = f"the begin of session #{self._session - 1}"
+                self._parts.await_begun(self._session - 1, phase, last, "gather", ())
             self._parts.begin(self._session)
             begun = runtime.record()
         with runtime.on_stream(scatter):
@@ -150,6 +162,7 @@ class CudaSessions(SessionState):
             offsets.append(offset)
         text, word = self._identity("all_gather", tensors, number, offsets)
         spoil = [(self._bases[runtime.rank] + offset, t.nbytes) for offset, t in zip(offsets, gathered, strict=True)]
+        own = [(offset + runtime.rank * t.nbytes, t.nbytes) for offset, t in zip(offsets, tensors, strict=True)]
         before = runtime.record()
         with runtime.on_stream(self._streams["gather"]):
             runtime.wait(before)
@@ -157,10 +170,10 @@ class CudaSessions(SessionState):
             for tensor, offset in zip(tensors, offsets, strict=True):
                 self._parts.push(tensor, offset)
             done = Wait(runtime.rank, "", "", "gather", keep=(*tensors,))
-            self._parts.tell(number, word, done)
+            self._parts.tell(number, word, done, lambda _: [(place, place, num_bytes) for place, num_bytes in own])
             pushed = runtime.record()
-        num_bytes = len(self._peers) * sum(tensor.nbytes for tensor in tensors)
-        self._parts.count(num_bytes)
+        self._expect("all_gather", number, text, word)
+        self._parts.count(sum(tensor.nbytes for tensor in tensors))
         copied = keep or out is not None
         kept = gathered
         if copied:
@@ -198,6 +211,11 @@ class CudaSessions(SessionState):
         # A part of ours that is no number makes a sum that is none.
         spoil = [(self._bases[rank] + offset, t.nbytes) for offset, t in zip(offsets, tensors, strict=True)]
         reduced = [tensor.new_empty(tensor.shape[1:]) for tensor in tensors] if out is None else list(out)
+        parts = [(offset, out.nbytes) for offset, out in zip(offsets, reduced, strict=True)]
+
+        def pieces(peer: int) -> list[tuple[int, int, int]]:
+            return [(self._parts.incoming(rank, offset, n), offset + peer * n, n) for offset, n in parts]
+
         before = runtime.record()
         with runtime.on_stream(self._streams["scatter"]):
             runtime.wait(before)
@@ -205,14 +223,15 @@ class CudaSessions(SessionState):
             for tensor, offset in zip(tensors, offsets, strict=True):
                 if tensor.nbytes:
                     runtime.copy(self._bases[rank] + offset, tensor.data_ptr(), tensor.nbytes)
-            self._parts.tell(number, word, None)
+            self._parts.tell(number, word, None, pieces)
             self._await_parts("reduce_scatter", number, text, word, spoil, "scatter")
             for offset, target in zip(offsets, reduced, strict=True):
                 self._parts.sum(offset, target, scale, self._num_sms)
             summed = Wait(rank, "", "", "scatter", keep=(*tensors, *reduced))
             runtime.stream_ops([self._watch.note(summed)])
             done = runtime.record()
-        self._parts.count(len(self._peers) * sum(out.nbytes for out in reduced))
+        self._expect("reduce_scatter", number, text, word)
+        self._parts.count(sum(out.nbytes for out in reduced))
 
         def wait() -> None:
             self._watch.check()
@@ -255,9 +274,21 @@ class CudaSessions(SessionState):
         phase = f"{call} #{number} of session #{session}, begin"
         self._parts.await_begun(session, phase, f"the begin of session #{session}", lane, spoil)
 
+    def _expect(self, call: str, number: int, text: str, word: int) -> None:
+        """Let what comes from other nodes for an operation be seen.
+
+        After the wait for everybody's begin: that one, the older, names who is missing.
+        """
+        with self._runtime.on_stream(self._streams["expected"]):
+            self._parts.expect(number, word, *self._names(call, number, text))
+
+    def _names(self, call: str, number: int, text: str) -> tuple[str, str, str, str]:
+        """How an operation is called in messages: phase, text, what and key of `Parts.await_arrived`."""
+        key = f"session {self._session} {number}"
+        return f"{call} #{number} of session #{self._session}", text, f"{call} of {text}", key
+
     def _await_parts(
         self, call: str, number: int, text: str, word: int, spoil: Sequence[tuple[int, int]], lane: Any
     ) -> None:
         """Make the current stream wait for every rank's part of an operation."""
-        phase, key = f"{call} #{number} of session #{self._session}", f"session {self._session} {number}"
-        self._parts.await_arrived(number, word, phase, text, f"{call} of {text}", key, lane, spoil)
+        self._parts.await_arrived(number, word, *self._names(call, number, text), lane, spoil)

@@ -294,7 +294,7 @@ class CudaShards:
             ring.parts.push(shard_N, ring.offset(turn))
             ring.parts.tell(ring.number(turn), word, Wait(runtime.rank, "", "", "gathers", keep=keep))
             pushed = runtime.record()
-        ring.parts.count(self._peers * shard_N.nbytes)
+        ring.parts.count(shard_N.nbytes)
         num_bytes = out_PN.nbytes  # whoever holds the operation must not hold what lies in the slot
 
         def complete() -> Any:
@@ -342,7 +342,7 @@ class CudaShards:
             runtime.stream_ops([self._watch.note(summed)])
             done = runtime.record()
             ring.parts.begin(turn + 1)
-        ring.parts.count(self._peers * out_N.nbytes)
+        ring.parts.count(out_N.nbytes)
         return self._started(ring, _Operation(turn, done))
 
     def _started(self, ring: _Ring, operation: _Operation) -> Callable[[], None]:

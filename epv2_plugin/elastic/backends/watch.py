@@ -25,6 +25,7 @@ from epv2_plugin.elastic.errors import CommunicationError, CommunicationTimeout
 
 _WORDS = 4096  # waits under way
 _TICK = 0.02  # seconds between two looks at the words
+_BRISK, _LAZY = 5e-5, 1e-3  # the same while there are errands, just after one was done and later
 _PATIENCE = 0.5  # seconds before a wait is looked into, and between two such looks
 _NOTICE_SECONDS = 1.25  # in which the others see a notice, before streams go on here as if all were well
 _READ_SECONDS = 5.0
@@ -43,6 +44,7 @@ class Wait:
         judge: of these words: None if they end the wait, else (peer that is missing, what came of it or "").
         release: writes that end it. spoil: memory (address, bytes) to fill with 0xFF before.
         keep: what must live until it has passed.
+        network: only the network ends it, and after a failure perhaps nothing: then it counts as passed.
         done: it has passed. spoiled: see `spoil`.
     """
 
@@ -55,6 +57,7 @@ class Wait:
     release: Sequence[StreamOp] = ()
     spoil: Sequence[tuple[int, int]] = ()
     keep: tuple[Any, ...] = ()
+    network: bool = False
     done: bool = False
     spoiled: bool = False
     word: int = -1
@@ -82,6 +85,8 @@ class Watch:
         self._stream = runtime.new_stream()
         self._waits: list[Wait] = []
         self._chores: list[Callable[[], bool]] = []
+        self._errands: list[tuple[Wait, Callable[[], bool]]] = []
+        self._pause = _LAZY
         self._changed = threading.Condition()
         self._closing = False
         self._next_look = self._release_from = 0.0
@@ -133,6 +138,15 @@ class Watch:
             if chore not in self._chores:
                 self._chores.append(chore)
                 self._changed.notify_all()
+
+    def then(self, wait: Wait, errand: Callable[[], bool]) -> None:
+        """Let the thread do an errand soon after a noted wait has passed, again and again until it returns True.
+
+        None is done any more once this rank gave up.
+        """
+        with self._changed:
+            self._errands.append((wait, errand))
+            self._changed.notify_all()
 
     def await_post(self, key: str, peer: int, phase: str, expected: str) -> str:
         """What `peer` posts as `key`; the host waits. Raises CommunicationError where it does not come."""
@@ -206,16 +220,18 @@ class Watch:
                     self._changed.wait()
                 if self._closing and not self._waits:
                     return
-                self._changed.wait(_TICK)
+                self._changed.wait(self._pause if self._errands else _TICK)
                 self._collect()
                 heads = list({wait.lane: wait for wait in reversed(self._waits)}.values())
                 chores = list(self._chores)
             try:
                 if self.failure is not None:
                     self._chores.clear()
+                    self._let_go()
                     if time.monotonic() > self._release_from:
                         self._release(heads)
                     continue
+                self._run_errands()
                 for chore in chores:
                     with self._changed:  # before the call: what comes up during it asks for another
                         self._chores.remove(chore)
@@ -226,6 +242,21 @@ class Watch:
                     self._next_look = time.monotonic() + _PATIENCE
             except Exception as error:  # of the driver: whoever asks next must know
                 self._give_up(error, tell=True)
+
+    def _let_go(self) -> None:
+        with self._changed:
+            self._errands.clear()
+            for wait in self._waits:
+                if wait.network:
+                    self._words[wait.word] = 1
+
+    def _run_errands(self) -> None:
+        with self._changed:
+            due = [each for each in self._errands if each[0].done]
+        done = [each for each in due if each[1]()]
+        with self._changed:
+            self._errands = [each for each in self._errands if each not in done]
+        self._pause = _BRISK if done else min(2 * self._pause, _LAZY)
 
     def _look_into(self, heads: list[Wait]) -> None:
         now = time.monotonic()

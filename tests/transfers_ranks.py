@@ -1,0 +1,27 @@
+"""One rank of tests/test_gpu_nodes.py, started by `epv2 emulate` with BACKEND: transfers between nodes, bit for bit."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from tests import test_point_to_point as p2p
+from tests import test_sessions as sessions
+
+
+def main() -> None:
+    backend = sys.argv[1]
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for work in (p2p.receives_first, p2p.both_ways_at_once, sessions.scatters, sessions.begins_late):
+        work(rank, size, backend)
+        dist.barrier()
+        if rank == 0:
+            print(f"{work.__name__} on {backend}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
