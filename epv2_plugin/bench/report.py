@@ -78,9 +78,9 @@ def ep_text(document: dict[str, Any]) -> str:
     lines = [*head(document), *_wrap(what), ""]
     lines += _wrap(
         f"Microseconds of the slowest rank, median of {setup['iterations']} repetitions ± half of the interquartile "
-        "range; on a GPU behind work that is queued already, which hides the host up to its first launch. before, after "
-        "= rows put in order before expert GEMMs can start, or after them. GB/s: bytes received (dispatch) or returned "
-        "(combine), a row per token and rank, over the time without / with that."
+        "range; on a GPU behind work that is queued already, which hides the host up to its first launch. before, "
+        "after = rows put in order before expert GEMMs can start, or after them. GB/s: bytes received (dispatch) or "
+        "returned (combine), a row per token and rank, over the time without / with that."
     )
     lines += [*_times(document), ""]
     if any(result["launches"] for result in document["results"]):

@@ -43,8 +43,8 @@ class Traffic:
     Attributes:
         sent_bytes: everything, headers included.
         undeduplicated_bytes: what the same rows would have been with one copy per (token, expert) pair.
-        network_bytes: rows of dispatches and of Engram, and tensors of `pp_recv`, that came over the network to this rank
-            (cuda).
+        network_bytes: rows of dispatches and of Engram, and tensors of `pp_recv`, that came over the network to this
+            rank (cuda).
         direct_network_bytes: what would have come in direct mode, one row for each rank that wants it.
     """
 
