@@ -119,7 +119,7 @@ def test_every_interleaving_arrives(
 
 
 @given(plan=plans())
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_every_interleaving_arrives_across_nodes(
     pool: Callable[[int], Pool], plan: tuple[int, int, list[Message]]
 ) -> None:

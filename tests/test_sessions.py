@@ -261,7 +261,6 @@ def disagree(rank: int, size: int, kind: str, what: str) -> str:
     [
         *((what, kind) for what in ("shape", "dtype", "number", "operation") for kind in KINDS),
         ("shape", NODES),
-        ("operation", NODES),
     ],
 )
 def test_ranks_that_disagree(pool: Callable[[int], Pool], what: str, kind: str) -> None:
@@ -327,6 +326,30 @@ def begins_late(rank: int, size: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["emulated", NODES])
 def test_a_session_waits_for_everybody_to_be_done_with_the_last(pool: Callable[[int], Pool], kind: str) -> None:
     pool(3).run(begins_late, kind)
+
+
+def many(rank: int, size: int, kind: str) -> None:
+    """More tensors in a call than a network takes at a time; sessions that do nothing, one right after the other."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=10)
+    buffer.agrs_set_config(1 << 16, 2)
+    for turn in range(4):
+        for _ in range(15):
+            with buffer.agrs_new_session():
+                pass
+        tensors = [torch.full((4,), 100.0 * rank + number + turn, device=buffer.device) for number in range(40)]
+        with buffer.agrs_new_session():
+            *gathered, wait = buffer.all_gather(tensors)
+            *reduced, wait_reduced = buffer.reduce_scatter([torch.stack([t] * size) for t in tensors])
+            wait()
+            wait_reduced()
+        for number, (every, total) in enumerate(zip(gathered, reduced, strict=True)):
+            want = [100.0 * peer + number + turn for peer in range(size)]
+            assert every[:, 3].tolist() == want
+            assert total.tolist() == [sum(want)] * 4
+
+
+def test_many_tensors_and_sessions_without_any(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(many, NODES)
 
 
 def keeps(rank: int, size: int, kind: str) -> None:

@@ -221,12 +221,13 @@ class EmulatedTransport:
                 puts = [*self._puts]
             put = self._pauses.choice(puts)
             if not put.read.is_set():
+                put.held_until = time.monotonic() + self._pauses.choice([0, 0, 5e-3])
                 put.content = ctypes.string_at(put.source, put.num_bytes)
                 put.pieces = [*range(0, put.num_bytes, put.step)]
                 put.read.set()
                 with self._changed:
                     self._under_way[put.peer] -= 1
-            elif put.pieces:
+            elif put.pieces and time.monotonic() > put.held_until:
                 begin = put.pieces.pop(self._pauses.randrange(len(put.pieces)))
                 piece = put.content[begin : begin + put.step]
                 ctypes.memmove(put.target + begin, piece, len(piece))
@@ -248,6 +249,7 @@ class _Put:
         self.peer, self.target, self.source, self.num_bytes = peer, target, source, num_bytes
         self.step = max(8, num_bytes // 3 // 8 * 8)
         self.read, self.content, self.pieces = threading.Event(), b"", [0]
+        self.held_until = 0.0
 
 
 class EmulatedRuntime:
