@@ -177,7 +177,6 @@ class CudaShards:
         self.num_sms = min(num_sms or sizing.REDUCE_SCATTER_SMS, runtime.num_sms)
         self.traffic = Traffic()
         self._runtime = runtime
-        self._peers = runtime.size - 1
         values = f"{gathers.count} x {gathers.num_bytes} and {sums.count} x {sums.num_bytes} bytes"
 
         def step() -> str:
