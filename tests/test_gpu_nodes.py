@@ -80,6 +80,8 @@ def test_transfers_between_emulated_nodes(cluster: tuple[int, int]) -> None:
     assert [line for line in said.splitlines() if line.endswith(" on cuda")] == [
         "receives_first on cuda",
         "both_ways_at_once on cuda",
+        "late_receiver on cuda",
         "scatters on cuda",
         "begins_late on cuda",
+        "slots_changed_after_their_wait on cuda",
     ]

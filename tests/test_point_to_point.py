@@ -627,14 +627,14 @@ def test_a_buffer_can_be_destroyed_at_any_time(pool: Callable[[int], Pool], kind
 
 
 def late_receiver(rank: int, size: int, kind: str) -> None:
-    """Rank 0 destroys its buffer with a send under way, and rank 1 only then begins to receive."""
+    """Rank 0 destroys its buffer with a send under way, and the last rank only then begins to receive."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=30)
     buffer.pp_set_config(1 << 10, 1)
     tensors = [torch.full((5,), float(number), device=buffer.device) for number in range(2)]
     if rank == 0:
         for tensor in tensors:
-            buffer.pp_send(tensor, 1, async_with_compute_stream=True)
-    else:
+            buffer.pp_send(tensor, size - 1, async_with_compute_stream=True)
+    elif rank == size - 1:
         time.sleep(2.5)
         for tensor in tensors:
             into = torch.empty_like(tensor)

@@ -328,6 +328,29 @@ def test_a_session_waits_for_everybody_to_be_done_with_the_last(pool: Callable[[
     pool(3).run(begins_late, kind)
 
 
+def slots_changed_after_their_wait(rank: int, size: int, kind: str) -> None:
+    """What lies in the window belongs to its rank again after the wait, and in a new session before any."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.agrs_set_config(1 << 16, 1)
+    for turn in range(8):
+        with buffer.agrs_new_session():
+            (slot,) = buffer.agrs_get_inplace_tensor([(2048,)], torch.float32)
+            slot.fill_(10.0 * turn + rank)
+            gathered, wait = buffer.all_gather(slot)
+            wait()
+            want = [10.0 * turn + r for r in range(size)]
+            assert gathered.amin(1).tolist() == want
+            assert gathered.amax(1).tolist() == want
+            if turn % 2:
+                slot.fill_(-1.0)
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_slots_changed_after_their_wait(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(3).run(slots_changed_after_their_wait, kind)
+
+
 def many(rank: int, size: int, kind: str) -> None:
     """More tensors in a call than a network takes at a time; sessions that do nothing, one right after the other."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=10)

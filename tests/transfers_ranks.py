@@ -10,12 +10,15 @@ import torch.distributed as dist
 from tests import test_point_to_point as p2p
 from tests import test_sessions as sessions
 
+WORKS = (p2p.receives_first, p2p.both_ways_at_once, p2p.late_receiver, sessions.scatters, sessions.begins_late)
+WORKS += (sessions.slots_changed_after_their_wait,)
+
 
 def main() -> None:
     backend = sys.argv[1]
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     rank, size = dist.get_rank(), dist.get_world_size()
-    for work in (p2p.receives_first, p2p.both_ways_at_once, sessions.scatters, sessions.begins_late):
+    for work in WORKS:
         work(rank, size, backend)
         dist.barrier()
         if rank == 0:

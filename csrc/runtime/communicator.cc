@@ -95,8 +95,11 @@ void Communicator::settle(ncclResult_t result, const char* call, bool stuck) {
   while (result == ncclInProgress) {
     if (std::chrono::steady_clock::now() > deadline) {
       if (owned_ && !stuck) abort_locked();
-      throw TimedOut(std::string(call) + ": not every rank came within " + seconds_text(timeout_seconds_) +
-                     "; a rank has died, or makes other calls");
+      throw TimedOut(std::string(call) +
+                     (stuck ? ": NCCL's network took nothing more within " + seconds_text(timeout_seconds_) +
+                                  "; a rank of another node has died, or NCCL's progress has failed (NCCL_DEBUG=WARN)"
+                            : ": not every rank came within " + seconds_text(timeout_seconds_) +
+                                  "; a rank has died, or makes other calls"));
     }
     std::this_thread::sleep_for(pause);
     pause = std::min(pause * 2, std::chrono::microseconds(5000));

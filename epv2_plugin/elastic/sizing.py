@@ -424,6 +424,7 @@ class SessionLayout:
         self._arrived, self._outbox = sections.take(4 * num_ranks * max_operations), sections.take(4 * max_operations)
         seals = 8 * num_ranks * max_operations if far else 0
         self._seals, self._seal_outbox = sections.take(seals), sections.take(seals)
+        self._sent = sections.take(seals // 2)
         self.tensors = align(sections.end, RING_ALIGNMENT)
         self.incoming = align(self.tensors + max_session_bytes, RING_ALIGNMENT)
         self.end = self.incoming + max_session_bytes if far else self.tensors + max_session_bytes
@@ -439,6 +440,10 @@ class SessionLayout:
     def seal(self, operation: int, rank: int, *, outgoing: bool) -> int:
         """What says that `rank`, of another node, has sent its part, or (outgoing) what it is going to be told."""
         return (self._seal_outbox if outgoing else self._seals) + 8 * (operation * self._num_ranks + rank)
+
+    def sent(self, operation: int, rank: int) -> int:
+        """What says that this rank's part has gone to `rank`, of another node."""
+        return self._sent + 4 * (operation * self._num_ranks + rank)
 
 
 # ---- Engram on the cuda backend -------------------------------------------------------------------------------------

@@ -226,7 +226,8 @@ static __device__ __noinline__ uint64_t network_signal_value(Network network, ui
 }
 
 // All threads of the CTA: the sources of all that it has put in this context may be written again (the data may not be
-// there yet), and what it has got in this context is here. Has no end where a peer is gone.
+// there yet), and what it has got in this context is here. Where a peer is gone it may have no end, or (GDAKI, which drops
+// the error of its queue) one as if all were well.
 __device__ __forceinline__ void network_flush(Network network) {
   ncclGin(NetworkPeer::communicator(network), network.context).flush(ncclCoopCta{});
 }

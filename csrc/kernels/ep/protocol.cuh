@@ -312,8 +312,10 @@ __device__ inline bool wait_until(const Common& c, uint32_t phase, int from, uin
 // One thread: wait until rank `from` has raised flag `kind` to `number` or further.
 __device__ inline bool wait_flag(const Common& c, int kind, int from, uint32_t number, bool check_signature) {
   const uint32_t* flag = own_pointer<uint32_t>(c, flag_offset(c, kind, from));
-  // What ranks of other nodes do is told by a relay, once it has heard of all.
-  const bool here = wait_until(c, kind, from, number, !is_near(c, from), [&](uint32_t* seen) {
+  // What ranks of other nodes do is told by a relay, once it has heard of all. And only the flags with which an operation
+  // begins, which have a signature, come before their rank has waited for the network.
+  const bool second_hand = kNodes && (!is_near(c, from) || !check_signature);
+  const bool here = wait_until(c, kind, from, number, second_hand, [&](uint32_t* seen) {
     *seen = load_acquire_system(flag);
     return static_cast<int32_t>(*seen - number) >= 0;
   });

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from epv2_plugin.elastic.backends.device import Put, Runtime, Window
+from epv2_plugin.elastic.backends.device import Put, Runtime, StreamOp, Window
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 
 SEAL_BYTES = 8
@@ -60,6 +60,7 @@ class Courier:
         window: Window,
         puts: Callable[[], Sequence[Put] | None],
         seal: tuple[int, int] | None = None,
+        behind: Sequence[StreamOp] = (),
     ) -> None:
         """Put something to one rank once `staged`, noted already, has passed.
 
@@ -67,6 +68,7 @@ class Courier:
             done: passes when the sources may be written again.
             puts: what, the last with the seal at its end; asked again later where it gives None.
             seal: address in this rank's window and 32 bits that the target waits for: `SEAL_BYTES` are written there.
+            behind: what to write when the sources may be written again.
         """
         done.network = True
         passed, peer = self._watch.note(done), done.peer
@@ -85,7 +87,8 @@ class Courier:
                 if seal is not None and not left:
                     self._runtime.stream_ops([("write64", seal[0], seal[1] | (self._sent[peer] & 0xFFFFFFFF) << 32)])
                 self._transport.put(window, found)
-                self._runtime.stream_ops([("write64", self._progress, self._given), *([] if left else [passed])])
+                last = [] if left else [*behind, passed]
+                self._runtime.stream_ops([("write64", self._progress, self._given), *last])
             done.judge, done.since = lambda _: (peer, ""), time.monotonic()
             done.look = self._look  # from now on it waits for the network
             return not left
@@ -99,6 +102,9 @@ class Courier:
             seen: passes when the seal is here, which says nothing about what it seals. seal: address in this rank's
                 window. word: its 32 bits. landed: another address, where a stream may wait for `word`.
         """
+        while not self._free:  # the thread is behind
+            self._watch.check()
+            time.sleep(1e-3)
         place, peer = self._free.popleft(), seen.peer
         passed = self._watch.note(seen)
         self._runtime.stream_ops([("wait32_eq", seal, word)])
@@ -120,10 +126,13 @@ class Courier:
         """Return when all that any rank has sent has landed (collective). Nothing may be left to be staged."""
         self._watch.drain()
         self._meetings += 1
-        sent = self._runtime.meeting.agree(f"courier/{self._meetings}", lambda: json.dumps(self._sent), phase)
         rank, node = self._runtime.rank, self._runtime.rank // self._runtime.lsa_size
         far = next(peer for peer in range(self._runtime.size) if peer // self._runtime.lsa_size != node)
-        landed = Wait(rank, phase, "the puts of other nodes", "courier", self._look, lambda _: (far, ""), network=True)
+        name, expected = f"courier/{self._meetings}", "the puts of other nodes"
+        sent = self._runtime.meeting.agree(
+            name, lambda: json.dumps(self._sent), phase, lambda: self._watch.heed(far, phase, expected)
+        )
+        landed = Wait(far, phase, expected, "courier", self._look, lambda _: (far, ""), network=True)
         with self._runtime.on_stream(self._stream):
             for peer, text in enumerate(sent):
                 if count := json.loads(text)[rank] - self._heard[peer]:

@@ -270,7 +270,7 @@ class CudaBackend:
     def close(self, seconds: float | None = None) -> None:
         try:
             if "_watch" in self.__dict__:
-                self._watch.close(seconds)
+                self._end_transfers(seconds)
         finally:
             if "_watch" in self.__dict__:
                 self._failure = self._failure or self._watch.failure
@@ -279,6 +279,19 @@ class CudaBackend:
             self._error_words = self._error_words.copy()  # events may outlive the mapped memory
             # After a failure some peer does not take part in anything that all must take part in.
             self.runtime.close(abandon=self._failure is not None or bool(self._error_words[0]))
+
+    def _end_transfers(self, seconds: float | None) -> None:
+        try:
+            # Memory must not go while other nodes still put something there, if only words that nobody waits for. Whose
+            # buffer is garbage can't wait for others.
+            failed = self._failure or self._watch.failure
+            if "_courier" in self.__dict__ and seconds is None and failed is None:
+                self._courier.meet("the end of the buffer")
+        except BaseException as error:
+            self._watch.give_up(error)
+            raise
+        finally:
+            self._watch.close(seconds)
 
     def check(self) -> None:
         """Raise what made this rank give up, if anything did.

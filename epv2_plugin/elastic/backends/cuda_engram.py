@@ -17,8 +17,8 @@ from __future__ import annotations
 import functools
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends import kernel_errors
 from epv2_plugin.elastic.backends.base import EngramTable, Traffic
 from epv2_plugin.elastic.backends.device import Runtime, Window
-from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
+from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout, UnavailableError
 from epv2_plugin.elastic.event import Event
 from epv2_plugin.elastic.sizing import EngramControlLayout, EngramStagingLayout, EngramTableLayout, align
 from epv2_plugin.jit import kernels
@@ -190,6 +190,8 @@ class CudaEngram:
                         raise CommunicationError(runtime.rank, peer, phase, f"{ours} as on this rank", theirs)
             if self._control is None:
                 self._control = _Control(runtime, self._contexts if self._between_nodes else 0)
+        except UnavailableError:
+            raise  # on every rank alike
         except BaseException as error:
             self._failure = error  # the others go on without this rank, or not at all
             raise
@@ -296,42 +298,43 @@ class CudaEngram:
             raise RuntimeError("engram_reduce while a CUDA graph is being captured: the host waits for sizes")
         with self._operation((), False, ()) as place:
             mine = _Groups(num_entries, self._num_sms, runtime.device)
-            self._group(mine, runtime.size * table.rows, indices=indices_N.data_ptr())
-            words = self._await("engram_reduce, counts")
-            told = words[: 3 * runtime.size].reshape(runtime.size, 3)
-            rows_from, staged, entries_from = (column.tolist() for column in told.T)
-            layout = EngramStagingLayout(max(staged), int(words[3 * runtime.size]), table.hidden)
-            own = self._make_room(layout.end).tensor.data_ptr()
-            width = 4 if table.hidden % 4 == 0 and gradients_NH.data_ptr() % (4 * gradients_NH.itemsize) == 0 else 1
-            self._sum(
-                mine,
-                gradients_NH.dtype,
-                num_rows=staged[runtime.rank],
-                values=gradients_NH.data_ptr(),
-                out=own + layout.sums,
-                out_rows=own + layout.rows,
-                width=width,
-            )
-            if self._between_nodes:
-                self._put(layout, staged[runtime.rank])
-            theirs = _Groups(sum(rows_from), self._num_sms, runtime.device)
-            self._group(
-                theirs, table.rows, from_peers=1, rows_offset=layout.rows, arrived_rows_offset=layout.arrived_rows
-            )
-            num_rows = int(self._await("engram_reduce, sums")[0])
-            rows = torch.empty(num_rows, dtype=torch.int64, device=runtime.device)
-            sums = torch.empty(num_rows, table.hidden, dtype=torch.float32, device=runtime.device)
-            self._sum(
-                theirs,
-                torch.float32,
-                num_rows=num_rows,
-                from_peers=1,
-                sums_offset=layout.sums,
-                arrived_sums_offset=layout.arrived_sums,
-                out=sums.data_ptr(),
-                out_rows=rows.data_ptr(),
-                width=4 if table.hidden % 4 == 0 else 1,
-            )
+            with self._begun():
+                self._group(mine, runtime.size * table.rows, indices=indices_N.data_ptr())
+                words = self._await("engram_reduce, counts")
+                told = words[: 3 * runtime.size].reshape(runtime.size, 3)
+                rows_from, staged, entries_from = (column.tolist() for column in told.T)
+                layout = EngramStagingLayout(max(staged), int(words[3 * runtime.size]), table.hidden)
+                own = self._make_room(layout.end).tensor.data_ptr()
+                width = 4 if table.hidden % 4 == 0 and gradients_NH.data_ptr() % (4 * gradients_NH.itemsize) == 0 else 1
+                self._sum(
+                    mine,
+                    gradients_NH.dtype,
+                    num_rows=staged[runtime.rank],
+                    values=gradients_NH.data_ptr(),
+                    out=own + layout.sums,
+                    out_rows=own + layout.rows,
+                    width=width,
+                )
+                if self._between_nodes:
+                    self._put(layout, staged[runtime.rank])
+                theirs = _Groups(sum(rows_from), self._num_sms, runtime.device)
+                self._group(
+                    theirs, table.rows, from_peers=1, rows_offset=layout.rows, arrived_rows_offset=layout.arrived_rows
+                )
+                num_rows = int(self._await("engram_reduce, sums")[0])
+                rows = torch.empty(num_rows, dtype=torch.int64, device=runtime.device)
+                sums = torch.empty(num_rows, table.hidden, dtype=torch.float32, device=runtime.device)
+                self._sum(
+                    theirs,
+                    torch.float32,
+                    num_rows=num_rows,
+                    from_peers=1,
+                    sums_offset=layout.sums,
+                    arrived_sums_offset=layout.arrived_sums,
+                    out=sums.data_ptr(),
+                    out_rows=rows.data_ptr(),
+                    width=4 if table.hidden % 4 == 0 else 1,
+                )
             event = place.end(())
         row_bytes = 8 + 4 * table.hidden
         far_bytes = row_bytes * (sum(rows_from) - sum(rows_from[self._near]))
@@ -404,6 +407,15 @@ class CudaEngram:
             num_rows=num_rows,
             hidden=table.hidden,
         )
+
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        """Others were told of an operation, so what keeps this rank from its end is the end of the buffer."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = self.failure or error
+            raise
 
     def _make_room(self, num_bytes: int) -> Window:
         """The window for rows and sums, made larger if need be: all ranks know the same sizes, so all do the same."""

@@ -452,8 +452,9 @@ class CudaPointToPoint:
                 runtime.stream_ops([("wait32_eq", word, ready)])
             else:
                 landed = own + layout.landed(peer, channel, number)
-                self._courier().expect(wait, word, ready, landed)
-                wait = replace(wait, look=(landed, 4), judge=is_here, release=[("write32", landed, ready)])
+                seen = wait  # which may have passed as soon as it is noted
+                wait = replace(seen, look=(landed, 4), judge=is_here, release=[("write32", landed, ready)])
+                self._courier().expect(seen, word, ready, landed)
                 passed = self._watch.note(wait)
                 runtime.stream_ops([("wait32_eq", landed, ready)])
             if dense.nbytes:

@@ -97,12 +97,13 @@ class Parts:
         phase: str,
         pieces: Sequence[tuple[int, int, int]],
         seal: tuple[int, int] | None = None,
+        behind: Sequence[StreamOp] = (),
     ) -> None:
         """Send pieces (byte there, byte here, number of bytes) to a rank of another node."""
         assert self._courier is not None
         puts = [(peer, *piece) for piece in pieces]
         done = Wait(peer, f"{self._name}, {phase}", f"parts to reach rank {peer}", ("put", peer))
-        self._courier.send(staged, done, self._window, lambda: puts, seal)
+        self._courier.send(staged, done, self._window, lambda: puts, seal, behind)
 
     def await_begun(self, count: int, phase: str, expected: str, lane: Any, spoil: Spoil) -> None:
         """Wait until every rank has begun `count`."""
@@ -171,8 +172,33 @@ class Parts:
                 outgoing = self._layout.seal(operation, peer, outgoing=True)
                 seal = (self._layout.seal(operation, runtime.rank, outgoing=False), outgoing, SEAL_BYTES)
                 sent = [piece for piece in pieces(peer) if piece[2]]
-                sealed = (self.bases[runtime.rank] + outgoing, word)
-                self._send(staged, peer, f"operation #{operation}", [*sent, seal], sealed)
+                own = self.bases[runtime.rank]
+                gone: StreamOp = ("write32", own + self._layout.sent(operation, peer), word)
+                self._send(staged, peer, f"operation #{operation}", [*sent, seal], (own + outgoing, word), [gone])
+
+    def await_sent(self, operation: int, word: int, phase: str, lane: Any) -> None:
+        """Wait until this rank's part of an operation may be written again: it has gone to all other nodes."""
+        if not self._far:
+            return
+        own = self.bases[self._runtime.rank]
+        places = {peer: own + self._layout.sent(operation, peer) for peer in self._far}
+        first = own + self._layout.sent(operation, 0)
+
+        def judge(words: bytes) -> tuple[int, str] | None:
+            gone = struct.unpack(f"<{self._runtime.size}I", words)
+            return next(((peer, "") for peer in self._far if gone[peer] != word), None)
+
+        wait = Wait(
+            self._far[0],
+            phase,
+            "this rank's part to be sent",
+            lane,
+            look=(first, 4 * self._runtime.size),
+            judge=judge,
+            release=[("write32", place, word) for place in places.values()],
+        )
+        operations: list[StreamOp] = [("wait32_eq", place, word) for place in places.values()]
+        self._runtime.stream_ops([*operations, self._watch.note(wait)])
 
     def expect(self, operation: int, word: int, phase: str, text: str, what: str, key: str) -> None:
         """Let what comes from other nodes for an operation be seen, so that `await_arrived` may end.

@@ -47,7 +47,7 @@ class CudaSessions(SessionState):
         self._runtime, self._watch, self._traffic = runtime, watch, traffic
         self._window: Window | None = None
         self._configured = self._session = 0
-        self._begun_on: set[str] = set()  # streams that have waited for everybody to begin this session
+        self._begun_on: set[Any] = set()  # streams that have waited for everybody to begin this session
         self._streams: dict[str, Any] = {}
 
     # ---- base.Sessions ----------------------------------------------------------------------------------------------
@@ -59,7 +59,8 @@ class CudaSessions(SessionState):
         self._configured += 1
         rank, name = self._runtime.rank, f"agrs_set_config #{self._configured}"
         if not self._streams:
-            self._streams = {key: self._runtime.new_stream() for key in ("gather", "scatter", "expected")}
+            keys = ["gather", "scatter", *(["expected"] if courier is not None else [])]
+            self._streams = {key: self._runtime.new_stream() for key in keys}
         # What was put on them uses the window that is given up.
         waits = []
         for key, stream in self._streams.items():
@@ -133,6 +134,9 @@ class CudaSessions(SessionState):
 
     def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
         self._check_active(True, "agrs_get_inplace_tensor")
+        self._watch.check()
+        # Who has begun this session has got, and read, all that lay there in the last one.
+        self._await_begin(("slots", self._runtime.current_stream()), "agrs_get_inplace_tensor", ())
         slots = []
         for shape in shapes:
             num_bytes = session_bytes(self._runtime.size, shape, dtype.itemsize)
@@ -166,13 +170,12 @@ class CudaSessions(SessionState):
         before = runtime.record()
         with runtime.on_stream(self._streams["gather"]):
             runtime.wait(before)
-            self._await_begin("gather", "all_gather", number, spoil)
+            self._await_begin("gather", f"all_gather #{number}", spoil)
             for tensor, offset in zip(tensors, offsets, strict=True):
                 self._parts.push(tensor, offset)
             done = Wait(runtime.rank, "", "", "gather", keep=(*tensors,))
             self._parts.tell(number, word, done, lambda _: [(place, place, num_bytes) for place, num_bytes in own])
             pushed = runtime.record()
-        self._expect("all_gather", number, text, word)
         self._parts.count(sum(tensor.nbytes for tensor in tensors))
         copied = keep or out is not None
         kept = gathered
@@ -188,7 +191,11 @@ class CudaSessions(SessionState):
                 runtime.wait(waited)
                 return
             runtime.wait(pushed)
-            self._await_parts("all_gather", number, text, word, spoil, ("current", runtime.current_stream()))
+            lane = ("current", runtime.current_stream())
+            # Not before: a session may be given up with gathers that nobody waits for, and they may not come.
+            self._expect("all_gather", number, text, word)
+            self._await_parts("all_gather", number, text, word, spoil, lane)
+            self._parts.await_sent(number, word, f"all_gather #{number} of session #{self._session}", lane)
             self._watch.check()
             if copied:
                 with torch.no_grad():
@@ -219,7 +226,7 @@ class CudaSessions(SessionState):
         before = runtime.record()
         with runtime.on_stream(self._streams["scatter"]):
             runtime.wait(before)
-            self._await_begin("scatter", "reduce_scatter", number, spoil)
+            self._await_begin("scatter", f"reduce_scatter #{number}", spoil)
             for tensor, offset in zip(tensors, offsets, strict=True):
                 if tensor.nbytes:
                     runtime.copy(self._bases[rank] + offset, tensor.data_ptr(), tensor.nbytes)
@@ -265,13 +272,13 @@ class CudaSessions(SessionState):
         text = ", ".join(map(describe, tensors)) + (f" after {self.refused} refused calls" if self.refused else "")
         return text, hash_word(f"{self._session} {number} {self.refused} {call} {text} {list(offsets)}", self._session)
 
-    def _await_begin(self, lane: str, call: str, number: int, spoil: Sequence[tuple[int, int]]) -> None:
+    def _await_begin(self, lane: Any, call: str, spoil: Sequence[tuple[int, int]]) -> None:
         """Make the current stream wait until every rank has begun this session, once for each stream."""
         if lane in self._begun_on:
             return
         self._begun_on.add(lane)
         session = self._session
-        phase = f"{call} #{number} of session #{session}, begin"
+        phase = f"{call} of session #{session}, begin"
         self._parts.await_begun(session, phase, f"the begin of session #{session}", lane, spoil)
 
     def _expect(self, call: str, number: int, text: str, word: int) -> None:
@@ -279,6 +286,8 @@ class CudaSessions(SessionState):
 
         After the wait for everybody's begin: that one, the older, names who is missing.
         """
+        if "expected" not in self._streams:
+            return
         with self._runtime.on_stream(self._streams["expected"]):
             self._parts.expect(number, word, *self._names(call, number, text))
 

@@ -452,6 +452,11 @@ class CudaRuntime:
         def join() -> str:
             made.append(self._own_communicator(f"transport {self._transports_made}/id"))
             properties = made[0].properties()
+            if properties["lsa_size"] != self.lsa_size:
+                raise UnavailableError(
+                    f"NCCL finds nodes of {properties['lsa_size']} ranks for transfers, and found {self.lsa_size} for "
+                    "the communicator of this group: NCCL's environment must be the same for both"
+                )
             if not properties["host_rma_support"]:
                 contexts = os.environ.get("NCCL_NUM_RMA_CTX", "(unset)")
                 raise UnavailableError(
@@ -600,8 +605,12 @@ class Meeting:
         """What was posted as `key`; None if nothing was."""
         return self._store.get(key).decode() if self._store.check([key]) else None
 
-    def agree(self, name: str, step: Callable[[], str], phase: str = _PHASE) -> list[str]:
+    def agree(
+        self, name: str, step: Callable[[], str], phase: str = _PHASE, meanwhile: Callable[[], None] = lambda: None
+    ) -> list[str]:
         """Do `step` on every rank and return what it gave, by rank. Where it raises on one rank, every rank raises.
+
+        `meanwhile` is called now and then, and may raise.
 
         Raises:
             RuntimeError: it raised on another rank; the message names that and has its message. UnavailableError: that
@@ -617,20 +626,21 @@ class Meeting:
         self._store.set(f"{name}/{self._rank}", f"done: {mine}")
         deadline, results = time.monotonic() + self._timeout, []
         for peer in range(len(self._ranks)):
-            state, text = self._read(f"{name}/{peer}", peer, deadline, phase).split(": ", 1)
+            state, text = self._read(f"{name}/{peer}", peer, deadline, phase, meanwhile).split(": ", 1)
             if state != "done":
                 raised = UnavailableError if state == "unavailable" else RuntimeError
                 raise raised(f"rank {peer} of the group can't take part: {text}")
             results.append(text)
         return results
 
-    def _read(self, key: str, peer: int, deadline: float, phase: str) -> str:
+    def _read(self, key: str, peer: int, deadline: float, phase: str, meanwhile: Callable[[], None]) -> str:
         # Not the store's own wait: that holds its connection, which the watch of transfers needs meanwhile.
         pause = 1e-3
         while (text := self.peek(key)) is None:
             if time.monotonic() > deadline:
                 expected = f"all of ranks {self._ranks} within {self._timeout:g} s"
                 raise CommunicationTimeout(self._rank, peer, phase, expected, "nothing of that rank")
+            meanwhile()
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
         return text

@@ -29,7 +29,7 @@ _BRISK, _LAZY = 5e-5, 1e-3  # the same while there are errands, just after one w
 _PATIENCE = 0.5  # seconds before a wait is looked into, and between two such looks
 _NOTICE_SECONDS = 1.25  # in which the others see a notice, before streams go on here as if all were well
 _READ_SECONDS = 5.0
-_LOOK_BYTES = 4096
+_LOOK_BYTES = 64  # that a wait looks at, at most, for each rank
 _FAILED = "failed"  # key of what the first rank to give up has to say
 
 
@@ -81,7 +81,7 @@ class Watch:
         table = runtime.mapped(4 * _WORDS)
         self._table, self._words = table.pointer, table.tensor.view(torch.int32).numpy()
         self._free = deque(range(_WORDS))
-        self._scratch = runtime.mapped(8 + _LOOK_BYTES)
+        self._scratch = runtime.mapped(8 + _LOOK_BYTES * runtime.size)
         self._stream = runtime.new_stream()
         self._waits: list[Wait] = []
         self._chores: list[Callable[[], bool]] = []
@@ -116,21 +116,41 @@ class Watch:
 
     def finish(self, wait: Wait) -> None:
         """Let the host wait, too. Raises CommunicationError where it does not pass."""
+        begin = time.monotonic()
+        next_look = begin + _PATIENCE
         while True:
             self.check()
             if wait.done:
                 return
             with self._changed:
                 self._collect()
-            if not wait.done:
-                time.sleep(2e-4)
+            if wait.done:
+                continue
+            # The thread looks into it only once the network has something to do for it.
+            if wait.network and (now := time.monotonic()) > next_look:
+                next_look = now + _PATIENCE
+                self.heed(wait.peer, wait.phase, wait.expected)
+                if now - begin > self.timeout_seconds:
+                    where = (self._runtime.rank, wait.peer, wait.phase, wait.expected)
+                    self.give_up(CommunicationTimeout(*where, self._nothing))
+            time.sleep(2e-4)
 
     def drain(self) -> None:
-        """Let the host wait for everything noted. Raises CommunicationError where it does not pass."""
+        """Let the host wait for everything noted, and the errands behind. Raises CommunicationError where it does not
+        pass."""
         with self._changed:
             waits = list(self._waits)
         for wait in waits:
             self.finish(wait)
+        while any(wait.done for wait, _ in self._errands):
+            self.check()
+            time.sleep(2e-4)
+
+    def heed(self, peer: int, phase: str, expected: str) -> None:
+        """Raise CommunicationError where another rank has given up; the arguments say what this one waits for."""
+        if (notice := self._notice()) is not None:
+            self._give_up(self._told(notice, peer, phase, expected), tell=False)
+        self.check()
 
     def repeat(self, chore: Callable[[], bool]) -> None:
         """Let the thread call `chore` now and then until it returns True."""
@@ -157,9 +177,8 @@ class Watch:
             now = time.monotonic()
             if now > next_look:
                 next_look = now + _PATIENCE
-                if (notice := self._notice()) is not None:
-                    self._give_up(self._told(notice, peer, phase, expected), tell=False)
-                elif now - begin > self.timeout_seconds:
+                self.heed(peer, phase, expected)
+                if now - begin > self.timeout_seconds:
                     self.give_up(CommunicationTimeout(self._runtime.rank, peer, phase, expected, self._nothing))
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
@@ -216,9 +235,9 @@ class Watch:
         while True:
             with self._changed:
                 self._collect()
-                while not (self._waits or self._chores or self._closing):
+                while not (self._waits or self._errands or self._chores or self._closing):
                     self._changed.wait()
-                if self._closing and not self._waits:
+                if self._closing and not (self._waits or self._errands):
                     return
                 self._changed.wait(self._pause if self._errands else _TICK)
                 self._collect()
