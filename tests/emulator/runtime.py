@@ -178,6 +178,8 @@ class EmulatedTransport:
         ]
 
         def run() -> None:
+            for put in made:  # its source is read when the network likes, which may be late
+                put.held_until = time.monotonic() + self._pauses.choice([0, 0, 5e-3])
             with self._changed:
                 self._puts += made
                 self._changed.notify_all()
@@ -220,14 +222,16 @@ class EmulatedTransport:
                     return
                 puts = [*self._puts]
             put = self._pauses.choice(puts)
-            if not put.read.is_set():
+            if time.monotonic() <= put.held_until:
+                pass
+            elif not put.read.is_set():
                 put.held_until = time.monotonic() + self._pauses.choice([0, 0, 5e-3])
                 put.content = ctypes.string_at(put.source, put.num_bytes)
                 put.pieces = [*range(0, put.num_bytes, put.step)]
                 put.read.set()
                 with self._changed:
                     self._under_way[put.peer] -= 1
-            elif put.pieces and time.monotonic() > put.held_until:
+            elif put.pieces:
                 begin = put.pieces.pop(self._pauses.randrange(len(put.pieces)))
                 piece = put.content[begin : begin + put.step]
                 ctypes.memmove(put.target + begin, piece, len(piece))
