@@ -183,12 +183,14 @@ def test_a_stage_that_dies_is_named() -> None:
 
 
 def test_ab_of_three_dimensions(tmp_path: Path) -> None:
-    done = epv2("ab", RECIPE_3D, "--steps", "3", cwd=tmp_path)
+    recipe = tmp_path / "deepseek_v3_tiny_3d.yaml"
+    recipe.write_text(Path(RECIPE_3D).read_text().replace("warmup_steps: 2", "warmup_steps: 1"))
+    done = epv2("ab", str(recipe), "--steps", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "deepseek_v3_tiny_3d-ab"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     stock, ours = ([r for r in records if r["arm"] == arm] for arm in ("alltoall", "epv2"))
-    assert len(stock) == len(ours) == 3
+    assert len(stock) == len(ours) == 2
     for a, b in zip(stock, ours, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         # Headers apart, stages exchange the same; the reference keeps what it gathered and does not gather again.
