@@ -10,8 +10,14 @@ import torch.distributed as dist
 from tests import test_point_to_point as p2p
 from tests import test_sessions as sessions
 
-WORKS = (p2p.receives_first, p2p.both_ways_at_once, p2p.late_receiver, sessions.scatters, sessions.begins_late)
-WORKS += (sessions.slots_changed_after_their_wait,)
+WORKS = (
+    p2p.receives_first,
+    p2p.both_ways_at_once,
+    p2p.late_receiver,
+    sessions.scatters,
+    sessions.begins_late,
+    sessions.slots_changed_after_their_wait,
+)
 
 
 def main() -> None:

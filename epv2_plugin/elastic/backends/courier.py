@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from epv2_plugin.elastic.backends.device import Put, Runtime, StreamOp, Window
+from epv2_plugin.elastic.backends.device import Put, Runtime, StreamOp, Window, node_of
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 
 SEAL_BYTES = 8
@@ -126,8 +126,8 @@ class Courier:
         """Return when all that any rank has sent has landed (collective). Nothing may be left to be staged."""
         self._watch.drain()
         self._meetings += 1
-        rank, node = self._runtime.rank, self._runtime.rank // self._runtime.lsa_size
-        far = next(peer for peer in range(self._runtime.size) if peer // self._runtime.lsa_size != node)
+        rank, node = self._runtime.rank, node_of(self._runtime)
+        far = next(peer for peer in range(self._runtime.size) if peer not in node)
         name, expected = f"courier/{self._meetings}", "the puts of other nodes"
         sent = self._runtime.meeting.agree(
             name, lambda: json.dumps(self._sent), phase, lambda: self._watch.heed(far, phase, expected)

@@ -30,7 +30,7 @@ from epv2_plugin.elastic.backends.courier import Courier
 from epv2_plugin.elastic.backends.cuda_engram import CudaEngram
 from epv2_plugin.elastic.backends.cuda_p2p import CudaPointToPoint
 from epv2_plugin.elastic.backends.cuda_sessions import CudaSessions
-from epv2_plugin.elastic.backends.device import Runtime
+from epv2_plugin.elastic.backends.device import Runtime, node_of
 from epv2_plugin.elastic.backends.watch import Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import Event
@@ -217,8 +217,8 @@ class CudaBackend:
         self._given_bytes = num_bytes
         between = runtime.lsa_size < runtime.size
         self._nodes = nodes = sizing.Nodes(runtime.size, runtime.lsa_size, hybrid and between)
-        begin = runtime.rank // runtime.lsa_size * runtime.lsa_size
-        self._near = slice(begin, begin + runtime.lsa_size)  # ranks of this node
+        near = node_of(runtime)
+        self._near = slice(near.start, near.stop)  # ranks of this node
         self.num_nodes, self.hybrid = runtime.size // runtime.lsa_size, nodes.hybrid
         self._kernels = kernels.BETWEEN_NODES if between else kernels.IN_NODE
         self._contexts = num_qps or _CONTEXTS

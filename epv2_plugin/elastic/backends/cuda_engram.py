@@ -26,7 +26,7 @@ import torch
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends import kernel_errors
 from epv2_plugin.elastic.backends.base import EngramTable, Traffic
-from epv2_plugin.elastic.backends.device import Runtime, Window
+from epv2_plugin.elastic.backends.device import Runtime, Window, node_of
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout, UnavailableError
 from epv2_plugin.elastic.event import Event
 from epv2_plugin.elastic.sizing import EngramControlLayout, EngramStagingLayout, EngramTableLayout, align
@@ -90,8 +90,8 @@ class CudaEngram:
         self._contexts = contexts
         self._between_nodes = runtime.lsa_size < runtime.size
         self._kernels = kernels.ENGRAM_BETWEEN_NODES if self._between_nodes else kernels.ENGRAM_IN_NODE
-        begin = runtime.rank // runtime.lsa_size * runtime.lsa_size
-        self._near = slice(begin, begin + runtime.lsa_size)  # ranks of this node
+        near = node_of(runtime)
+        self._near = slice(near.start, near.stop)  # ranks of this node
         self._num_sms = 0
         self._writes = 0  # engram_write
         self._changes = 0  # and engram_update, which peers learn of by this number alone

@@ -32,7 +32,7 @@ import torch
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic, describe
 from epv2_plugin.elastic.backends.courier import SEAL_BYTES, Courier
-from epv2_plugin.elastic.backends.device import Put, Runtime, StreamOp, Window
+from epv2_plugin.elastic.backends.device import Put, Runtime, StreamOp, Window, node_of
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
 from epv2_plugin.elastic.sizing import RingLayout, align
@@ -159,8 +159,7 @@ class CudaPointToPoint:
     ):
         self.runtime = runtime
         self._courier = courier
-        first = runtime.rank // runtime.lsa_size * runtime.lsa_size
-        self._near = range(first, first + runtime.lsa_size)
+        self._near = node_of(runtime)
         self._watch, self._traffic, self._num_bytes = watch, traffic, num_bytes or 0
         self._window: Window | None = None
         self._streams: dict[tuple[str, int, int], Any] = {}
@@ -428,11 +427,8 @@ class CudaPointToPoint:
         def is_here(words: bytes) -> tuple[int, str] | None:
             return None if struct.unpack("<I", words) == (ready,) else (peer, "")
 
-        phase, lane, word = (
-            self._phase("pp_recv", number, peer, channel),
-            ("in", peer, channel),
-            record + 8 * _HEADER_WORDS,
-        )
+        phase, lane = self._phase("pp_recv", number, peer, channel), ("in", peer, channel)
+        word = record + 8 * _HEADER_WORDS
         wait = Wait(
             peer,
             phase,

@@ -16,7 +16,7 @@ from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import Traffic
 from epv2_plugin.elastic.backends.courier import SEAL_BYTES, Courier
 from epv2_plugin.elastic.backends.cuda_p2p import same_turn
-from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window
+from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window, node_of
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.sizing import SessionLayout
 from epv2_plugin.jit import kernels
@@ -59,8 +59,7 @@ class Parts:
         self._runtime, self._watch, self._traffic, self._courier = runtime, watch, traffic, courier
         self._window, self._layout, self._name = window, layout, name
         self._peers = [peer for peer in range(runtime.size) if peer != runtime.rank]
-        first = runtime.rank // runtime.lsa_size * runtime.lsa_size
-        self._node = range(first, first + runtime.lsa_size)
+        self._node = node_of(runtime)
         self._near = [peer for peer in self._peers if peer in self._node]
         self._far = [peer for peer in self._peers if peer not in self._node]
         self.bases = {peer: window.peer_pointer(peer, 0) for peer in self._node}

@@ -414,8 +414,7 @@ class CudaRuntime:
             for raw in made:
                 raw.close()
             raise
-        first = self.rank // self.lsa_size * self.lsa_size
-        return _CudaWindow(made[0], range(first, first + self.lsa_size), self.rank, self.device)
+        return _CudaWindow(made[0], node_of(self), self.rank, self.device)
 
     def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:
         _refuse_capture("a network")
@@ -659,6 +658,12 @@ def _check_device() -> Any:
     library = load_compiled()
     library.load_nccl(_nccl_candidates())
     return library
+
+
+def node_of(runtime: Runtime) -> range:
+    """The ranks of this rank's node, itself included."""
+    first = runtime.rank // runtime.lsa_size * runtime.lsa_size
+    return range(first, first + runtime.lsa_size)
 
 
 def require_one_node(runtime: Runtime, what: str) -> None:
