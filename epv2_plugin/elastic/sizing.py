@@ -530,7 +530,8 @@ def _shape(threads: int, shared_bytes: int, **parts: int) -> LaunchShape:
 def stage_shape(nodes: Nodes, num_local_experts: int) -> LaunchShape:
     """Of dispatch_stage."""
     warps = 28
-    fixed, per_warp = 16 + 4 * 32 * warps, 4 * nodes.count_width(num_local_experts)
+    fixed = 16 + 4 * 32 * warps + 4 * (num_local_experts + 1)
+    per_warp = 4 * nodes.count_width(num_local_experts)
     counting = min(warps, (SHARED_BYTES - fixed) // per_warp)
     if counting < 1:
         raise ValueError(f"num_experts = {nodes.num_ranks * num_local_experts}: more than a kernel can count")

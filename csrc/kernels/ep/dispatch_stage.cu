@@ -1,16 +1,19 @@
 // Dispatch, first kernel: put this rank's tokens, routing and counts where peers can read them.
 //
-// 1. Routing to int16, counts per chunk of 32 tokens. The last CTA to finish turns them into prefix sums and totals and
-//    raises kCountsReady.
-// 2. Rows go into the window: copied, or cast to e4m3 with a scale factor per 128 values (EPV2_CAST: 0 = copy,
-//    1 = from bf16, 2 = from fp16, 3 = from fp32). kRowsReady follows.
-// 3. Meanwhile one warp reads what all ranks counted and tells the host how many rows arrive; between nodes
-//    dispatch_send does.
+// 1. Some warps: routing to int16, counts per chunk of 32 tokens. The last CTA to finish turns them into prefix sums and
+//    totals and raises kCountsReady.
+// 2. One warp then reads what all ranks counted and tells the host how many rows arrive; between nodes dispatch_send does.
+// 3. All other warps meanwhile, and these when they are done, take row after row and put it into the window: copied, or
+//    cast to e4m3 with a scale factor per 128 values (EPV2_CAST: 0 = copy, 1 = from bf16, 2 = from fp16, 3 = from fp32).
+//    kRowsReady follows.
 #include "ep/counts.cuh"
 
 using namespace epv2;
 
 namespace {
+
+constexpr int kLeastCounting = 8;  // warps of a CTA that count, where there is memory for so many
+constexpr int kCountingBarrier = 1;
 
 // ---- counts ---------------------------------------------------------------------------------------------------
 
@@ -58,21 +61,21 @@ __device__ void count_chunk(const DispatchStageArgs& args, int chunk, int32_t* c
   __syncwarp();
 }
 
-// One CTA: counts of every chunk -> what came before it, and the totals. `partial` holds blockDim.x words.
-__device__ void sum_chunks(int32_t* counts, int32_t* totals, int width, int num_chunks, int32_t* partial) {
-  const int segments = max(1, static_cast<int>(blockDim.x) / width);
+// One CTA's team: counts of every chunk -> what came before it, and the totals. `partial` holds a word for each thread.
+__device__ void sum_chunks(int32_t* counts, int32_t* totals, int width, int num_chunks, int32_t* partial, Team team) {
+  const int segments = max(1, team.count / width);
   const int length = (num_chunks + segments - 1) / segments;
-  for (int base = 0; base < width; base += blockDim.x) {
+  for (int base = 0; base < width; base += team.count) {
     const int column = base + threadIdx.x % width, segment = threadIdx.x / width;
     const bool active = segment < segments && column < width;
     const int from = min(segment * length, num_chunks), to = min(from + length, num_chunks);
     int sum = 0;
     if (active) {
-#pragma unroll 4
+#pragma unroll 8
       for (int i = from; i < to; i++) sum += counts[static_cast<int64_t>(i) * width + column];
       partial[threadIdx.x] = sum;
     }
-    __syncthreads();
+    team.sync();
     if (active) {
       int before = 0;
       for (int s = 0; s < segment; s++) before += partial[s * width + threadIdx.x % width];
@@ -89,7 +92,7 @@ __device__ void sum_chunks(int32_t* counts, int32_t* totals, int width, int num_
         }
       }
     }
-    __syncthreads();
+    team.sync();
   }
 }
 
@@ -127,76 +130,92 @@ struct Raw {
 __device__ __forceinline__ float max_magnitude(float a, float b) { return a > b || a != a ? a : b; }
 #endif
 
-// One warp casts one row. 16 lanes hold one block of 128 values, 8 each, so that loads and stores are contiguous.
-__device__ void cast_row(const uint8_t* from, uint8_t* to, float* scales, int hidden) {
-  constexpr int kUnroll = 4 / kSourceVectors;
+constexpr int kUnroll = 4 / kSourceVectors;     // vectors of 8 values that a lane casts at once
+constexpr int kStrip = kUnroll * kWarp * 8;     // values that a warp casts at once
+
+// One warp casts a strip of a row, or the `left` values that its last one has. 16 lanes hold one block of 128 values, 8
+// each, so that loads and stores are contiguous.
+template <bool kWhole>
+__device__ __forceinline__ void cast_strip(const uint8_t* from, uint8_t* to, float* scales, int left) {
   const int lane = threadIdx.x % kWarp;
-  for (int base = 0; base < hidden; base += kUnroll * kWarp * 8) {
-    Raw raw[kUnroll];
-    float amax[kUnroll];
+  Raw raw[kUnroll];
+  float amax[kUnroll];
 #pragma unroll
-    for (int j = 0; j < kUnroll; j++) {
-      const int at = base + (j * kWarp + lane) * 8;
+  for (int j = 0; j < kUnroll; j++) {
+    const int vector = j * kWarp + lane;
 #pragma unroll
-      for (int i = 0; i < kSourceVectors; i++) {
-        raw[j].vector[i] =
-            at < hidden ? load_streaming(from + (at / 8 * kSourceVectors + i) * 16) : make_uint4(0, 0, 0, 0);
-      }
-    }
-#if EPV2_CAST == 3
-#pragma unroll
-    for (int j = 0; j < kUnroll; j++) {
-      float value[8];
-      raw[j].widen(value);
-      amax[j] = 0;
-#pragma unroll
-      for (int i = 0; i < 8; i++) amax[j] = max_magnitude(amax[j], fabsf(value[i]));
-    }
-#pragma unroll
-    for (int d = 1; d < 16; d *= 2) {
-#pragma unroll
-      for (int j = 0; j < kUnroll; j++) amax[j] = max_magnitude(amax[j], __shfl_xor_sync(0xffffffffu, amax[j], d));
-    }
-#else
-    // Magnitudes stay 16 bits wide, two vectors in a word: half the shuffles, and no widening.
-    uint32_t most[kUnroll];
-#pragma unroll
-    for (int j = 0; j < kUnroll; j++) {
-      const uint4 v = raw[j].vector[0];
-      most[j] = max_halves(max_halves(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu),
-                           max_halves(v.z & 0x7fff7fffu, v.w & 0x7fff7fffu));
-    }
-#pragma unroll
-    for (int j = 0; j < kUnroll; j += 2) {
-      const uint32_t low = (most[j] & 0xffffu) | most[j + 1] << 16, high = most[j] >> 16 | (most[j + 1] & 0xffff0000u);
-      uint32_t pair = max_halves(low, high);
-#pragma unroll
-      for (int d = 1; d < 16; d *= 2) pair = max_halves(pair, __shfl_xor_sync(0xffffffffu, pair, d));
-      amax[j] = EPV2_CAST == 1 ? bf16_low(pair) : half_low(pair);
-      amax[j + 1] = EPV2_CAST == 1 ? bf16_high(pair) : half_high(pair);
-    }
-#endif
-    // Lane j of each half warp divides for vector j. A NaN is no smaller than the smallest: it stays, as on the host.
-    const int mine = lane % kUnroll;
-    float my_amax = amax[0];
-#pragma unroll
-    for (int j = 1; j < kUnroll; j++) my_amax = mine == j ? amax[j] : my_amax;
-    my_amax = my_amax < kSmallestAmax ? kSmallestAmax : my_amax;
-    const float my_inverse = __fdiv_rn(kE4m3Max, my_amax);
-    const int my_block = (base + (mine * kWarp + lane / 16 * 16) * 8) / kScaleBlock;
-    if (lane % 16 < kUnroll && my_block * kScaleBlock < hidden) scales[my_block] = __fdiv_rn(my_amax, kE4m3Max);
-#pragma unroll
-    for (int j = 0; j < kUnroll; j++) {
-      const float inverse = __shfl_sync(0xffffffffu, my_inverse, lane / 16 * 16 + j);
-      const int at = base + (j * kWarp + lane) * 8;
-      if (at >= hidden) continue;
-      float v[8];
-      raw[j].widen(v);
-      *reinterpret_cast<uint2*>(to + at) =
-          make_uint2(pack_e4m3x4(v[0] * inverse, v[1] * inverse, v[2] * inverse, v[3] * inverse),
-                     pack_e4m3x4(v[4] * inverse, v[5] * inverse, v[6] * inverse, v[7] * inverse));
+    for (int i = 0; i < kSourceVectors; i++) {
+      raw[j].vector[i] = kWhole || vector * 8 < left ? load_streaming(from + (vector * kSourceVectors + i) * 16)
+                                                     : make_uint4(0, 0, 0, 0);
     }
   }
+#if EPV2_CAST == 3
+#pragma unroll
+  for (int j = 0; j < kUnroll; j++) {
+    float value[8];
+    raw[j].widen(value);
+    amax[j] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) amax[j] = max_magnitude(amax[j], fabsf(value[i]));
+  }
+#pragma unroll
+  for (int d = 1; d < 16; d *= 2) {
+#pragma unroll
+    for (int j = 0; j < kUnroll; j++) amax[j] = max_magnitude(amax[j], __shfl_xor_sync(0xffffffffu, amax[j], d));
+  }
+#else
+  // Magnitudes stay 16 bits wide, two vectors in a word: half the shuffles, and no widening.
+  uint32_t most[kUnroll];
+#pragma unroll
+  for (int j = 0; j < kUnroll; j++) {
+    const uint4 v = raw[j].vector[0];
+    most[j] = max_halves(max_halves(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu),
+                         max_halves(v.z & 0x7fff7fffu, v.w & 0x7fff7fffu));
+  }
+#pragma unroll
+  for (int j = 0; j < kUnroll; j += 2) {
+    const uint32_t low = (most[j] & 0xffffu) | most[j + 1] << 16, high = most[j] >> 16 | (most[j + 1] & 0xffff0000u);
+    uint32_t pair = max_halves(low, high);
+#pragma unroll
+    for (int d = 1; d < 16; d *= 2) pair = max_halves(pair, __shfl_xor_sync(0xffffffffu, pair, d));
+    amax[j] = EPV2_CAST == 1 ? bf16_low(pair) : half_low(pair);
+    amax[j + 1] = EPV2_CAST == 1 ? bf16_high(pair) : half_high(pair);
+  }
+#endif
+  // Lane j of each half warp divides for vector j. A NaN is no smaller than the smallest: it stays, as on the host.
+  const int mine = lane % kUnroll;
+  float my_amax = amax[0];
+#pragma unroll
+  for (int j = 1; j < kUnroll; j++) my_amax = mine == j ? amax[j] : my_amax;
+  my_amax = my_amax < kSmallestAmax ? kSmallestAmax : my_amax;
+  const float my_inverse = __fdiv_rn(kE4m3Max, my_amax);
+  const int my_block = mine * 2 + lane / 16;
+  if (lane % 16 < kUnroll && (kWhole || my_block * kScaleBlock < left)) {
+    scales[my_block] = __fdiv_rn(my_amax, kE4m3Max);
+  }
+#pragma unroll
+  for (int j = 0; j < kUnroll; j++) {
+    const float inverse = __shfl_sync(0xffffffffu, my_inverse, lane / 16 * 16 + j);
+    const int at = (j * kWarp + lane) * 8;
+    if (!kWhole && at >= left) continue;
+    float v[8];
+    raw[j].widen(v);
+    *reinterpret_cast<uint2*>(to + at) =
+        make_uint2(pack_e4m3x4(v[0] * inverse, v[1] * inverse, v[2] * inverse, v[3] * inverse),
+                   pack_e4m3x4(v[4] * inverse, v[5] * inverse, v[6] * inverse, v[7] * inverse));
+  }
+}
+
+// One warp casts one row.
+__device__ void cast_row(const uint8_t* from, uint8_t* to, float* scales, int hidden) {
+  int left = hidden;
+  for (; left >= kStrip; left -= kStrip) {
+    cast_strip<true>(from, to, scales, kStrip);
+    from += kStrip * 2 * (EPV2_CAST == 3 ? 2 : 1);
+    to += kStrip;
+    scales += kStrip / kScaleBlock;
+  }
+  if (left > 0) cast_strip<false>(from, to, scales, left);
 }
 #else
 // One warp copies one row of a multiple of 16 bytes.
@@ -231,59 +250,66 @@ __device__ void stage_row(const DispatchStageArgs& args, uint8_t* rows, int toke
 
 }  // namespace
 
-// Shared memory: 1 word, blockDim.x words, then P * (L + 1) words for each of as many warps as fit, at least one.
+// Shared memory: 4 words, blockDim.x words, L + 1 words, then P * (L + 1) words for each of as many warps as fit, at
+// least one.
 EPV2_KERNEL(epv2_dispatch_stage, DispatchStageArgs, 896) {
   const Common& c = args.common;
   const int warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
   const uint32_t number = operation_number(c);
   uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
   int32_t* partial = reinterpret_cast<int32_t*>(scratch) + 4;
-  int32_t* warp_counts = partial + blockDim.x;
+  int32_t* column_total = partial + blockDim.x;
+  int32_t* warp_counts = column_total + c.num_local_experts + 1;
   uint8_t* window = own_pointer<uint8_t>(c, 0);
 
   // Peers may still be reading what the last dispatch put there.
   if (!wait_node(c, kDispatchDone, *state_word(c, kLastDispatch), false, scratch)) return;
 
-  if (args.topk_weights != 0) {
+  // Few warps of many CTAs count; it takes more where the chunks are many.
+  const int num_chunks = (args.num_tokens + kChunk - 1) / kChunk;
+  const int counting_warps = min(args.counting_warps, max(kLeastCounting, (num_chunks + gridDim.x - 1) / gridDim.x));
+  const Team counting{kWarp * min(num_warps, counting_warps), kCountingBarrier};
+  const Team copying = args.cached ? Team::everybody() : counting;
+  if (args.topk_weights != 0 && static_cast<int>(threadIdx.x) < copying.count) {
     const uint32_t* from = reinterpret_cast<const uint32_t*>(args.topk_weights);
     uint32_t* to = reinterpret_cast<uint32_t*>(window + args.weights_offset);
-    const int step = gridDim.x * blockDim.x;
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.num_tokens * c.num_topk; i += step) to[i] = from[i];
+    const int step = gridDim.x * copying.count;
+    for (int i = blockIdx.x * copying.count + threadIdx.x; i < args.num_tokens * c.num_topk; i += step) to[i] = from[i];
   }
-  if (!args.cached) {
+  if (!args.cached && static_cast<int>(threadIdx.x) < counting.count) {
     const int width = count_width(c);
-    const int num_chunks = (args.num_tokens + kChunk - 1) / kChunk;
     int32_t* prefix = reinterpret_cast<int32_t*>(window + args.prefix_offset);
     int32_t* totals = reinterpret_cast<int32_t*>(window + args.totals_offset);
-    const int counting_warps = min(num_warps, args.counting_warps);
-    if (warp < counting_warps) {
-      for (int chunk = blockIdx.x + gridDim.x * warp; chunk < num_chunks; chunk += gridDim.x * counting_warps) {
-        count_chunk(args, chunk, warp_counts + warp * width, reinterpret_cast<int16_t*>(window + args.topk_offset),
-                    prefix);
-      }
+    for (int chunk = blockIdx.x + gridDim.x * warp; chunk < num_chunks; chunk += gridDim.x * (counting.count / kWarp)) {
+      count_chunk(args, chunk, warp_counts + warp * width, reinterpret_cast<int16_t*>(window + args.topk_offset), prefix);
     }
-    if (last_to_arrive(c, kCounted, scratch)) {
+    if (last_to_arrive(c, kCounted, scratch + 1, counting)) {
       __threadfence();
-      sum_chunks(prefix, totals, width, num_chunks, partial);
+      sum_chunks(prefix, totals, width, num_chunks, partial, counting);
       if (threadIdx.x == 0) totals[width] = args.num_tokens;
-      __syncthreads();
+      counting.sync();
       __threadfence_system();
-      signal_node(c, kCountsReady, number);
+      signal_node(c, kCountsReady, number, counting);
     }
+  }
+  if constexpr (!kNodes) {
+    if (!args.cached && blockIdx.x == 0 && warp == num_warps - 1) gather_counts(args, number, column_total);
   }
 
-  // The first CTA's last warp tells what arrives, all others stage rows. Between nodes dispatch_send tells it.
-  const bool told_here = !kNodes && !args.cached;
-  const bool tells = told_here && blockIdx.x == 0 && warp == num_warps - 1;
-  if (tells) {
-    if constexpr (!kNodes) gather_counts(args, number, warp_counts);
-  } else {
-    const int absent = told_here ? 1 : 0;
-    const int workers = gridDim.x * num_warps - absent;
-    int worker = blockIdx.x + gridDim.x * warp;  // neighbours in different CTAs
-    if (absent && worker > static_cast<int>(gridDim.x) * (num_warps - 1)) worker--;
-    uint8_t* rows = window + args.rows_offset;
-    for (int token = worker; token < args.num_tokens; token += workers) stage_row(args, rows, token);
+  // A warp that had something else to do takes fewer rows. The next one is asked for while this one is staged.
+  uint32_t* next_row = state_word(c, kNextRow);
+  auto take = [&] {
+    uint32_t row = 0;
+    if (threadIdx.x % kWarp == 0) row = atomicAdd(next_row, 1u);
+    return static_cast<int>(__shfl_sync(0xffffffffu, row, 0));
+  };
+  uint8_t* rows = window + args.rows_offset;
+  for (int row = take(), next; row < args.num_tokens; row = next) {
+    next = take();
+    stage_row(args, rows, row);
   }
-  if (last_to_arrive(c, kArrived, scratch)) signal_node(c, kRowsReady, number);
+  if (last_to_arrive(c, kArrived, scratch)) {
+    if (threadIdx.x == 0) *next_row = 0;
+    signal_node(c, kRowsReady, number);
+  }
 }

@@ -33,6 +33,7 @@ enum State {
   kDispatches = 6,     // finished dispatches, and so on: what signals of the network count
   kCombines = 7,
   kBarriers = 8,
+  kNextRow = 9,        // of dispatch_stage: the row that the next free warp takes
   kStateWords = 32,
 };
 
@@ -397,21 +398,35 @@ __device__ inline bool wait_node(const Common& c, int kind, uint32_t number, boo
   return wait_ranks(c, kind, near_begin(c), near_end(c), number, check_signature, word);
 }
 
-// All threads of the CTA: what this CTA wrote is there for everybody; true in the last CTA that says so.
+// The first `count` threads of the CTA, which do something together, and the barrier that they have for it.
+struct Team {
+  int count, barrier;
+
+  __device__ static Team everybody() { return Team{static_cast<int>(blockDim.x), 0}; }
+  __device__ void sync() const {
+    if (barrier == 0) {
+      __syncthreads();
+    } else {
+      barrier_sync(barrier, count);
+    }
+  }
+};
+
+// All threads of the team: what they wrote is there for everybody; true in the last CTA whose team says so.
 // `word` of the shared memory is scratch. The counter is back at 0 afterwards.
-__device__ inline bool last_to_arrive(const Common& c, int counter, uint32_t* word) {
-  __syncthreads();
+__device__ inline bool last_to_arrive(const Common& c, int counter, uint32_t* word, Team team = Team::everybody()) {
+  team.sync();
   if (threadIdx.x == 0) {
     __threadfence_system();
     *word = atomic_add_acq_rel(state_word(c, counter), 1);
   }
-  __syncthreads();
+  team.sync();
   const bool last = *word == gridDim.x - 1;
   if (last && threadIdx.x == 0) {
     *state_word(c, counter) = 0;
     __threadfence_system();
   }
-  __syncthreads();
+  team.sync();
   return last;
 }
 
@@ -423,11 +438,11 @@ __device__ inline void raise_flag(const Common& c, int kind, int from, uint32_t 
   store_release_system(flag, number);
 }
 
-// All threads of one CTA: raise flag `kind` at all ranks of this node.
-__device__ inline void signal_node(const Common& c, int kind, uint32_t number) {
+// All threads of one CTA's team: raise flag `kind` at all ranks of this node.
+__device__ inline void signal_node(const Common& c, int kind, uint32_t number, Team team = Team::everybody()) {
   if (threadIdx.x == 0) write_record(c, number);
-  __syncthreads();
-  for (int p = near_begin(c) + threadIdx.x; p < near_end(c); p += blockDim.x) {
+  team.sync();
+  for (int p = near_begin(c) + threadIdx.x; p < near_end(c); p += team.count) {
     raise_flag(c, kind, c.rank, number, c.signature, p);
   }
 }
