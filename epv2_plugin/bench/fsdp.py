@@ -58,7 +58,7 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
             for kind in works
             for name, work in works[kind].items()
         }
-        document["gemm_us"] = all_rounds.measure(gemms.beside(transfers, device), setup.iterations)
+        document["gemm_us"] = gemms.beside(all_rounds, transfers, setup.iterations)
         torch.cuda.synchronize(device)
     bench.carrier.close()
     return all_rounds.finish(document, report.fsdp_text, json_file)

@@ -47,7 +47,7 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
             name: (start, statistics.median(report.slowest(document["large_us"][name])))
             for name, start in ring.starts().items()
         }
-        document["gemm_us"] = all_rounds.measure(gemms.beside(transfers, device), setup.iterations)
+        document["gemm_us"] = gemms.beside(all_rounds, transfers, setup.iterations)
     ring.close()
     return all_rounds.finish(document, report.pp_text, json_file)
 
