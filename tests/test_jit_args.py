@@ -49,6 +49,18 @@ def test_structs_are_read_in_order(header):
     assert second.pack(b=-1) == bytes(8) + b"\xff" * 8  # with what a compiler leaves free before it
 
 
+def test_fields_are_filled_in(header):
+    stage = args.load(header)["DispatchStageArgs"]
+    packed = stage.pack(num_tokens=-3, window=7, scale=0.5)
+    made = stage.from_buffer_copy(stage.fill(packed, window=2**64 - 1, num_tokens=4))
+    assert (made.window, made.num_tokens, made.scale) == (2**64 - 1, 4, 0.5)
+    assert stage.from_buffer_copy(packed).num_tokens == -3
+    with pytest.raises(AttributeError, match="DispatchStageArgs has no field 'tokens'"):
+        stage.fill(packed, tokens=1)
+    with pytest.raises(OverflowError, match=r"DispatchStageArgs\.num_tokens = 4294967296"):
+        stage.fill(packed, num_tokens=2**32)
+
+
 def test_structs_in_structs_are_packed_as_their_bytes(tmp_path):
     path = tmp_path / "args.h"
     path.write_text(HEADER + "struct Outer {\n  uint32_t a;\n  Second inner;\n  uint32_t z;\n};\n")

@@ -46,9 +46,11 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True)
 class _Packing:
-    """How the fields of a struct become its bytes: `packer` takes them in the order of `zeros`."""
+    """How the fields of a struct become its bytes: `packer` takes them in the order of `zeros`; `places` is where each
+    begins, and how it is packed alone."""
 
     packer: struct.Struct
+    places: dict[str, tuple[int, struct.Struct]]
     codes: dict[str, str]
     zeros: dict[str, Any]
     nested: tuple[str, ...]
@@ -87,19 +89,38 @@ class Arguments(ctypes.Structure):
                     raise OverflowError(f"{cls.__name__}.{name} = {fields[name]}: {error}") from None
             raise
 
+    @classmethod
+    def fill(cls, packed: bytes, **values: int) -> bytes:
+        """What `pack` made, with other values in some fields: faster than all of them again.
+
+        Raises:
+            AttributeError: the struct has no such field. OverflowError: a value does not fit in its field.
+        """
+        made = bytearray(packed)
+        for name, value in values.items():
+            try:
+                offset, packer = cls._packing.places[name]
+                packer.pack_into(made, offset, value)
+            except KeyError:
+                raise AttributeError(f"{cls.__name__} has no field {name!r}") from None
+            except struct.error as error:
+                raise OverflowError(f"{cls.__name__}.{name} = {value}: {error}") from None
+        return bytes(made)
+
 
 def _packing(fields: Mapping[str, type[_Field]]) -> _Packing:
     layout = type("_", (ctypes.Structure,), {"_fields_": [*fields.items()]})
-    parts, end = ["<"], 0
+    parts, end, places = ["<"], 0, {}
     codes = {name: _CODES.get(kind, f"{ctypes.sizeof(kind)}s") for name, kind in fields.items()}
     for name, kind in fields.items():
         offset = getattr(layout, name).offset
         parts.append(f"{offset - end}x{codes[name]}")
+        places[name] = (offset, struct.Struct(f"<{codes[name]}"))
         end = offset + ctypes.sizeof(kind)
     parts.append(f"{ctypes.sizeof(layout) - end}x")
     nested = tuple(name for name, kind in fields.items() if kind not in _CODES)
     zeros = {name: bytes(ctypes.sizeof(kind)) if name in nested else 0 for name, kind in fields.items()}
-    return _Packing(struct.Struct("".join(parts)), codes, zeros, nested)
+    return _Packing(struct.Struct("".join(parts)), places, codes, zeros, nested)
 
 
 def load(path: Path) -> dict[str, type[Arguments]]:

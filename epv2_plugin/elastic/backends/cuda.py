@@ -605,22 +605,26 @@ class CudaBackend:
             if self._nodes.others:
                 self._launch_send(route, layout, common, cached, topk_idx_TK, num_tokens, wants_counts, num_sms)
 
-            # Everything that does not need the counts, while they are on their way.
+            # Everything that does not need the counts, while they are on their way: the time of the host behind them is
+            # time in which nothing runs.
             data_bytes = hidden * out_dtype.itemsize
             shape = sizing.pull_shape(runtime.size, data_bytes, scale_words)
-            pull = {
-                "counts": _pointer(route.counts),
-                "rows_offset": layout.rows,
-                "arrivals_offset": layout.arrivals,
-                "data_bytes": data_bytes,
-                "scale_words": scale_words,
-                "row_stride": layout.row_stride,
-                "piece_bytes": shape.piece_bytes,
-                "num_stages": shape.stages,
-                "expand": int(expand),
-                "expert_alignment": route.expert_alignment,
-                "zero_padding": int(zero_padding),
-            }
+            pull = self._arguments(
+                self._kernels.dispatch_pull,
+                common,
+                counts=_pointer(route.counts),
+                rows_offset=layout.rows,
+                arrivals_offset=layout.arrivals,
+                data_bytes=data_bytes,
+                scale_words=scale_words,
+                row_stride=layout.row_stride,
+                piece_bytes=shape.piece_bytes,
+                num_stages=shape.stages,
+                expand=int(expand),
+                expert_alignment=route.expert_alignment,
+                zero_padding=int(zero_padding),
+            )
+            to_route = self._route_arguments(route, layout, common, cached, statistics)
             if not cached:
                 self._size_outputs(route, exact)
             num_recv, num_expanded = route.metadata.shape[0], route.num_expanded_rows
@@ -631,7 +635,7 @@ class CudaBackend:
                 size = (num_expanded,) if expand else (num_recv, route.num_topk)
                 out_weights = torch.empty(size, dtype=torch.float32, device=self.device)
             if not cached or out_weights is not None:
-                self._launch_route(route, layout, common, cached, out_weights, statistics, num_sms)
+                self._launch_route(route, to_route, out_weights, num_sms)
             num_out = num_expanded if expand else num_recv
             out_x = torch.empty(num_out, hidden, dtype=out_dtype, device=self.device)
             out_scales = None
@@ -641,10 +645,8 @@ class CudaBackend:
             elif scale_words:
                 out_scales = torch.empty(num_out, scale_words, dtype=scale_dtype, device=self.device)
             kernel = self._kernels.dispatch_pull
-            arguments = self._arguments(
-                kernel,
-                common,
-                **pull,
+            arguments = _struct_of(kernel).fill(
+                pull,
                 origin=_pointer(route.origin),
                 metadata=_pointer(route.metadata),
                 out=_pointer(out_x),
@@ -664,39 +666,43 @@ class CudaBackend:
         self._count(route, data_bytes + 4 * scale_words + (4 if out_weights is not None else 0), layout.row_stride)
         return Received(out_x, out_scales, route.recv_topk_idx, out_weights, route, num_recv, num_expanded, event)
 
-    def _launch_route(
+    def _route_arguments(
         self,
         route: CudaRoute,
         layout: DispatchLayout,
         common: bytes,
         cached: bool,
-        out_weights: torch.Tensor | None,
         statistics: torch.Tensor | None,
-        num_sms: int,
-    ) -> None:
-        kernel = self._kernels.dispatch_route
-        arguments = self._arguments(
-            kernel,
+    ) -> bytes:
+        """What dispatch_route gets, without what `_launch_route` adds."""
+        return self._arguments(
+            self._kernels.dispatch_route,
             common,
             counts=_pointer(route.counts),
-            metadata=_pointer(route.metadata),
-            recv_topk_idx=_pointer(route.recv_topk_idx),
-            recv_weights=_pointer(out_weights),
             statistics=_pointer(statistics),
             topk_offset=layout.topk,
             weights_offset=layout.weights,
             prefix_offset=layout.prefix,
             arrivals_offset=layout.arrivals,
-            origin=_pointer(route.origin),
-            relayed=_pointer(route.relayed),
             row_stride=layout.row_stride,
             trailer_offset=layout.trailer,
             cached=int(cached),
             statistics_wide=int(statistics is not None and statistics.dtype == torch.int64),
             expand=int(route.expanded),
+            expert_alignment=route.expert_alignment,
+        )
+
+    def _launch_route(self, route: CudaRoute, arguments: bytes, out_weights: torch.Tensor | None, num_sms: int) -> None:
+        kernel = self._kernels.dispatch_route
+        arguments = _struct_of(kernel).fill(
+            arguments,
+            metadata=_pointer(route.metadata),
+            recv_topk_idx=_pointer(route.recv_topk_idx),
+            recv_weights=_pointer(out_weights),
+            origin=_pointer(route.origin),
+            relayed=_pointer(route.relayed),
             rows_capacity=route.metadata.shape[0],
             expanded_capacity=route.num_expanded_rows,
-            expert_alignment=route.expert_alignment,
         )
         self._launch(kernel, arguments, num_sms, sizing.route_shape(route.num_local_experts, route.num_topk))
 
@@ -755,8 +761,10 @@ class CudaBackend:
         limit, num_topk = route.num_max_tokens_per_rank, route.num_topk
         if exact:
             route.host_counts, route.num_arrivals = self._wait_for_counts(route)
-            num_rows = int(route.host_counts[:, -1].sum())
-            route.num_expanded_rows = sum(align(n, route.expert_alignment) for n in route.rows_per_expert)
+            received = route.host_counts.sum(0)
+            num_rows = int(received[-1])
+            alignment = route.expert_alignment
+            route.num_expanded_rows = int((-(-received[:-1] // alignment) * alignment).sum())
         else:
             num_rows = self._nodes.slots(limit, num_topk)
             route.num_arrivals = self._nodes.arrivals(limit, num_topk)
