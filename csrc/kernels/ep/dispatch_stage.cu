@@ -13,7 +13,6 @@ using namespace epv2;
 namespace {
 
 constexpr int kLeastCounting = 8;  // warps of a CTA that count, where there is memory for so many
-constexpr int kCountingBarrier = 1;
 
 // ---- counts ---------------------------------------------------------------------------------------------------
 
@@ -62,7 +61,8 @@ __device__ void count_chunk(const DispatchStageArgs& args, int chunk, int32_t* c
 }
 
 // One CTA's team: counts of every chunk -> what came before it, and the totals. `partial` holds a word for each thread.
-__device__ void sum_chunks(int32_t* counts, int32_t* totals, int width, int num_chunks, int32_t* partial, Team team) {
+__device__ void sum_chunks(int32_t* counts, int32_t* totals, int width, int num_chunks, int32_t* partial,
+                           Team& team) {
   const int segments = max(1, team.count / width);
   const int length = (num_chunks + segments - 1) / segments;
   for (int base = 0; base < width; base += team.count) {
@@ -262,19 +262,23 @@ EPV2_KERNEL(epv2_dispatch_stage, DispatchStageArgs, 896) {
   int32_t* warp_counts = column_total + c.num_local_experts + 1;
   uint8_t* window = own_pointer<uint8_t>(c, 0);
 
-  // Peers may still be reading what the last dispatch put there.
-  if (!wait_node(c, kDispatchDone, *state_word(c, kLastDispatch), false, scratch)) return;
-
   // Few warps of many CTAs count; it takes more where the chunks are many.
   const int num_chunks = (args.num_tokens + kChunk - 1) / kChunk;
   const int counting_warps = min(args.counting_warps, max(kLeastCounting, (num_chunks + gridDim.x - 1) / gridDim.x));
-  const Team counting{kWarp * min(num_warps, counting_warps), kCountingBarrier};
-  const Team copying = args.cached ? Team::everybody() : counting;
-  if (args.topk_weights != 0 && static_cast<int>(threadIdx.x) < copying.count) {
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(scratch + 2);
+  Team counting(kWarp * min(num_warps, counting_warps), barrier);
+  if (threadIdx.x == 0) mbarrier_init(barrier, counting.count / kWarp);
+  mbarrier_init_fence();
+
+  // Peers may still be reading what the last dispatch put there.
+  if (!wait_node(c, kDispatchDone, *state_word(c, kLastDispatch), false, scratch)) return;
+
+  const int copying = args.cached ? static_cast<int>(blockDim.x) : counting.count;  // threads
+  if (args.topk_weights != 0 && static_cast<int>(threadIdx.x) < copying) {
     const uint32_t* from = reinterpret_cast<const uint32_t*>(args.topk_weights);
     uint32_t* to = reinterpret_cast<uint32_t*>(window + args.weights_offset);
-    const int step = gridDim.x * copying.count;
-    for (int i = blockIdx.x * copying.count + threadIdx.x; i < args.num_tokens * c.num_topk; i += step) to[i] = from[i];
+    const int step = gridDim.x * copying;
+    for (int i = blockIdx.x * copying + threadIdx.x; i < args.num_tokens * c.num_topk; i += step) to[i] = from[i];
   }
   if (!args.cached && static_cast<int>(threadIdx.x) < counting.count) {
     const int width = count_width(c);

@@ -398,23 +398,37 @@ __device__ inline bool wait_node(const Common& c, int kind, uint32_t number, boo
   return wait_ranks(c, kind, near_begin(c), near_end(c), number, check_signature, word);
 }
 
-// The first `count` threads of the CTA, which do something together, and the barrier that they have for it.
-struct Team {
-  int count, barrier;
+// The first `count` threads of the CTA, which do something together. (racecheck does not see the order that a named
+// barrier makes.)
+class Team {
+ public:
+  const int count;
 
-  __device__ static Team everybody() { return Team{static_cast<int>(blockDim.x), 0}; }
-  __device__ void sync() const {
-    if (barrier == 0) {
+  // Every thread of the CTA.
+  __device__ Team() : count(static_cast<int>(blockDim.x)), barrier_(nullptr) {}
+
+  // `barrier` of the shared memory takes as many arrivals as the team has warps.
+  __device__ Team(int count, uint64_t* barrier) : count(count), barrier_(barrier) {}
+
+  __device__ void sync() {
+    if (barrier_ == nullptr) {
       __syncthreads();
-    } else {
-      barrier_sync(barrier, count);
+      return;
     }
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) mbarrier_arrive(barrier_);
+    mbarrier_wait(barrier_, parity_);
+    parity_ ^= 1;
   }
+
+ private:
+  uint64_t* barrier_;
+  uint32_t parity_ = 0;
 };
 
 // All threads of the team: what they wrote is there for everybody; true in the last CTA whose team says so.
 // `word` of the shared memory is scratch. The counter is back at 0 afterwards.
-__device__ inline bool last_to_arrive(const Common& c, int counter, uint32_t* word, Team team = Team::everybody()) {
+__device__ inline bool last_to_arrive(const Common& c, int counter, uint32_t* word, Team& team) {
   team.sync();
   if (threadIdx.x == 0) {
     __threadfence_system();
@@ -429,6 +443,10 @@ __device__ inline bool last_to_arrive(const Common& c, int counter, uint32_t* wo
   team.sync();
   return last;
 }
+__device__ inline bool last_to_arrive(const Common& c, int counter, uint32_t* word) {
+  Team everybody;
+  return last_to_arrive(c, counter, word, everybody);
+}
 
 // One thread: raise flag `kind` of rank `from` at a rank of this node.
 __device__ inline void raise_flag(const Common& c, int kind, int from, uint32_t number, uint32_t signature, int at) {
@@ -438,13 +456,19 @@ __device__ inline void raise_flag(const Common& c, int kind, int from, uint32_t 
   store_release_system(flag, number);
 }
 
-// All threads of one CTA's team: raise flag `kind` at all ranks of this node.
-__device__ inline void signal_node(const Common& c, int kind, uint32_t number, Team team = Team::everybody()) {
+// All threads of one CTA's team: raise flag `kind` at all ranks of this node; not if this rank gave up, of which they hear
+// while they wait.
+__device__ inline void signal_node(const Common& c, int kind, uint32_t number, Team& team) {
   if (threadIdx.x == 0) write_record(c, number);
   team.sync();
+  if (failed(c)) return;
   for (int p = near_begin(c) + threadIdx.x; p < near_end(c); p += team.count) {
     raise_flag(c, kind, c.rank, number, c.signature, p);
   }
+}
+__device__ inline void signal_node(const Common& c, int kind, uint32_t number) {
+  Team everybody;
+  signal_node(c, kind, number, everybody);
 }
 
 // One thread of the operation's last CTA.
