@@ -187,6 +187,27 @@ class Mapped:
         """Free it. Nothing if closed."""
 
 @final
+class SharedMapped:
+    """Memory of a file that this process maps, page-locks and lets kernels reach; other processes may do the same.
+
+    Args:
+        file: descriptor, which may be closed afterwards. num_bytes: of it, from its start.
+
+    Raises:
+        Error: the file can't be mapped, or the driver can't page-lock so much.
+    """
+
+    def __init__(self, file: int, num_bytes: int) -> None: ...
+    @property
+    def pointer(self) -> int:
+        """Address for the device; 0 once closed."""
+
+    @property
+    def num_bytes(self) -> int: ...
+    def close(self) -> None:
+        """Unlock and unmap it. Nothing if closed."""
+
+@final
 class Stream:
     """A stream that no other waits for by itself; not one of torch's, of which two users may get the same."""
 

@@ -154,6 +154,17 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("num_bytes", &Mapped::num_bytes)
       .def("close", &Mapped::close);
 
+  py::class_<SharedMapped>(m, "SharedMapped")
+      .def(py::init([](int file, int64_t num_bytes) {
+             const size_t size = checked_size(num_bytes);
+             py::gil_scoped_release unlocked;  // page-locking many pages takes a while
+             return std::make_unique<SharedMapped>(file, size);
+           }),
+           py::arg("file"), py::arg("num_bytes"))
+      .def_property_readonly("pointer", &SharedMapped::pointer)
+      .def_property_readonly("num_bytes", &SharedMapped::num_bytes)
+      .def("close", &SharedMapped::close, Unlocked());
+
   py::class_<Stream>(m, "Stream")
       .def(py::init<bool>(), py::arg("high_priority") = true)
       .def_property_readonly("pointer", &Stream::pointer)

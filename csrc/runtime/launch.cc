@@ -1,5 +1,8 @@
 #include "launch.h"
 
+#include <sys/mman.h>
+
+#include <cerrno>
 #include <climits>
 #include <cstring>
 #include <stdexcept>
@@ -133,6 +136,39 @@ Mapped::~Mapped() {
 void Mapped::close() {
   device_ = 0;
   if (void* host = std::exchange(host_, nullptr)) driver_api().check(driver_api().cuMemFreeHost(host), "cuMemFreeHost");
+}
+
+SharedMapped::SharedMapped(int file, size_t num_bytes) : num_bytes_(num_bytes) {
+  const Driver& cuda = driver_api();
+  cuda.require_context();
+  const std::string what = std::to_string(num_bytes) + " bytes";
+  void* host = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (host == MAP_FAILED) throw Error("mmap (" + what + " of file " + std::to_string(file) + "): " + std::strerror(errno));
+  const auto take = [&](CUresult result, const char* call) {
+    if (result != CUDA_SUCCESS) munmap(host, num_bytes);
+    cuda.check(result, call, what);
+  };
+  take(cuda.cuMemHostRegister(host, num_bytes, CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP),
+       "cuMemHostRegister");
+  const CUresult result = cuda.cuMemHostGetDevicePointer(&device_, host, 0);
+  if (result != CUDA_SUCCESS) cuda.cuMemHostUnregister(host);
+  take(result, "cuMemHostGetDevicePointer");
+  host_ = host;
+}
+
+SharedMapped::~SharedMapped() {
+  if (host_ == nullptr) return;
+  driver_api().cuMemHostUnregister(host_);
+  munmap(host_, num_bytes_);
+}
+
+void SharedMapped::close() {
+  device_ = 0;
+  if (void* host = std::exchange(host_, nullptr)) {
+    // Where this throws the device may still reach the pages, which then stay mapped.
+    driver_api().check(driver_api().cuMemHostUnregister(host), "cuMemHostUnregister");
+    munmap(host, num_bytes_);
+  }
 }
 
 }  // namespace epv2

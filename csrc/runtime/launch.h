@@ -1,4 +1,4 @@
-// Device code loaded and launched through the driver, and host memory that it can write.
+// Device code loaded and launched through the driver, and host memory that it can read and write.
 #pragma once
 
 #include <cuda.h>
@@ -60,6 +60,24 @@ class Mapped {
 
   void close();
   uintptr_t host_pointer() const { return reinterpret_cast<uintptr_t>(host_); }
+  uintptr_t pointer() const { return static_cast<uintptr_t>(device_); }
+  size_t num_bytes() const { return num_bytes_; }
+
+ private:
+  size_t num_bytes_;
+  void* host_ = nullptr;
+  CUdeviceptr device_ = 0;
+};
+
+// Memory of a file, which other processes may map, too.
+class SharedMapped {
+ public:
+  SharedMapped(int file, size_t num_bytes);
+  ~SharedMapped();
+  SharedMapped(const SharedMapped&) = delete;
+  SharedMapped& operator=(const SharedMapped&) = delete;
+
+  void close();
   uintptr_t pointer() const { return static_cast<uintptr_t>(device_); }
   size_t num_bytes() const { return num_bytes_; }
 

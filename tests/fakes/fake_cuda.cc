@@ -158,6 +158,16 @@ CUresult cuMemFreeHost(void* memory) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuMemHostRegister(void* memory, size_t size, unsigned flags) {
+  note("cuMemHostRegister %zu flags=%u first=%d", size, flags, *static_cast<const char*>(memory));
+  return answer("cuMemHostRegister");
+}
+
+CUresult cuMemHostUnregister(void*) {
+  note("cuMemHostUnregister");
+  return answer("cuMemHostUnregister");
+}
+
 CUresult cuModuleLoadData(CUmodule* made, const void* image) {
   note("cuModuleLoadData %.4s", static_cast<const char*>(image));
   *made = reinterpret_cast<CUmodule>(&module_handle);
