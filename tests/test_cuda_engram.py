@@ -13,14 +13,16 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from epv2_plugin import CommunicationError, CommunicationTimeout
+from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic import sizing
+from epv2_plugin.elastic.errors import UnavailableError
 from tests import harness, test_engram
 from tests.buffers import SMS, emulated_buffer, settle
 from tests.harness import Pool
 from tests.test_engram import Case
 
 KINDS = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+KINDS_OF_MEMORY = [*KINDS, "emulated pinned", pytest.param("cuda pinned", marks=pytest.mark.gpu)]
 
 # Beyond one tile of a CTA, one turn of a warp's digits, one pass of the sort; all entries one row; rows of any bytes.
 LARGE_CASES = {
@@ -36,17 +38,18 @@ def exchange(rank: int, size: int, case: Case, kind: str) -> dict[str, Any]:
     """`test_engram.exchange` within a budget of SMs, which no launch exceeds."""
     buffer = test_engram.shared_buffer(kind)
     budget = SMS - case.seed % SMS
-    if kind != "cuda":
+    emulated = kind.startswith("emulated")
+    if emulated:
         buffer.runtime.launches.clear()
     result = test_engram.exchange(rank, size, case, kind, num_sms=budget)
-    if kind != "cuda":
+    if emulated:
         launches = [launch for launch in buffer.runtime.launches if "engram" in launch.kernel]
         assert len(launches) == len(buffer.runtime.launches) >= 8
         assert all(launch.ctas == budget for launch in launches)
     return result
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_MEMORY)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_any_table(pool: Callable[[int], Pool], ranks: int, kind: str) -> None:
     @settings(max_examples=6, phases=[Phase.generate])
@@ -57,7 +60,7 @@ def test_any_table(pool: Callable[[int], Pool], ranks: int, kind: str) -> None:
     compare()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_MEMORY)
 @pytest.mark.parametrize("name", LARGE_CASES)
 def test_large_table(pool: Callable[[int], Pool], name: str, kind: str) -> None:
     case = LARGE_CASES[name]
@@ -144,18 +147,18 @@ def test_no_schedule_of_the_network_changes_a_bit(pool: Callable[[int], Pool]) -
     pool(4).run(repeated, range(6), 2, timeout=240)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_MEMORY)
 def test_gradient_against_a_dense_table(pool: Callable[[int], Pool], kind: str) -> None:
     test_engram.check_gradients(pool(3).run(test_engram.gradients, "fp8", kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_OF_MEMORY)
 def test_training_has_the_bits_of_the_host(pool: Callable[[int], Pool], kind: str) -> None:
     host, device = (
         pool(2).run(test_engram.train, "adagrad", "fp32", (0, 4), "concat", None, backend, timeout=120)
         for backend in ("host", kind)
     )
-    if kind == "emulated":  # a GPU's own sums in the model around it are others
+    if kind.startswith("emulated"):  # a GPU's own sums in the model around it are others
         assert torch.equal(test_engram.table_of(device), test_engram.table_of(host))
     torch.testing.assert_close(test_engram.table_of(device), test_engram.table_of(host), rtol=1e-5, atol=1e-6)
 
@@ -301,14 +304,64 @@ def tables_in_turn(rank: int, size: int, kind: str) -> None:
     buffer.destroy()
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "emulated/1"])
+@pytest.mark.parametrize("kind", [*KINDS_OF_MEMORY, "emulated/1"])
 def test_tables_in_turn(pool: Callable[[int], Pool], kind: str) -> None:
     pool(2).run(tables_in_turn, kind, timeout=60)
 
 
-def captured(rank: int, size: int) -> None:
+def pinned_between_nodes(rank: int, size: int) -> str:
+    """A table that can't be read from other nodes is refused everywhere, and the buffer goes on."""
+    buffer = emulated_buffer(per_node=1, num_bytes=6 << 20, num_cpu_bytes=2 << 20)
+    with pytest.raises(UnavailableError) as caught:
+        buffer.engram_write(torch.zeros(4, 8))
+    buffer.barrier()
+    buffer.destroy()
+    return str(caught.value)
+
+
+def test_pinned_table_between_nodes_is_refused(pool: Callable[[int], Pool]) -> None:
+    for said in pool(2).run(pinned_between_nodes, timeout=60):
+        assert said.startswith("Engram's tables in CPU memory (num_cpu_bytes) of the cuda backend need ranks that reach")
+        assert "on 2 nodes of 1" in said
+
+
+def pinned_on_one_rank(rank: int, size: int) -> str:
+    buffer = test_engram.engram_buffer("emulated pinned" if rank == 0 else "emulated")
+    assert buffer.describe()["engram_tables"] == ("pinned CPU memory" if rank == 0 else "GPU memory")
+    with pytest.raises(CommunicationError) as caught:
+        buffer.engram_write(torch.zeros(4, 8))
+    return str(caught.value)
+
+
+def test_pinned_table_on_one_rank_is_an_error_everywhere() -> None:
+    said = harness.run(2, pinned_on_one_rank, timeout=60)
+    places = ["memory of the CPU", "memory of the GPU"]
+    for rank, text in enumerate(said):
+        assert f"waiting for rank {1 - rank}" in text
+        assert f"expected {places[rank]} as on this rank, seen {places[1 - rank]}" in text
+
+
+def pinned_sizes(rank: int, size: int) -> None:
+    """The window has what is left beside the table; more rows than `num_cpu_bytes` are refused."""
+    buffer = emulated_buffer(num_bytes=6 << 20, num_cpu_bytes=2 << 20)
+    assert buffer.num_bytes == 6 << 20
+    assert buffer._backend.num_bytes == 4 << 20
+    with pytest.raises(BufferSizeError, match="storage needs 2097408 bytes, num_cpu_bytes is 2097152"):
+        buffer.engram_write(torch.zeros(8193, 64))
+    buffer.engram_write(torch.zeros(8192, 64))
+    table, _ = buffer.engram_storage
+    assert table.device == buffer.device
+    buffer.engram_fetch(torch.arange(8192).repeat(3))()  # has no limit here
+    buffer.destroy()
+
+
+def test_sizes_of_a_pinned_table(pool: Callable[[int], Pool]) -> None:
+    pool(1).run(pinned_sizes)
+
+
+def captured(rank: int, size: int, kind: str) -> None:
     """A fetch in a CUDA graph: each replay sees the table and the indices of its time."""
-    buffer = test_engram.engram_buffer("cuda")
+    buffer = test_engram.engram_buffer(kind)
     table = torch.arange(8.0 * size, device="cuda").view(-1, 1).expand(-1, 8).contiguous()
     mine = table[8 * rank :][:8]
     buffer.engram_write(mine)
@@ -327,8 +380,9 @@ def captured(rank: int, size: int) -> None:
 
 
 @pytest.mark.gpu
-def test_fetch_in_a_graph() -> None:
-    harness.run(2, captured, timeout=120)
+@pytest.mark.parametrize("kind", ["cuda", "cuda pinned"])
+def test_fetch_in_a_graph(kind: str) -> None:
+    harness.run(2, captured, kind, timeout=120)
 
 
 def late_peer(rank: int, size: int) -> float:

@@ -46,10 +46,15 @@ _buffers: dict[str, ElasticBuffer] = {}
 
 
 def engram_buffer(kind: str, seconds: float = 20) -> ElasticBuffer:
-    """A buffer for a table of the backend `kind`, whose waits for peers end after `seconds`."""
+    """A buffer for a table of the backend `kind`, whose waits for peers end after `seconds`.
+
+    "emulated pinned", "cuda pinned": the table in CPU memory.
+    """
     if kind == "host":
         return make_buffer(kind, num_cpu_timeout_secs=seconds)
-    return make_buffer(kind, num_bytes=None, num_cpu_timeout_secs=60, num_gpu_timeout_secs=seconds)
+    kind, _, pinned = kind.partition(" ")
+    sizes = {"num_bytes": 34 << 20, "num_cpu_bytes": 32 << 20} if pinned else {"num_bytes": None}
+    return make_buffer(kind, **sizes, num_cpu_timeout_secs=60, num_gpu_timeout_secs=seconds)
 
 
 def shared_buffer(kind: str) -> ElasticBuffer:

@@ -64,9 +64,11 @@ class ElasticBuffer:
         num_bytes: size of the buffer. On the host backend a limit only: nothing is allocated ahead. On the cuda backend
             the bytes of the window; without it the MoE sizes below say how many, for rows of 2 bytes per value. Rings
             of `pp_send` and sessions have windows of their own, made when they are configured; `num_bytes` limits them.
-            So has an Engram table, made when it is written: it and what `engram_reduce` needs have no limit.
-        num_cpu_bytes: part of `num_bytes` in CPU memory, for an Engram table; the rest is then for the rows fetched.
-            0 = no limit set (host backend).
+            So has an Engram table, made when it is written: what `engram_reduce` needs has no limit, and the table has
+            none but `num_cpu_bytes`.
+        num_cpu_bytes: part of `num_bytes` that an Engram table may take, in CPU memory, which the cuda backend pins:
+            GPUs of one machine read rows there. The rest is the window (cuda), or most that a fetch returns (host). 0 =
+            no limit set, and tables in GPU memory on the cuda backend.
         num_max_tokens_per_rank: most tokens that any rank dispatches at once; 0 = the ranks agree at each dispatch
             (host backend, `do_cpu_sync=True` only).
         hidden, num_topk: largest values per token and top-k; 0 = no limit set.
@@ -151,7 +153,7 @@ class ElasticBuffer:
         else:
             self._backend = CudaBackend(
                 CudaRuntime(group, num_cpu_timeout_secs),
-                num_bytes=num_bytes,
+                num_bytes=None if num_bytes is None else num_bytes - num_cpu_bytes or None,
                 max_tokens=num_max_tokens_per_rank,
                 hidden=hidden,
                 num_topk=num_topk,
@@ -160,10 +162,11 @@ class ElasticBuffer:
                 # Hybrid mode adds up the rows of a node before they travel.
                 hybrid=allow_hybrid_mode and allow_multiple_reduction,
                 num_qps=num_allocated_qps,
+                tables_on_host=num_cpu_bytes > 0,
                 host_timeout_seconds=num_cpu_timeout_secs,
                 gpu_timeout_seconds=num_gpu_timeout_secs,
             )
-            self.num_bytes = self._backend.num_bytes
+            self.num_bytes = self._backend.num_bytes + num_cpu_bytes
         self.num_scaleout_ranks = self._backend.num_nodes if self._backend.hybrid else 1
         self.num_scaleup_ranks = self.num_ranks // self.num_scaleout_ranks
         self.scaleout_rank_idx, self.scaleup_rank_idx = divmod(self.rank_idx, self.num_scaleup_ranks)
@@ -592,7 +595,9 @@ class ElasticBuffer:
     ) -> tuple[int, int]:
         """(GPU bytes for the rows of a fetch, CPU bytes for this rank's part of a table), multiples of 2 MiB.
 
-        A buffer for both is `ElasticBuffer(group, num_bytes=gpu + cpu, num_cpu_bytes=cpu)`.
+        A buffer for both is `ElasticBuffer(group, num_bytes=gpu + cpu, num_cpu_bytes=cpu)`, whose table lies in CPU
+        memory. On the cuda backend a fetch takes no memory of the buffer, and one with neither of the two keeps its
+        table in GPU memory.
 
         Args:
             num_entries: rows of each rank. hidden: values of a row.
@@ -621,7 +626,9 @@ class ElasticBuffer:
 
         Raises:
             TypeError, ValueError, BufferSizeError: wrong dtype, shape or number of SMs, or above `num_cpu_bytes`;
-                nothing was sent. RuntimeError: a CUDA graph is being captured.
+                nothing was sent. RuntimeError: a CUDA graph is being captured, or a rank has not so much memory.
+            UnavailableError: on every rank, with `num_cpu_bytes` on the cuda backend: the ranks are on several nodes,
+                or can't open each other's CPU memory.
             CommunicationError: a peer died, did not answer within the timeout, or has rows of another kind.
         """
         engram = self._open().engram
@@ -666,6 +673,8 @@ class ElasticBuffer:
     def engram_storage(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This rank's part of the table and its scales, as they lie in the buffer: change them by the calls above only.
 
+        Tensors of the buffer's device even where their memory is the CPU's: what a GPU does with them goes over the bus.
+
         Raises:
             RuntimeError: no table was written.
         """
@@ -699,7 +708,7 @@ class ElasticBuffer:
         table = self._engram_table("engram_fetch")
         indices_N = self._check_indices(indices, table)
         room, stride = self.num_bytes - self.num_cpu_bytes, table.layout.stride
-        if self.num_cpu_bytes and indices_N.numel() * stride > room:
+        if self.num_cpu_bytes and self._open().name == "host" and indices_N.numel() * stride > room:
             distinct = indices_N[indices_N >= 0].unique().numel()
             if distinct * stride > room:
                 raise BufferSizeError(

@@ -70,7 +70,7 @@ class Launch:
 
 @dataclass
 class Window:
-    """`tensor` (uint8 [num_bytes]) is this rank's part; kernels reach everybody's through `handle`."""
+    """`tensor` (uint8 [num_bytes]) is this rank's part; kernels reach everybody's through `handle`, unless that is 0."""
 
     tensor: torch.Tensor
     handle: int
@@ -305,13 +305,24 @@ class EmulatedRuntime:
             ValueError: ranks ask for different sizes, or for less than a byte.
         """
         parts = self._share(num_bytes, "window sizes", num_bytes)
-        first = self.rank // self.lsa_size * self.lsa_size
-        node = range(first, first + self.lsa_size)
-        window = Window(parts[self.rank], _next_handle(), num_bytes, parts, node)
+        window = Window(parts[self.rank], _next_handle(), num_bytes, parts, self._node())
         place = (self.size, self.rank, self.lsa_size)
         _scheduler().epv2_emulator_window(window.handle, _addresses(parts), num_bytes, *place)
         self._windows.append(window)
         return window
+
+    def _node(self) -> range:
+        first = self.rank // self.lsa_size * self.lsa_size
+        return range(first, first + self.lsa_size)
+
+    def host_window(self, num_bytes: int) -> Window:
+        """Collective. Zeroed memory that kernels reach by address only.
+
+        Raises:
+            ValueError: as `window`.
+        """
+        parts = self._share(num_bytes, "sizes of host memory", num_bytes)
+        return Window(parts[self.rank], 0, num_bytes, parts, self._node())
 
     def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:
         """Collective. What kernels need as `Network::communicator`, with `num_signals` zeroed signals in each context.

@@ -25,7 +25,8 @@ struct EngramWriteArgs {
 
 struct EngramFetchArgs {
   Common common;
-  uint64_t table;         // ncclWindow_t, rows from its start
+  uint64_t parts;         // uint64 [ranks of the node]: addresses of their parts of the table, in GPU or host memory
+  uint64_t table;         // between nodes: ncclWindow_t, rows from its start
   uint64_t landing_offset;  // in `table`: where rows of other nodes land, `tile` for each CTA
   uint64_t indices;       // int64 [num_entries], -1 = zeros
   uint64_t out;           // [num_entries, data_bytes]

@@ -1,5 +1,5 @@
 // Rows of the table, from whichever rank has them, for every entry that asks for one. Of the entries that ask for the
-// same row one reads it, from the owner's window; the others copy what that one has written.
+// same row one reads it, from the owner's memory; the others copy what that one has written.
 //
 // Which entry reads depends on timing, what is written does not. No other rank does anything for a fetch but to say that
 // its rows are ready to be read.
@@ -81,7 +81,7 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
   if (blockIdx.x == 0) signal_all(c, flag, number, true);
   int64_t index = begin + static_cast<int>(threadIdx.x) < end ? indices[begin + threadIdx.x] : -1;
   for (int p = near_begin(c) + threadIdx.x; p < near_end(c); p += blockDim.x) {
-    peers[p] = node_pointer(c, args.table, 0, p);
+    peers[p] = reinterpret_cast<uint8_t* const*>(args.parts)[p - near_begin(c)];
   }
   if (threadIdx.x < kCounters) pulled[threadIdx.x] = 0;
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.num_slots; i += gridDim.x * blockDim.x) {

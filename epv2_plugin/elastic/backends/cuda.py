@@ -185,6 +185,7 @@ class CudaBackend:
         max_tokens, hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction: see `ElasticBuffer`.
         hybrid: between nodes a row goes to each node once, and is passed on there; in one node it has no effect.
         num_qps: queue pairs to each peer in another node; 0 = 4.
+        tables_on_host: keep tables of Engram in page-locked host memory.
         host_timeout_seconds, gpu_timeout_seconds: after which a wait on the host, in a kernel gives up.
 
     Raises:
@@ -207,6 +208,7 @@ class CudaBackend:
         allow_multiple_reduction: bool,
         hybrid: bool,
         num_qps: int,
+        tables_on_host: bool,
         host_timeout_seconds: float,
         gpu_timeout_seconds: float,
     ):
@@ -214,7 +216,7 @@ class CudaBackend:
         self.traffic = Traffic()
         self._allow_multiple_reduction = allow_multiple_reduction
         self._host_timeout, self._gpu_timeout = host_timeout_seconds, gpu_timeout_seconds
-        self._given_bytes = num_bytes
+        self._given_bytes, self._tables_on_host = num_bytes, tables_on_host
         between = runtime.lsa_size < runtime.size
         self._nodes = nodes = sizing.Nodes(runtime.size, runtime.lsa_size, hybrid and between)
         near = node_of(runtime)
@@ -259,7 +261,8 @@ class CudaBackend:
     # ---- what it is ---------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        return self.runtime.description | ({"qps": self._contexts} if self._nodes.others else {})
+        tables = {"engram_tables": "pinned CPU memory" if self._tables_on_host else "GPU memory"}
+        return self.runtime.description | tables | ({"qps": self._contexts} if self._nodes.others else {})
 
     def capture(self) -> Event:
         return CudaEvent(self)
@@ -946,6 +949,7 @@ class CudaBackend:
             self._operation,
             self.check,
             self._refused,
+            on_host=self._tables_on_host,
             contexts=self._contexts,
             host_timeout_seconds=self._host_timeout,
             gpu_timeout_seconds=self._gpu_timeout,

@@ -1,4 +1,4 @@
-"""Engram on GPUs: a table in windows of symmetric memory, by csrc/kernels/engram.
+"""Engram on GPUs: a table in windows of symmetric memory, or in page-locked host memory, by csrc/kernels/engram.
 
 A fetch is one kernel: it waits until every rank has come to the same fetch, reads each distinct row once, from where it
 lies, and writes it to every entry that asked for it. A write or update waits until no rank reads the rows any more. A
@@ -26,7 +26,7 @@ import torch
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends import kernel_errors
 from epv2_plugin.elastic.backends.base import EngramTable, Traffic
-from epv2_plugin.elastic.backends.device import Runtime, Window, node_of
+from epv2_plugin.elastic.backends.device import Runtime, Window, node_of, require_one_node
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout, UnavailableError
 from epv2_plugin.elastic.event import Event
 from epv2_plugin.elastic.sizing import EngramControlLayout, EngramStagingLayout, EngramTableLayout, align
@@ -63,6 +63,7 @@ class CudaEngram:
 
     Args:
         runtime: the device. traffic: counts rows pulled from other ranks.
+        on_host: keep tables in page-locked host memory; inside a node only.
         contexts: of a network of its own between nodes.
         operation: launches what follows in the order of the buffer's operations. check: raises why the buffer failed.
         refused: see the attribute.
@@ -79,6 +80,7 @@ class CudaEngram:
         check: Callable[[], None],
         refused: int,
         *,
+        on_host: bool,
         contexts: int,
         host_timeout_seconds: float,
         gpu_timeout_seconds: float,
@@ -87,7 +89,7 @@ class CudaEngram:
         self.refused = refused
         self._runtime, self._traffic, self._operation, self._check = runtime, traffic, operation, check
         self._host_timeout, self._gpu_timeout = host_timeout_seconds, gpu_timeout_seconds
-        self._contexts = contexts
+        self._on_host, self._contexts = on_host, contexts
         self._between_nodes = runtime.lsa_size < runtime.size
         self._kernels = kernels.ENGRAM_BETWEEN_NODES if self._between_nodes else kernels.ENGRAM_IN_NODE
         near = node_of(runtime)
@@ -97,6 +99,7 @@ class CudaEngram:
         self._changes = 0  # and engram_update, which peers learn of by this number alone
         self._control: _Control | None = None
         self._rows: Window | None = None  # of the table
+        self._parts: torch.Tensor | None = None  # int64 [ranks of the node]: where theirs lie
         self._staging: Window | None = None
         self._failure: BaseException | None = None
         self._tag = 0  # with which a kernel tells the host that its words are there
@@ -154,7 +157,10 @@ class CudaEngram:
                 self._await("engram_write, end of the last fetch")
                 self._count()
                 self.table = self._rows = None
-            self._rows = self._runtime.window(align(self._place(table).end, sizing.BUFFER_ALIGNMENT))
+            make = self._runtime.host_window if self._on_host else self._runtime.window
+            self._rows = rows = make(align(self._place(table).end, sizing.BUFFER_ALIGNMENT))
+            node = range(self._near.start, self._near.stop)
+            self._parts = torch.tensor([rows.peer_pointer(p, 0) for p in node], device=self._runtime.device)
             self.table = table
         self._change("engram_write", None, storage, scales)
 
@@ -175,9 +181,15 @@ class CudaEngram:
         """Make sure that all ranks write the same kind of table; the first time, make what operations need."""
         self._writes += 1
         runtime, phase = self._runtime, f"engram_write #{self._writes}"
-        facts = table.facts | {"number of refused calls": self.refused, "number of changes": self._changes}
+        facts = table.facts | {
+            "memory": "of the CPU" if self._on_host else "of the GPU",
+            "number of refused calls": self.refused,
+            "number of changes": self._changes,
+        }
 
         def step() -> str:
+            if self._on_host:
+                require_one_node(runtime, "Engram's tables in CPU memory (num_cpu_bytes)")
             for kernel in [*self._kernels.all(), *[kernels.ENGRAM_PUT] * self._between_nodes]:
                 runtime.prepare(kernel)
             return "; ".join(f"{name} {value}" for name, value in facts.items())
@@ -233,6 +245,7 @@ class CudaEngram:
     def fetch(self, indices_N: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
         """See `Engram.fetch`. Can be captured into a CUDA graph, hook included."""
         table, window, control = self._open()
+        assert self._parts is not None
         layout, num_entries = table.layout, _num_entries(indices_N)
         self._count()
         device, place_of = self._runtime.device, self._place(table)
@@ -247,6 +260,7 @@ class CudaEngram:
                 self._kernels.fetch,
                 "fetch",
                 "engram_fetch",
+                parts=self._parts.data_ptr(),
                 table=window.handle,
                 indices=indices_N.data_ptr(),
                 out=data.data_ptr(),

@@ -12,6 +12,7 @@ import glob
 import importlib
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,8 @@ class Window(Protocol):
     `close` of its runtime.
 
     Attributes:
-        tensor: `[num_bytes]` uint8, this rank's memory. handle: what kernels get as `args.window`.
+        tensor: `[num_bytes]` uint8, this rank's memory, on the device. handle: what kernels get as `args.window`; 0
+            where the memory is the host's, which no network reaches.
     """
 
     @property
@@ -120,6 +122,13 @@ class Runtime(Protocol):
 
     def window(self, num_bytes: int) -> Window:
         """Zeroed memory that peers reach (collective)."""
+
+    def host_window(self, num_bytes: int) -> Window:
+        """Zeroed page-locked memory of the host that kernels of all ranks of the node reach (collective).
+
+        Raises:
+            UnavailableError: ranks of a node can't open each other's memory. ValueError: they ask for different sizes.
+        """
 
     def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:
         """A way for kernels to windows of other nodes (collective): what they need as `Network::communicator`.
@@ -216,8 +225,20 @@ class _DeviceBytes:
         }
 
 
+class _HostMemory:
+    """Host memory of all ranks of a node, as `_C.Window` gives that of their GPUs."""
+
+    handle = 0
+
+    def __init__(self, parts: list[_C.SharedMapped], own: int):
+        self._parts, self.pointer, self.num_bytes = parts, parts[own].pointer, parts[own].num_bytes
+
+    def lsa_pointer(self, peer: int, offset: int = 0) -> int:
+        return self._parts[peer].pointer + offset
+
+
 class _CudaWindow:
-    def __init__(self, raw: _C.Window, node: range, rank: int, device: torch.device):
+    def __init__(self, raw: _C.Window | _HostMemory, node: range, rank: int, device: torch.device):
         self.handle, self.num_bytes = raw.handle, raw.num_bytes
         self.raw, self._node, self._rank, self._device = raw, node, rank, device
         self.tensor = self.part(0, raw.num_bytes)
@@ -256,6 +277,7 @@ class _CudaTransport:
 
     def put(self, window: Window, puts: Sequence[Put]) -> None:
         assert isinstance(window, _CudaWindow)
+        assert not isinstance(window.raw, _HostMemory)
         self.communicator.put(window.raw, puts, self.stream.cuda_stream)
 
     def await_puts(self, peer: int, count: int) -> None:
@@ -294,8 +316,8 @@ class CudaRuntime:
         self._group, self._timeout = group, timeout_seconds
         self.meeting = Meeting(group, timeout_seconds)
         self._closed = False
-        self._windows = self._networks = 0
-        self._mapped: list[_C.Mapped] = []
+        self._windows = self._networks = self._host_windows = 0
+        self._mapped: list[_C.Mapped | _C.SharedMapped] = []
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._own_streams: list[_C.Stream] = []
         self._transports: list[_CudaTransport] = []
@@ -415,6 +437,62 @@ class CudaRuntime:
                 raw.close()
             raise
         return _CudaWindow(made[0], node_of(self), self.rank, self.device)
+
+    def host_window(self, num_bytes: int) -> _CudaWindow:
+        _refuse_capture("host memory that ranks share")
+        self._host_windows += 1
+        phase = f"host window {self._host_windows}"
+        parts: dict[int, _C.SharedMapped] = {}
+        # Nobody else's has this name, so a peer sees that it has opened another file: processes of another machine or
+        # container have the same numbers. Without a folder nothing is left behind.
+        name = f"epv2-{secrets.token_hex(8)}"
+        file = os.memfd_create(name)
+
+        def share() -> str:
+            os.ftruncate(file, num_bytes)
+            # Page-locked here first: the pages come from the memory that is near to their owner.
+            parts[self.rank] = self._library.SharedMapped(file, num_bytes)
+            return f"{num_bytes} {os.getpid()} {file} {name}"
+
+        def reach(peer: int, process: str, number: str, wanted: str) -> None:
+            try:
+                # Opened before it is looked at, or another file may have come in between.
+                opened = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
+                try:
+                    if (found := os.readlink(f"/proc/self/fd/{opened}")) != f"/memfd:{wanted} (deleted)":
+                        raise FileNotFoundError(f"process {process} of this machine has {found} there")
+                    parts[peer] = self._library.SharedMapped(opened, num_bytes)
+                finally:
+                    os.close(opened)
+            except OSError as error:
+                raise UnavailableError(
+                    f"rank {self.rank} on {self.machines[self.rank]} can't open the host memory of rank {peer} on "
+                    f"{self.machines[peer]} ({error}): ranks of a node must be processes of one user on one machine "
+                    "and, where they run in containers, share process ids (docker run --pid=host)"
+                ) from error
+
+        def reach_all() -> str:
+            for peer in node_of(self):
+                if peer != self.rank:
+                    reach(peer, *told[peer].split(" ")[1:])
+            return ""
+
+        try:
+            told = self.meeting.agree(phase, share)
+            sizes = [text.split(" ")[0] for text in told]
+            if len(set(sizes)) > 1:
+                raise ValueError(f"host memory must have the same size on all ranks, got {', '.join(sizes)} by rank")
+            self.meeting.agree(f"{phase}, of peers", reach_all)
+        except BaseException:
+            for part in parts.values():
+                part.close()
+            raise
+        finally:
+            os.close(file)
+        self._mapped += parts.values()
+        node = node_of(self)
+        raw = _HostMemory([parts[peer] for peer in node], self.rank - node[0])
+        return _CudaWindow(raw, node, self.rank, self.device)
 
     def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:
         _refuse_capture("a network")
