@@ -321,7 +321,9 @@ def pinned_between_nodes(rank: int, size: int) -> str:
 
 def test_pinned_table_between_nodes_is_refused(pool: Callable[[int], Pool]) -> None:
     for said in pool(2).run(pinned_between_nodes, timeout=60):
-        assert said.startswith("Engram's tables in CPU memory (num_cpu_bytes) of the cuda backend need ranks that reach")
+        assert said.startswith(
+            "Engram's tables in CPU memory (num_cpu_bytes) of the cuda backend need ranks that reach"
+        )
         assert "on 2 nodes of 1" in said
 
 

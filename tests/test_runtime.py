@@ -517,6 +517,39 @@ refused(_C.Mapped, 0)
     assert not calls
 
 
+SHARED = "import os; file = os.memfd_create('x'); os.ftruncate(file, 4096); os.pwrite(file, b'A', 0)\n"
+
+
+def test_shared_mapped(fakes: Fakes) -> None:
+    script = """
+one, two = _C.SharedMapped(file, 4096), _C.SharedMapped(file, 100)
+os.close(file)
+ctypes.memset(one.pointer - (1 << 48) + 7, 66, 1)
+print(one.num_bytes, two.num_bytes, one.pointer != two.pointer, ctypes.string_at(two.pointer - (1 << 48), 8))
+one.close(); one.close()
+print(one.pointer)
+del two
+refused(_C.SharedMapped, file, 0); refused(_C.SharedMapped, file, 64)
+"""
+    lines, calls = fakes.run(SHARED + script, nccl=False)
+    assert lines[:2] == [r"4096 100 True b'A\x00\x00\x00\x00\x00\x00B'", "0"]
+    assert lines[2] == "ValueError: num_bytes = 0: must be positive"
+    assert re.fullmatch(r"Error: mmap \(64 bytes of file \d+\): Bad file descriptor", lines[3])
+    registered = [f"cuMemHostRegister {size} flags=3 first=65" for size in (4096, 100)]
+    assert calls == [*registered, "cuMemHostUnregister", "cuMemHostUnregister"]
+
+
+@pytest.mark.parametrize("call", ["cuMemHostRegister", "cuMemHostGetDevicePointer"])
+def test_shared_mapped_that_the_driver_refuses(fakes: Fakes, call: str) -> None:
+    script = """
+refused(_C.SharedMapped, file, 4096)
+print("memfd" in open("/proc/self/maps").read())
+"""
+    lines, calls = fakes.run(SHARED + script, FAKE_FAIL=call)
+    assert lines == [f"Error: {call} (4096 bytes): CUDA_ERROR_OUT_OF_MEMORY (in words)", "False"]
+    assert calls.count("cuMemHostUnregister") == (call == "cuMemHostGetDevicePointer")
+
+
 # ---- streams ---------------------------------------------------------------------------------------------------------
 
 
@@ -710,6 +743,8 @@ def runtime_case(rank: int, size: int, cuda: str, case: str) -> Any:
         os.environ["FAKE_NO_GIN"] = "1"
     if case == "no contexts":
         os.environ["FAKE_CONTEXTS"] = "1"
+    if case == "host memory, none" and rank == 1:
+        os.environ["FAKE_FAIL"] = "cuMemHostRegister"
     if case == "no windows":
         os.environ["FAKE_NO_WINDOWS"] = "1"
     pointers = {0: 4096, 1: 4096 if case.startswith("torch") else 0}
@@ -731,6 +766,8 @@ def runtime_case(rank: int, size: int, cuda: str, case: str) -> Any:
             result = _launch_twice(runtime)
         if case == "nodes":
             result = _networks(runtime)
+        if case.startswith("host memory"):
+            result = _host_memory(runtime, case)
         if case.startswith("no host puts"):
             os.environ["NCCL_NUM_RMA_CTX"] = "0"
             runtime.transport()
@@ -763,6 +800,27 @@ def _launch_twice(runtime: CudaRuntime) -> list[str]:
             runtime.launch(kernel, bytes(Args(number, 0, 9)), ctas=4, threads=64, shared_bytes=256)
     assert built == [("kernel_a", "sm_90a")]
     return [line for line in Path(os.environ["FAKE_LOG"]).read_text().splitlines() if "Launch" in line]
+
+
+def _host_memory(runtime: CudaRuntime, case: str) -> list[Any]:
+    """What every rank of the node sees in the memory of each, through the addresses that it has for them."""
+    rank, size, create = runtime.rank, runtime.size, os.memfd_create
+    changes: dict[str, Any] = {"getpid": os.getpid}
+    if rank == 1 and case == "host memory, other process":
+        changes["getpid"] = lambda: 1 << 30
+    if rank == 1 and case == "host memory, other file":
+        changes["memfd_create"] = lambda name: create(f"not {name}")
+    files = len(os.listdir("/proc/self/fd"))
+    with mock.patch.multiple("os", **changes):
+        window = runtime.host_window(8192 + 4096 * (case == "host memory, sizes") * rank)
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert (window.raw.handle, window.num_bytes) == (0, 8192)
+    assert window.raw.lsa_pointer(rank, 5) == window.raw.pointer + 5
+    seen = [ctypes.string_at(window.raw.pointer - (1 << 48), 8192).strip(b"\0")]
+    dist.barrier()
+    ctypes.memset(window.raw.pointer - (1 << 48) + 8191, 65 + rank, 1)
+    dist.barrier()
+    return seen + [ctypes.string_at(window.raw.lsa_pointer(peer, 8191) - (1 << 48), 1) for peer in range(size)]
 
 
 def _networks(runtime: CudaRuntime) -> list[str]:
@@ -871,6 +929,50 @@ def test_runtime_across_nodes(fakes: Fakes, tmp_path: Path) -> None:
             ],  # before that of kernels
             *["ncclDevCommDestroy", "ncclCommWindowDeregister", "ncclMemFree", "ncclCommFinalize", "ncclCommDestroy"],
         ]
+
+
+def test_host_memory_of_a_node(fakes: Fakes, tmp_path: Path) -> None:
+    results, logs = _ranks(fakes, "host memory", tmp_path)
+    assert not any(r.error for r in results), results
+    assert [r.value for r in results] == [[b"", b"A", b"B"]] * 2
+    for log in logs:
+        assert log.count("cuMemHostRegister 8192 flags=3 first=0") == log.count("cuMemHostUnregister") == 2
+
+
+@pytest.mark.parametrize(
+    ("case", "messages"),
+    [
+        (
+            "sizes",
+            (r"ValueError: host memory must have the same size on all ranks, got 8192, 12288 by rank",) * 2,
+        ),
+        (
+            "none",
+            (
+                r"RuntimeError: rank 1 of the group can't take part: cuMemHostRegister \(8192 bytes\): CUDA_ERROR",
+                r"Error: cuMemHostRegister \(8192 bytes\): CUDA_ERROR_OUT_OF",
+            ),
+        ),
+        (
+            "other process",
+            (r"UnavailableError: rank 0 on .* can't open the host memory of rank 1 on .* No such file .*--pid=host",)
+            * 2,
+        ),
+        (
+            "other file",
+            (r"UnavailableError: rank 0 .* memory of rank 1 on .* \(process \d+ .* has /memfd:not epv2-\w+ \(del",) * 2,
+        ),
+    ],
+)
+def test_host_memory_is_refused_on_every_rank(
+    fakes: Fakes, tmp_path: Path, case: str, messages: tuple[str, ...]
+) -> None:
+    results, logs = _ranks(fakes, f"host memory, {case}", tmp_path)
+    for result, message in zip(results, messages, strict=True):
+        assert re.match(message, f"{result.error_type}: {result.error}"), result
+    for log in logs:  # what was made before is given back
+        made = sum(call.startswith("cuMemHostRegister") for call in log)
+        assert log.count("cuMemHostUnregister") == made or case == "none"
 
 
 @pytest.mark.parametrize("case", ["no host puts", "no host puts on one"])

@@ -127,7 +127,7 @@ class Runtime(Protocol):
         """Zeroed page-locked memory of the host that kernels of all ranks of the node reach (collective).
 
         Raises:
-            UnavailableError: ranks of a node can't open each other's memory. ValueError: they ask for different sizes.
+            UnavailableError: ranks of a node can't reach each other's memory. ValueError: they ask for different sizes.
         """
 
     def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:
@@ -472,9 +472,13 @@ class CudaRuntime:
                 ) from error
 
         def reach_all() -> str:
-            for peer in node_of(self):
-                if peer != self.rank:
-                    reach(peer, *told[peer].split(" ")[1:])
+            """What kept this rank from it. Told, not raised: peers may still have to open this rank's file."""
+            try:
+                for peer in node_of(self):
+                    if peer != self.rank:
+                        reach(peer, *told[peer].split(" ")[1:])
+            except (UnavailableError, self._library.Error) as error:
+                return str(error)
             return ""
 
         try:
@@ -482,7 +486,9 @@ class CudaRuntime:
             sizes = [text.split(" ")[0] for text in told]
             if len(set(sizes)) > 1:
                 raise ValueError(f"host memory must have the same size on all ranks, got {', '.join(sizes)} by rank")
-            self.meeting.agree(f"{phase}, of peers", reach_all)
+            for failure in self.meeting.agree(f"{phase}, of peers", reach_all):
+                if failure:
+                    raise UnavailableError(failure)
         except BaseException:
             for part in parts.values():
                 part.close()
