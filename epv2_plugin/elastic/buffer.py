@@ -673,7 +673,7 @@ class ElasticBuffer:
     def engram_storage(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This rank's part of the table and its scales, as they lie in the buffer: change them by the calls above only.
 
-        Tensors of the buffer's device even where their memory is the CPU's: what a GPU does with them goes over the bus.
+        Tensors of the buffer's device even where their memory is the CPU's: what a GPU does there goes over the bus.
 
         Raises:
             RuntimeError: no table was written.

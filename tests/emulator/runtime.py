@@ -70,7 +70,7 @@ class Launch:
 
 @dataclass
 class Window:
-    """`tensor` (uint8 [num_bytes]) is this rank's part; kernels reach everybody's through `handle`, if that is not 0."""
+    """`tensor` (uint8 [num_bytes]) is this rank's part; kernels reach everybody's through `handle`, if not 0."""
 
     tensor: torch.Tensor
     handle: int

@@ -240,7 +240,8 @@ class _HostMemory:
 class _CudaWindow:
     def __init__(self, raw: _C.Window | _HostMemory, node: range, rank: int, device: torch.device):
         self.handle, self.num_bytes = raw.handle, raw.num_bytes
-        self.raw, self._node, self._rank, self._device = raw, node, rank, device
+        self.raw: Any = raw  # puts take that of a GPU only
+        self._node, self._rank, self._device = node, rank, device
         self.tensor = self.part(0, raw.num_bytes)
 
     def part(self, offset: int, num_bytes: int) -> torch.Tensor:
@@ -277,7 +278,6 @@ class _CudaTransport:
 
     def put(self, window: Window, puts: Sequence[Put]) -> None:
         assert isinstance(window, _CudaWindow)
-        assert not isinstance(window.raw, _HostMemory)
         self.communicator.put(window.raw, puts, self.stream.cuda_stream)
 
     def await_puts(self, peer: int, count: int) -> None:
@@ -567,8 +567,9 @@ class CudaRuntime:
 
     def mapped(self, num_bytes: int) -> _CudaMapped:
         _refuse_capture("mapped host memory")
-        self._mapped.append(self._library.Mapped(num_bytes))
-        return _CudaMapped(self._mapped[-1])
+        raw = self._library.Mapped(num_bytes)
+        self._mapped.append(raw)
+        return _CudaMapped(raw)
 
     def prepare(self, kernel: Kernel) -> None:
         self._function(kernel)
