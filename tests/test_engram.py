@@ -763,7 +763,8 @@ def test_bench_of_more_rows_than_memory_is_one_line(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_bench(tmp_path: Path, dtype: str) -> None:
-    words = f"--ranks 2 --rows 50 --hidden 20 --tokens 6 --entries 3 --iters 2 --dtype {dtype} --json".split()
+    words = f"--ranks 2 --rows 50 --hidden 20 --tokens 6 --entries 3 --iters 2 --dtype {dtype}".split()
+    words += ["--memory", "cpu" if dtype == "fp8" else "gpu", "--json"]
     command = [sys.executable, "-m", "epv2_plugin.cli", "bench", "engram", *words, str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ _SLEEP_CYCLES = 2_000_000  # about a millisecond
 class Setup:
     """What is measured: `ranks` x `rows` of `hidden` values; each rank fetches `tokens` x `entries` of them.
 
-    `sms`: most that a kernel of ours holds on a GPU.
+    `sms`: most that a kernel of ours holds on a GPU. `memory`: "gpu" or "cpu", where the cuda backend has the table.
     """
 
     ranks: int
@@ -35,6 +35,7 @@ class Setup:
     iterations: int
     backend: str
     sms: int
+    memory: str
 
 
 def table_bytes(rows: int, hidden: int) -> int:
@@ -47,12 +48,17 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
     device = join(setup.backend)
     rank = dist.get_rank()
     assert dist.group.WORLD is not None
-    buffer = ElasticBuffer(dist.group.WORLD, backend=setup.backend)  # type: ignore[arg-type]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}[setup.dtype]
+    sizes: dict[str, int] = {}
+    if setup.memory == "cpu":
+        most = setup.tokens * setup.entries
+        gpu, cpu = ElasticBuffer.get_engram_storage_size_hint(setup.rows, setup.hidden, most, dtype)
+        sizes = {"num_bytes": gpu + cpu, "num_cpu_bytes": cpu}
+    buffer = ElasticBuffer(dist.group.WORLD, backend=setup.backend, **sizes)  # type: ignore[arg-type]
     # Every value of a row is its number modulo 16, exact in any of the dtypes.
     numbers = torch.arange(rank * setup.rows, (rank + 1) * setup.rows, device=device) % 16
     values = numbers.float().unsqueeze(1).expand(-1, setup.hidden).contiguous()
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    storage, scales = per_token_cast_to_fp8(values) if setup.dtype == "fp8" else (values.to(dtypes[setup.dtype]), None)
+    storage, scales = per_token_cast_to_fp8(values) if setup.dtype == "fp8" else (values.to(dtype), None)
     buffer.engram_write(storage, scales, num_sms=setup.sms)
     row_bytes = storage[0].nbytes + (0 if scales is None else scales[0].nbytes)
     width = row_bytes + -row_bytes % 8

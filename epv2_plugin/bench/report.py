@@ -220,7 +220,10 @@ def engram_text(document: dict[str, Any]) -> str:
         f"{setup['tokens']} x {setup['entries']} random rows; {setup['backend']} backend"
     )
     if setup["backend"] == "cuda":
-        what += f", at most {setup['sms']} SMs for a kernel of ours, the local gather as many as torch takes"
+        what += (
+            f", table in {setup['memory'].upper()} memory, at most {setup['sms']} SMs for a kernel of ours, the local "
+            "gather as many as torch takes"
+        )
     entries = setup["tokens"] * setup["entries"]
     gather = statistics.median(slowest(document["samples_us"]["gather"]))
     rows = []

@@ -119,6 +119,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     engram.add_argument("--entries", type=positive, default=24, help="rows of a token (default: %(default)s)")
     engram.add_argument("--dtype", choices=["bf16", "fp32", "fp8"], default="bf16", help="(default: %(default)s)")
     engram.add_argument("--sms", type=positive, default=16, help="budget on a GPU (default: %(default)s)")
+    engram.add_argument(
+        "--memory", choices=["gpu", "cpu"], default="gpu", help="that GPUs have the table in (default: %(default)s)"
+    )
     _add_common(engram)
     engram.set_defaults(main=main_engram)
 
@@ -344,12 +347,11 @@ def main_engram(args: argparse.Namespace) -> int:
     def measure(command: str, ranks: int, backend: str) -> int:
         from epv2_plugin.bench.engram import Setup, run
 
-        setup = Setup(
-            ranks, args.rows, args.hidden, args.tokens, args.entries, args.dtype, args.iters, backend, args.sms
-        )
+        sizes = (args.rows, args.hidden, args.tokens, args.entries)
+        setup = Setup(ranks, *sizes, args.dtype, args.iters, backend, args.sms, args.memory)
         return run(setup, command, args.json)
 
-    return _on_ranks("engram", args, ("rows", "hidden", "tokens", "entries", "dtype", "sms"), RANKS, measure)
+    return _on_ranks("engram", args, ("rows", "hidden", "tokens", "entries", "dtype", "sms", "memory"), RANKS, measure)
 
 
 def _wrong(option: str, value: object, allowed: str) -> ConfigError:
