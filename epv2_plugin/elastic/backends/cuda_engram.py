@@ -99,7 +99,8 @@ class CudaEngram:
         self._changes = 0  # and engram_update, which peers learn of by this number alone
         self._control: _Control | None = None
         self._rows: Window | None = None  # of the table
-        self._parts: torch.Tensor | None = None  # int64 [ranks of the node]: where theirs lie
+        # int64 [ranks of the node]: where their parts lie, of each table so far, as graphs go on reading theirs.
+        self._parts: list[torch.Tensor] = []
         self._staging: Window | None = None
         self._failure: BaseException | None = None
         self._tag = 0  # with which a kernel tells the host that its words are there
@@ -160,7 +161,7 @@ class CudaEngram:
             make = self._runtime.host_window if self._on_host else self._runtime.window
             self._rows = rows = make(align(self._place(table).end, sizing.BUFFER_ALIGNMENT))
             node = range(self._near.start, self._near.stop)
-            self._parts = torch.tensor([rows.peer_pointer(p, 0) for p in node], device=self._runtime.device)
+            self._parts.append(torch.tensor([rows.peer_pointer(p, 0) for p in node], device=self._runtime.device))
             self.table = table
         self._change("engram_write", None, storage, scales)
 
@@ -245,7 +246,6 @@ class CudaEngram:
     def fetch(self, indices_N: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
         """See `Engram.fetch`. Can be captured into a CUDA graph, hook included."""
         table, window, control = self._open()
-        assert self._parts is not None
         layout, num_entries = table.layout, _num_entries(indices_N)
         self._count()
         device, place_of = self._runtime.device, self._place(table)
@@ -260,7 +260,7 @@ class CudaEngram:
                 self._kernels.fetch,
                 "fetch",
                 "engram_fetch",
-                parts=self._parts.data_ptr(),
+                parts=self._parts[-1].data_ptr(),
                 table=window.handle,
                 indices=indices_N.data_ptr(),
                 out=data.data_ptr(),

@@ -446,9 +446,11 @@ class CudaRuntime:
         # Nobody else's has this name, so a peer sees that it has opened another file: processes of another machine or
         # container have the same numbers. Without a folder nothing is left behind.
         name = f"epv2-{secrets.token_hex(8)}"
-        file = os.memfd_create(name)
+        files = contextlib.ExitStack()
 
         def share() -> str:
+            file = os.memfd_create(name)
+            files.callback(os.close, file)
             os.ftruncate(file, num_bytes)
             # Page-locked here first: the pages come from the memory that is near to their owner.
             parts[self.rank] = self._library.SharedMapped(file, num_bytes)
@@ -494,7 +496,7 @@ class CudaRuntime:
                 part.close()
             raise
         finally:
-            os.close(file)
+            files.close()
         self._mapped += parts.values()
         node = node_of(self)
         raw = _HostMemory([parts[peer] for peer in node], self.rank - node[0])
