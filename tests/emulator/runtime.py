@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.elastic.backends.device import Meeting, StreamOp
+from epv2_plugin.elastic.backends.device import Meeting, StreamOp, node_of
 
 TESTS = Path(__file__).resolve().parents[1]
 SOURCES = TESTS.parent / "csrc" / "kernels"
@@ -305,15 +305,11 @@ class EmulatedRuntime:
             ValueError: ranks ask for different sizes, or for less than a byte.
         """
         parts = self._share(num_bytes, "window sizes", num_bytes)
-        window = Window(parts[self.rank], _next_handle(), num_bytes, parts, self._node())
+        window = Window(parts[self.rank], _next_handle(), num_bytes, parts, node_of(self))
         place = (self.size, self.rank, self.lsa_size)
         _scheduler().epv2_emulator_window(window.handle, _addresses(parts), num_bytes, *place)
         self._windows.append(window)
         return window
-
-    def _node(self) -> range:
-        first = self.rank // self.lsa_size * self.lsa_size
-        return range(first, first + self.lsa_size)
 
     def host_window(self, num_bytes: int) -> Window:
         """Collective. Zeroed memory that kernels reach by address only.
@@ -322,7 +318,7 @@ class EmulatedRuntime:
             ValueError: as `window`.
         """
         parts = self._share(num_bytes, "sizes of host memory", num_bytes)
-        return Window(parts[self.rank], 0, num_bytes, parts, self._node())
+        return Window(parts[self.rank], 0, num_bytes, parts, node_of(self))
 
     def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:
         """Collective. What kernels need as `Network::communicator`, with `num_signals` zeroed signals in each context.
