@@ -392,14 +392,16 @@ def late_peer(rank: int, size: int) -> float:
     buffer = test_engram.engram_buffer("cuda")
     buffer.engram_write(torch.full((4, 8), float(rank), device="cuda"))
     index = torch.arange(4 * size, device="cuda")
+    matrix = torch.ones(64, 64, device="cuda")
+    # The first product loads cuBLAS' kernels. A driver may wait for the device then, whose fetch waits for the peer.
+    assert float((matrix @ matrix)[0, 0]) == 64
     settle(buffer, buffer.engram_fetch(index))
     if rank == 1:
         time.sleep(2)
     begin = time.monotonic()
     hook = buffer.engram_fetch(index)
     called = time.monotonic() - begin
-    product = torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")
-    assert float(product[0, 0]) == 64  # the current stream goes on meanwhile
+    assert float((matrix @ matrix)[0, 0]) == 64  # the current stream goes on meanwhile
     computed = time.monotonic() - begin
     settle(buffer, hook)
     return max(called, computed)
