@@ -99,6 +99,7 @@ class CudaEngram:
         self._changes = 0  # and engram_update, which peers learn of by this number alone
         self._control: _Control | None = None
         self._rows: Window | None = None  # of the table
+        self._place: EngramTableLayout | None = None  # of what is in it
         # int64 [ranks of the node]: where their parts lie, of each table so far, as graphs go on reading theirs.
         self._parts: list[torch.Tensor] = []
         self._staging: Window | None = None
@@ -158,8 +159,9 @@ class CudaEngram:
                 self._await("engram_write, end of the last fetch")
                 self._count()
                 self.table = self._rows = None
+            self._place = EngramTableLayout(table.rows, table.layout.stride, self._between_nodes)
             make = self._runtime.host_window if self._on_host else self._runtime.window
-            self._rows = rows = make(align(self._place(table).end, sizing.BUFFER_ALIGNMENT))
+            self._rows = rows = make(align(self._place.end, sizing.BUFFER_ALIGNMENT))
             node = range(self._near.start, self._near.stop)
             self._parts.append(torch.tensor([rows.peer_pointer(p, 0) for p in node], device=self._runtime.device))
             self.table = table
@@ -174,9 +176,6 @@ class CudaEngram:
         table, window, _ = self._open()
         stride = table.layout.stride
         return table.views(window.tensor[: table.rows * stride].view(table.rows, stride))
-
-    def _place(self, table: EngramTable) -> EngramTableLayout:
-        return EngramTableLayout(table.rows, table.layout.stride, self._between_nodes)
 
     def _agree(self, table: EngramTable) -> None:
         """Make sure that all ranks write the same kind of table; the first time, make what operations need."""
@@ -248,7 +247,8 @@ class CudaEngram:
         table, window, control = self._open()
         layout, num_entries = table.layout, _num_entries(indices_N)
         self._count()
-        device, place_of = self._runtime.device, self._place(table)
+        device = self._runtime.device
+        assert self._place is not None
         num_slots = 1 << (2 * num_entries).bit_length()  # at most half of them get used
         with self._operation((), True, (indices_N,)) as place:
             data = torch.empty(num_entries, table.hidden, dtype=table.dtype, device=device)
@@ -272,8 +272,8 @@ class CudaEngram:
                 table_rows=table.rows,
                 num_entries=num_entries,
                 num_slots=num_slots,
-                landing_offset=place_of.landing,
-                tile=place_of.tile(self._num_sms),
+                landing_offset=self._place.landing,
+                tile=self._place.tile(self._num_sms),
                 data_bytes=layout.data_bytes,
                 scale_bytes=layout.scale_bytes,
                 scale_offset=layout.scale_offset,
