@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -810,6 +811,8 @@ def _host_memory(runtime: CudaRuntime, case: str) -> list[Any]:
         changes["getpid"] = lambda: 1 << 30
     if rank == 1 and case == "host memory, other file":
         changes["memfd_create"] = lambda name: create(f"not {name}")
+    if rank == 1 and case == "host memory, no descriptors":
+        changes["memfd_create"] = mock.Mock(side_effect=OSError(24, "Too many open files"))
     files = len(os.listdir("/proc/self/fd"))
     with mock.patch.multiple("os", **changes):
         window = runtime.host_window(8192 + 4096 * (case == "host memory, sizes") * rank)
@@ -820,6 +823,15 @@ def _host_memory(runtime: CudaRuntime, case: str) -> list[Any]:
     dist.barrier()
     ctypes.memset(window.raw.pointer - (1 << 48) + 8191, 65 + rank, 1)
     dist.barrier()
+    if case == "host memory, killed":
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(RuntimeError):
+            dist.barrier()
+        seen.append(ctypes.string_at(window.raw.lsa_pointer(1, 8191) - (1 << 48), 1))
+        mapped = Path("/proc/self/maps").read_text().count("memfd:epv2-")
+        runtime.close(abandon=True)
+        return [*seen, mapped, Path("/proc/self/maps").read_text().count("memfd:epv2-")]
     return seen + [ctypes.string_at(window.raw.lsa_pointer(peer, 8191) - (1 << 48), 1) for peer in range(size)]
 
 
@@ -939,6 +951,15 @@ def test_host_memory_of_a_node(fakes: Fakes, tmp_path: Path) -> None:
         assert log.count("cuMemHostRegister 8192 flags=3 first=0") == log.count("cuMemHostUnregister") == 2
 
 
+def test_host_memory_of_a_rank_that_was_killed(fakes: Fakes, tmp_path: Path) -> None:
+    """It stays until the last that maps it lets it go, so no kernel that reads it fails, and then nothing is left."""
+    results, logs = _ranks(fakes, "host memory, killed", tmp_path)
+    assert results[0].value == [b"", b"B", 2, 0], results
+    assert results[1].exit_code == -signal.SIGKILL
+    assert logs[0].count("cuMemHostUnregister") == 2
+    assert not list(Path("/dev/shm").glob("epv2-*"))
+
+
 @pytest.mark.parametrize(
     ("case", "messages"),
     [
@@ -951,6 +972,13 @@ def test_host_memory_of_a_node(fakes: Fakes, tmp_path: Path) -> None:
             (
                 r"RuntimeError: rank 1 of the group can't take part: cuMemHostRegister \(8192 bytes\): CUDA_ERROR",
                 r"Error: cuMemHostRegister \(8192 bytes\): CUDA_ERROR_OUT_OF",
+            ),
+        ),
+        (
+            "no descriptors",
+            (
+                r"RuntimeError: rank 1 of the group can't take part: no 8192 bytes that ranks could share: .* open ",
+                r"RuntimeError: no 8192 bytes that ranks could share: \[Errno 24\] Too many open files",
             ),
         ),
         (
@@ -970,9 +998,9 @@ def test_host_memory_is_refused_on_every_rank(
     results, logs = _ranks(fakes, f"host memory, {case}", tmp_path)
     for result, message in zip(results, messages, strict=True):
         assert re.match(message, f"{result.error_type}: {result.error}"), result
-    for log in logs:  # what was made before is given back
-        made = sum(call.startswith("cuMemHostRegister") for call in log)
-        assert log.count("cuMemHostUnregister") == made or case == "none"
+    for rank, log in enumerate(logs):  # what was made before is given back
+        made = sum(call.startswith("cuMemHostRegister") for call in log) - (case == "none" and rank == 1)
+        assert log.count("cuMemHostUnregister") == made
 
 
 @pytest.mark.parametrize("case", ["no host puts", "no host puts on one"])

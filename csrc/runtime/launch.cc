@@ -157,9 +157,8 @@ SharedMapped::SharedMapped(int file, size_t num_bytes) : num_bytes_(num_bytes) {
 }
 
 SharedMapped::~SharedMapped() {
-  if (host_ == nullptr) return;
-  driver_api().cuMemHostUnregister(host_);
-  munmap(host_, num_bytes_);
+  // As in `close`: what the driver did not let go stays mapped.
+  if (host_ != nullptr && driver_api().cuMemHostUnregister(host_) == CUDA_SUCCESS) munmap(host_, num_bytes_);
 }
 
 void SharedMapped::close() {

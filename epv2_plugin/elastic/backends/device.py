@@ -128,6 +128,7 @@ class Runtime(Protocol):
 
         Raises:
             UnavailableError: ranks of a node can't reach each other's memory. ValueError: they ask for different sizes.
+            RuntimeError: a rank has not so much.
         """
 
     def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:
@@ -449,9 +450,12 @@ class CudaRuntime:
         files = contextlib.ExitStack()
 
         def share() -> str:
-            file = os.memfd_create(name)
-            files.callback(os.close, file)
-            os.ftruncate(file, num_bytes)
+            try:
+                file = os.memfd_create(name)
+                files.callback(os.close, file)
+                os.ftruncate(file, num_bytes)
+            except OSError as error:
+                raise RuntimeError(f"no {num_bytes} bytes that ranks could share: {error}") from error
             # Page-locked here first: the pages come from the memory that is near to their owner.
             parts[self.rank] = self._library.SharedMapped(file, num_bytes)
             return f"{num_bytes} {os.getpid()} {file} {name}"
