@@ -355,6 +355,12 @@ def pinned_sizes(rank: int, size: int) -> None:
     assert table.device == buffer.device
     buffer.engram_fetch(torch.arange(8192).repeat(3))()  # has no limit here
     buffer.destroy()
+    buffer = emulated_buffer(num_bytes=2 << 20, num_cpu_bytes=2 << 20, num_max_tokens_per_rank=4096, hidden=4096)
+    assert buffer._backend.num_bytes == 2 << 20  # flags only: it is not what dispatch of so much would need
+    with pytest.raises(BufferSizeError, match="the buffer has 0 bytes, 1 tensors of 32 bytes in flight need"):
+        buffer.pp_set_config(32, 1)
+    buffer.engram_write(torch.zeros(8192, 64))
+    buffer.destroy()
 
 
 def test_sizes_of_a_pinned_table(pool: Callable[[int], Pool]) -> None:

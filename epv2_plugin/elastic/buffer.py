@@ -63,9 +63,9 @@ class ElasticBuffer:
         group: ranks among which experts are spread; expert e lives on rank e // (num_experts / ranks).
         num_bytes: size of the buffer. On the host backend a limit only: nothing is allocated ahead. On the cuda backend
             the bytes of the window; without it the MoE sizes below say how many, for rows of 2 bytes per value. Rings
-            of `pp_send` and sessions have windows of their own, made when they are configured; `num_bytes` limits them.
-            So has an Engram table, made when it is written: what `engram_reduce` needs has no limit, and the table has
-            none but `num_cpu_bytes`.
+            of `pp_send` and sessions have windows of their own, made when they are configured; `num_bytes` limits them,
+            less `num_cpu_bytes`. So has an Engram table, made when it is written: what `engram_reduce` needs has no
+            limit, and the table has none but `num_cpu_bytes`.
         num_cpu_bytes: part of `num_bytes` that an Engram table may take, in CPU memory, which the cuda backend pins:
             GPUs of one machine read rows there. The rest is the window (cuda), or most that a fetch returns (host). 0 =
             no limit set, and tables in GPU memory on the cuda backend.
@@ -141,7 +141,7 @@ class ElasticBuffer:
         self.use_fp8_dispatch, self.explicitly_destroy = use_fp8_dispatch, explicitly_destroy
         self.allow_hybrid_mode, self.allow_multiple_reduction = allow_hybrid_mode, allow_multiple_reduction
         self.num_allocated_qps, self.num_cpu_bytes = num_allocated_qps, num_cpu_bytes
-        self._limit_bytes = num_bytes
+        self._limit_bytes = None if num_bytes is None else num_bytes - num_cpu_bytes  # of rings and sessions
         self._max_tensor_bytes = 0  # of pp_send and pp_recv
         self._theoretical_sms: dict[tuple[float, ...], int] = {}
         self._backend: Backend | None
@@ -153,7 +153,7 @@ class ElasticBuffer:
         else:
             self._backend = CudaBackend(
                 CudaRuntime(group, num_cpu_timeout_secs),
-                num_bytes=None if num_bytes is None else num_bytes - num_cpu_bytes or None,
+                num_bytes=self._limit_bytes,
                 max_tokens=num_max_tokens_per_rank,
                 hidden=hidden,
                 num_topk=num_topk,

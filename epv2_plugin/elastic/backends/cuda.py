@@ -180,8 +180,8 @@ class CudaBackend:
     """`Backend` on one window of symmetric memory per rank. Collective.
 
     Args:
-        runtime: the device. num_bytes: of the window; None = what the sizes below need, or nothing to dispatch
-            with where none of them is given.
+        runtime: the device. num_bytes: of the window, which always has room for flags; None = what the sizes below
+            need, or nothing to dispatch with where none of them is given.
         max_tokens, hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction: see `ElasticBuffer`.
         hybrid: between nodes a row goes to each node once, and is passed on there; in one node it has no effect.
         num_qps: queue pairs to each peer in another node; 0 = 4.
@@ -230,7 +230,7 @@ class CudaBackend:
         self._shares = sizing.window_split(nodes, num_topk or sizing.MAX_TOPK)
         control = sizing.control_bytes(runtime.size)
         if num_bytes is not None:
-            self.num_bytes = align(num_bytes, sizing.BUFFER_ALIGNMENT)
+            self.num_bytes = align(max(num_bytes, control), sizing.BUFFER_ALIGNMENT)
             split = control + (self.num_bytes - control) * self._shares[0] // sum(self._shares)
             self._combine_start = split // sizing.SECTION_ALIGNMENT * sizing.SECTION_ALIGNMENT
         elif max_tokens and hidden:
