@@ -329,7 +329,7 @@ def test_pinned_table_between_nodes_is_refused(pool: Callable[[int], Pool]) -> N
 
 def pinned_on_one_rank(rank: int, size: int) -> str:
     buffer = test_engram.engram_buffer("emulated pinned" if rank == 0 else "emulated")
-    assert buffer.describe()["engram_tables"] == ("pinned CPU memory" if rank == 0 else "GPU memory")
+    assert buffer.describe().get("engram_tables") == ("pinned CPU memory" if rank == 0 else None)
     with pytest.raises(CommunicationError) as caught:
         buffer.engram_write(torch.zeros(4, 8))
     return str(caught.value)

@@ -614,7 +614,8 @@ class ElasticBuffer:
         """Make `storage` this rank's part of the table. Every rank calls it, with as many rows.
 
         Row r of the table is row r % num_entries of rank r // num_entries. Fetches that started before still return the
-        old rows, later ones the new.
+        old rows, later ones the new. On the cuda backend a table of another kind gets memory of its own, and that of
+        the one before stays until `destroy`: CUDA graphs and `engram_storage` may go on reading it.
 
         Args:
             storage: `[num_entries, H]` bf16, fp16, fp32, or e4m3; copied.

@@ -261,7 +261,7 @@ class CudaBackend:
     # ---- what it is ---------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        tables = {"engram_tables": "pinned CPU memory" if self._tables_on_host else "GPU memory"}
+        tables = {"engram_tables": "pinned CPU memory"} if self._tables_on_host else {}
         return self.runtime.description | tables | ({"qps": self._contexts} if self._nodes.others else {})
 
     def capture(self) -> Event:
