@@ -180,7 +180,7 @@ def test_ranks_that_disagree(what: str, kind: str) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "emulated/1"])
+@pytest.mark.parametrize("kind", [*KINDS_OF_MEMORY, "emulated/1"])
 def test_killed_peer(kind: str) -> None:
     test_engram.check_killed(harness.outcomes(3, test_engram.dies, kind, 3, timeout=60))
 
