@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epv2_plugin import BufferSizeError, CommunicationError, ElasticBuffer
-from epv2_plugin.elastic import autograd
+from epv2_plugin.elastic import autograd, sizing
 from tests import harness
 from tests.buffers import KINDS, SMS, make_buffer, settle
 from tests.harness import Pool
@@ -272,24 +273,26 @@ def test_ranks_that_disagree(pool: Callable[[int], Pool], what: str, kind: str) 
 
 # ---- the cuda backend's own ------------------------------------------------------------------------------------------
 
+# From one piece for many groups of warps to many pieces for each group, the last of which is narrower.
 PARTS = ((1,), (2, 4), (3, 5), (8,), (4096,), (3, 2731), (40000,))
 
 
 def sums(rank: int, size: int, kind: str, num_sms: int) -> None:
-    """Sums of every dtype and many sizes, parts of multiples of 16 bytes and others, within the SMs allowed."""
+    """Sums of every dtype and many sizes, scaled or not, parts of multiples of 16 bytes and others: within the SMs."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=60)
     buffer.agrs_set_config(8 << 20, 1, num_sms=num_sms)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for number, shape in enumerate(PARTS):
             every = torch.stack([_values(r, number, (size, *shape), dtype) for r in range(size)])
             every[:, :, 0] = -0.0  # stays what it is
+            scale = 0.3 if number % 2 else 1.0
             with buffer.agrs_new_session():
-                reduced, wait = buffer.reduce_scatter(every[rank].to(buffer.device))
+                reduced, wait = buffer.reduce_scatter(every[rank].to(buffer.device), scale=scale)
                 wait()
             total = every[0, rank].to(torch.float64 if dtype == torch.float64 else torch.float32)
             for source in range(1, size):
                 total = total + every[source, rank]
-            got, want = (t.to(dtype).cpu().view(-1).view(torch.uint8) for t in (reduced, total))
+            got, want = (t.to(dtype).cpu().view(-1).view(torch.uint8) for t in (reduced, total * scale))
             assert torch.equal(got, want), (dtype, shape)
     if kind != "cuda":
         kernels = [launch for launch in buffer.runtime.launches if launch.kernel == "epv2_reduce_scatter"]
@@ -298,12 +301,39 @@ def sums(rank: int, size: int, kind: str, num_sms: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "num_sms"), [("emulated", 2, 1), ("emulated", 3, 2), ("emulated", 4, 0), (NODES, 4, 0)]
+    ("kind", "size", "num_sms"),
+    [
+        ("emulated", 1, 2),
+        ("emulated", 2, 1),
+        ("emulated", 3, 2),
+        ("emulated", 4, 0),
+        ("emulated", 8, 1),
+        (NODES, 4, 0),
+    ],
 )
 def test_sums_have_the_bits_of_sums_in_rank_order(
     pool: Callable[[int], Pool], kind: str, size: int, num_sms: int
 ) -> None:
     pool(size).run(sums, kind, num_sms, timeout=120)
+
+
+@pytest.mark.parametrize("num_sms", [1, 4, 16])
+def test_sums_fill_shared_memory_and_share_the_work_evenly(num_sms: int) -> None:
+    sizes = (2, 16, 100, 4096, 80000, 1 << 20, 67108864, 999999984)
+    for num_ranks, part_bytes in itertools.product((1, 8, 2048), sizes):
+        ctas, shape = sizing.reduce_shape(num_ranks, part_bytes, num_sms)
+        groups, ring = ctas * shape.groups, shape.stages * shape.piece_bytes
+        assert 1 <= ctas <= num_sms
+        assert shape.threads <= 768
+        assert shape.threads % (32 * shape.groups) == 0
+        assert shape.piece_bytes % 16 == 0
+        assert shape.groups * (ring + 24 * shape.stages) + 8 * num_ranks < shape.shared_bytes <= sizing.SHARED_BYTES
+        pieces = -(-part_bytes // shape.piece_bytes)
+        if part_bytes >= 1 << 20:
+            assert shape.groups * ring > 180 << 10  # 2 us of what an SM takes in, and more
+            assert -(-pieces // groups) * groups * shape.piece_bytes < 1.05 * part_bytes
+        if part_bytes < 4096:
+            assert ctas == 1
 
 
 def begins_late(rank: int, size: int, kind: str) -> None:

@@ -582,10 +582,24 @@ def relay_shape(per_node: int, row_bytes: int) -> LaunchShape:
     return _ring_shape(row_bytes, addresses=per_node, others=2, most_warps=20, words=20)
 
 
+def reduce_shape(num_ranks: int, part_bytes: int, num_sms: int) -> tuple[int, LaunchShape]:
+    """CTAs of reduce_scatter, at most `num_sms`, and their shape: groups as those of `sum_shape`.
+
+    Pieces are equal and as many for each group: 3 of a CTA where they are large, more, of fewer warps, where not.
+    """
+    groups = 3
+    ctas = min(num_sms, -(-part_bytes // (groups * _LARGEST_PIECE)))
+    share = -(-part_bytes // (ctas * groups))
+    return ctas, _ring_shape(share, addresses=num_ranks, others=1, most_warps=24)
+
+
+_CONSUMER_BYTES = 2048  # of a piece that a warp adds
+_LARGEST_PIECE = 7 * _CONSUMER_BYTES
+
+
 def _ring_shape(row_bytes: int, *, addresses: int, others: int, most_warps: int, words: int = 0) -> LaunchShape:
-    consumer_bytes = 2048
-    piece = _piece(row_bytes, 7 * consumer_bytes)
-    group_warps = others + -(-piece // consumer_bytes)
+    piece = _piece(row_bytes, _LARGEST_PIECE)
+    group_warps = others + -(-piece // _CONSUMER_BYTES)
     groups = most_warps // group_warps
     fixed = SCRATCH_BYTES + 8 * addresses + 4 * words
     stages = min(8, (SHARED_BYTES - fixed) // (groups * (piece + 24)))

@@ -284,3 +284,9 @@ __device__ __forceinline__ uint32_t pack_e4m3x4(float a, float b, float c, float
 }  // namespace epv2
 
 #endif  // EPV2_EMULATE
+
+namespace epv2 {
+
+constexpr int kWarp = 32;
+
+}  // namespace epv2

@@ -19,7 +19,6 @@
 namespace epv2 {
 
 constexpr bool kNodes = EPV2_NODES != 0;  // ranks are in several nodes
-constexpr int kWarp = 32;
 constexpr int kChunk = 32;  // tokens whose expert counts are kept together
 
 // Words of `Common::state`.

@@ -1,101 +1,10 @@
-// Sums of rows in fp32: a producer warp feeds pieces of rows through a ring of shared memory, consumer warps add them up.
-//
-// Each consumer warp owns 128 vectors of 16 bytes of the piece, so that all of them take every row in the same order:
-// sums never depend on timing. EPV2_DTYPE: 1 = bf16, 2 = fp16, 3 = fp32.
+// Sums of rows: how the combine kernels use the ring of sum_ring.cuh.
 #pragma once
 
+#include "common/sum_ring.cuh"
 #include "ep/protocol.cuh"
 
 namespace epv2 {
-
-constexpr int kVectors = 4;                                // of 16 bytes that a lane owns
-constexpr int kConsumerBytes = kVectors * kWarp * 16;      // that a consumer warp owns
-constexpr int kPerVector = EPV2_DTYPE == 3 ? 4 : 8;        // values in 16 bytes
-
-enum SlotFlags : uint64_t { kFirst = 1, kLast = 2, kZero = 4, kEnd = 8 };
-
-// One group of warps of the CTA: its first warp produces, the others consume.
-struct Ring {
-  uint8_t* memory;      // [slots][piece_bytes]
-  uint64_t* barriers;   // [slots] of each of the CTA's rings in turn
-  int slots, piece_bytes, all_slots;
-
-  __device__ uint64_t* full(int slot) const { return barriers + slot; }
-  __device__ uint64_t* empty(int slot) const { return barriers + all_slots + slot; }
-  // Address that the sum is written to, and SlotFlags.
-  __device__ uint64_t* info(int slot) const { return barriers + 2 * all_slots + slot; }
-};
-
-// Where the rings of a CTA lie, after 128 bytes of scratch. See sizing.SumShape.
-__device__ inline Ring make_ring(const CombineArgs& args, int group) {
-  const int all_slots = args.num_groups * args.num_slots, first = group * args.num_slots;
-  uint8_t* memory = shared_memory() + 128;
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory + all_slots * args.piece_bytes);
-  return Ring{memory + first * args.piece_bytes, barriers + first, args.num_slots, args.piece_bytes, all_slots};
-}
-
-// Behind the rings: room for what a kernel adds.
-__device__ inline uint64_t* behind_rings(const CombineArgs& args) {
-  const Ring first = make_ring(args, 0);
-  return first.info(first.all_slots);
-}
-
-// All threads of the CTA. `others`: warps of a group that do not add.
-__device__ inline void init_rings(const CombineArgs& args, int others = 1) {
-  const int consumers = blockDim.x / kWarp / args.num_groups - others;
-  const Ring first = make_ring(args, 0);
-  for (int i = threadIdx.x; i < first.all_slots; i += blockDim.x) {
-    mbarrier_init(first.full(i), 1);
-    mbarrier_init(first.empty(i), consumers);
-  }
-  mbarrier_init_fence();
-  __syncthreads();
-}
-
-// The producer warp's side. Lane 0 alone touches the ring.
-class Producer {
- public:
-  __device__ explicit Producer(const Ring& ring) : ring_(ring), lane_(threadIdx.x % kWarp) {}
-
-  // Add `bytes` at `from` to a sum that goes to `out`.
-  __device__ void push(const uint8_t* from, uint8_t* out, int bytes, bool first, bool last) {
-    if (lane_ == 0) {
-      mbarrier_wait(ring_.empty(slot_), parity_ ^ 1);
-      *ring_.info(slot_) = reinterpret_cast<uint64_t>(out) | (first ? kFirst : 0) | (last ? kLast : 0);
-      mbarrier_arrive_expect(ring_.full(slot_), bytes);
-      bulk_load(ring_.memory + slot_ * ring_.piece_bytes, from, bytes, ring_.full(slot_));
-    }
-    advance();
-  }
-
-  // Write zeros to `out`.
-  __device__ void push_zero(uint8_t* out) { push_info(reinterpret_cast<uint64_t>(out) | kFirst | kLast | kZero); }
-
-  __device__ void end() { push_info(kEnd); }
-
- private:
-  __device__ void push_info(uint64_t info) {
-    if (lane_ == 0) {
-      mbarrier_wait(ring_.empty(slot_), parity_ ^ 1);
-      *ring_.info(slot_) = info;
-      mbarrier_arrive(ring_.full(slot_));
-    }
-    advance();
-  }
-
-  __device__ void advance() {
-    __syncwarp();
-    if (++slot_ == ring_.slots) {
-      slot_ = 0;
-      parity_ ^= 1;
-    }
-  }
-
-  const Ring ring_;
-  const int lane_;
-  int slot_ = 0;
-  uint32_t parity_ = 0;
-};
 
 // All lanes: `pointer` of lane `lead`.
 __device__ __forceinline__ const uint8_t* shuffle_pointer(const uint8_t* pointer, int lead) {
@@ -103,100 +12,6 @@ __device__ __forceinline__ const uint8_t* shuffle_pointer(const uint8_t* pointer
   const uint32_t low = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits), lead);
   const uint32_t high = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits >> 32), lead);
   return reinterpret_cast<const uint8_t*>(static_cast<uint64_t>(high) << 32 | low);
-}
-
-__device__ __forceinline__ void widen(uint4 v, float* out) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-#if EPV2_DTYPE == 3
-    out[i] = __uint_as_float(words[i]);
-#else
-    out[2 * i] = EPV2_DTYPE == 1 ? bf16_low(words[i]) : half_low(words[i]);
-    out[2 * i + 1] = EPV2_DTYPE == 1 ? bf16_high(words[i]) : half_high(words[i]);
-#endif
-  }
-}
-
-__device__ __forceinline__ uint4 narrow(const float* in) {
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-#if EPV2_DTYPE == 3
-    words[i] = __float_as_uint(in[i]);
-#else
-    words[i] = EPV2_DTYPE == 1 ? pack_bf16(in[2 * i], in[2 * i + 1]) : pack_half(in[2 * i], in[2 * i + 1]);
-#endif
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// A consumer warp, number `consumer` of its group: add what comes until the producer's end.
-// Sums come piece after piece of a row; the last piece may be narrower. `done`, if any, counts the rows it has written.
-__device__ inline void consume(const Ring& ring, int consumer, int last_vectors, int num_pieces,
-                               uint32_t* done = nullptr) {
-  const int lane = threadIdx.x % kWarp, first_vector = consumer * kVectors * kWarp + lane;
-  const int full_vectors = ring.piece_bytes / 16;
-  float sum[kVectors][kPerVector];
-  uint32_t parity = 0;
-  int piece = 0;
-  const uint8_t* const mine = ring.memory + first_vector * 16;
-  // A warp whose vectors are all there, in every piece, need not look which are: that is nearly every warp.
-  const int least = num_pieces == 1 ? last_vectors : min(full_vectors, last_vectors);
-  const bool whole = (consumer + 1) * kVectors * kWarp <= least;
-  for (int slot = 0, at = 0;;) {
-    mbarrier_wait(ring.full(slot), parity);
-    const uint64_t info = *ring.info(slot);
-    if (info & kEnd) return;
-    const int vectors = piece == num_pieces - 1 ? last_vectors : full_vectors;
-    uint4 raw[kVectors];
-    if (whole && !(info & kZero)) {
-#pragma unroll
-      for (int v = 0; v < kVectors; v++) raw[v] = *reinterpret_cast<const uint4*>(mine + at + v * kWarp * 16);
-    } else {
-#pragma unroll
-      for (int v = 0; v < kVectors; v++) {
-        raw[v] = first_vector + v * kWarp < vectors && !(info & kZero)
-                     ? *reinterpret_cast<const uint4*>(mine + at + v * kWarp * 16)
-                     : make_uint4(0, 0, 0, 0);
-      }
-    }
-    if (info & kFirst) {
-#pragma unroll
-      for (int v = 0; v < kVectors; v++) widen(raw[v], sum[v]);
-    } else {
-#pragma unroll
-      for (int v = 0; v < kVectors; v++) {
-        float value[kPerVector];
-        widen(raw[v], value);
-#pragma unroll
-        for (int i = 0; i < kPerVector; i++) sum[v][i] += value[i];
-      }
-    }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(ring.empty(slot));
-    at += ring.piece_bytes;
-    if (++slot == ring.slots) {
-      slot = at = 0;
-      parity ^= 1;
-    }
-    if (info & kLast) {
-      uint8_t* out = reinterpret_cast<uint8_t*>(info & ~uint64_t{15});
-#pragma unroll
-      for (int v = 0; v < kVectors; v++) {
-        const int i = first_vector + v * kWarp;
-        if (i < vectors) store_streaming(out + i * 16, narrow(sum[v]));
-      }
-      if (++piece == num_pieces) {
-        piece = 0;
-        if (done != nullptr) {
-          __threadfence_system();
-          __syncwarp();
-          if (lane == 0) publish(done, *done + 1);
-        }
-      }
-    }
-  }
 }
 
 // Pieces of a row, and vectors of 16 bytes in the last.
@@ -210,14 +25,9 @@ __device__ __forceinline__ int last_vectors(const CombineArgs& args) {
 // All warps of the CTA: the first of each group calls `produce(group, ring)`, the others add what it feeds.
 template <typename Produce>
 __device__ __forceinline__ void run_rings(const CombineArgs& args, Produce produce) {
-  const int warps_per_group = blockDim.x / kWarp / args.num_groups, warp = threadIdx.x / kWarp;
-  const int group = warp / warps_per_group, role = warp % warps_per_group;
-  const Ring ring = make_ring(args, group);
-  if (role == 0) {
-    produce(group, ring);
-  } else {
-    consume(ring, role - 1, last_vectors(args), num_pieces(args));
-  }
+  share_rings(args, produce, [&](int, const Ring& ring, int consumer) {
+    consume(ring, consumer, last_vectors(args), num_pieces(args));
+  });
 }
 
 }  // namespace epv2

@@ -13,4 +13,7 @@ struct ReduceScatterArgs {
   int32_t first;  // rank of this node
   int32_t near;   // ranks of this node
   int32_t own;    // this rank's index there
+  int32_t piece_bytes;  // of a part that travel at once
+  int32_t num_groups;   // independent rings of a CTA
+  int32_t num_slots;    // pieces of a ring
 };

@@ -22,7 +22,6 @@ from epv2_plugin.elastic.sizing import SessionLayout
 from epv2_plugin.jit import kernels
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-_THREADS, _VECTORS_OF_A_THREAD, _VECTOR_BYTES = 512, 4, 16
 _EXPLANATION_SECONDS = 2.0
 
 Spoil = Sequence[tuple[int, int]]  # memory (address, bytes) that must not look like a result once this rank gave up
@@ -278,6 +277,7 @@ class Parts:
         if not out.numel():
             return
         kernel = kernels.REDUCE_SCATTER[_DTYPES[out.dtype]]
+        ctas, shape = sizing.reduce_shape(self._runtime.size, out.nbytes, num_sms)
         arguments = kernels.args_type(kernel).pack(
             window=self._window.handle,
             offset=offset + self._runtime.rank * out.nbytes,
@@ -289,15 +289,11 @@ class Parts:
             first=self._node[0],
             near=len(self._node),
             own=self._runtime.rank - self._node[0],
+            piece_bytes=shape.piece_bytes,
+            num_groups=shape.groups,
+            num_slots=shape.stages,
         )
-        per_cta = _THREADS * _VECTORS_OF_A_THREAD * _VECTOR_BYTES
-        self._runtime.launch(
-            kernel,
-            arguments,
-            ctas=min(num_sms, -(-out.nbytes // per_cta)),
-            threads=_THREADS,
-            shared_bytes=sizing.LEAST_SHARED_BYTES,
-        )
+        self._runtime.launch(kernel, arguments, ctas=ctas, threads=shape.threads, shared_bytes=shape.shared_bytes)
 
     def incoming(self, rank: int, offset: int, num_bytes: int) -> int:
         """Where in this rank's node a rank of another one brings what it adds to a sum of the tensor at `offset`."""
