@@ -204,13 +204,13 @@ def copy(target: int, source: int, num_bytes: int, stream: int) -> None:
 def fill(target: int, byte: int, num_bytes: int, stream: int) -> None:
     """Set every byte, in stream order."""
 
-def memory_operations(stream: int, operations: Sequence[tuple[str, int, int]]) -> None:
-    """Write words and wait for words, in this order and in stream order, without a kernel.
+def stream_operations(stream: int, operations: Sequence[tuple[str, int, int] | tuple[str, int, int, int]]) -> None:
+    """Write words, wait for words and copy, in this order and in stream order, without a kernel.
 
     Args:
         operations: (name, address, value): "write32", "write64", "wait32_eq" or "wait32_geq", which is cyclic: the wait
             ends when word - value is not negative as a signed number. Addresses are of this device's own memory or of
-            `Mapped`: not every driver takes a peer's.
+            `Mapped`: not every driver takes a peer's. Or ("copy", target, source, bytes), as `copy`.
 
     Raises:
         ValueError: an unknown name, an address that is not aligned, a value too large. Error: the driver refused.

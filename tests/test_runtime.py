@@ -547,8 +547,9 @@ source, target = ctypes.create_string_buffer(b"0123456789"), ctypes.create_strin
 to, of = ctypes.addressof(target), ctypes.addressof(source)
 _C.copy(to, of, 4, 77); _C.copy(to + 4, of, 2, 0); _C.fill(to + 6, 0x41, 2, 77)
 print(target.value)
-_C.memory_operations(77, [("write32", 8, 1), ("write64", 16, 1 << 40), ("wait32_eq", 4, 3), ("wait32_geq", 12, 5)])
-_C.memory_operations(77, [("write32", 8, 1)] * 300); _C.memory_operations(77, [])
+_C.stream_operations(77, [("write32", 8, 1), ("write64", 16, 1 << 40), ("wait32_eq", 4, 3), ("wait32_geq", 12, 5)])
+_C.stream_operations(77, [("write32", 8, 1)] * 300); _C.stream_operations(77, [])
+_C.stream_operations(77, [("write32", 8, 1), ("copy", to, of, 4), ("write32", 8, 2), ("write32", 8, 3)])
 """
     lines, calls = fakes.run(script + "print(_C.built_against()['cuda'])", nccl=False)
     assert lines[0] == "b'012301AA'"
@@ -563,16 +564,20 @@ _C.memory_operations(77, [("write32", 8, 1)] * 300); _C.memory_operations(77, []
         "operation 1 at 4 value 3 flags=1",
         "operation 1 at 12 value 5 flags=0",
     ]
-    assert [call.split()[1] for call in calls[8:] if "Batch" in call] == ["255", "45"]
+    later = [call.split()[1] for call in calls[8:] if call.startswith("cuStreamBatchMemOp")]
+    assert later == ["255", "45", "1", "2"]
+    place = calls.index("cuStreamBatchMemOp 2 flags=0 stream=77")
+    assert calls[place - 1] == calls[0]  # the copy, between the words
 
 
 def test_copies_and_words_that_are_refused(fakes: Fakes) -> None:
     script = """
 refused(_C.copy, 4096, 8192, 16, 0); refused(_C.fill, 4096, 0, 16, 7)
-refused(_C.memory_operations, 7, [("write32", 4096, 1), ("wait32_eq", 4100, 1)])
+refused(_C.stream_operations, 7, [("write32", 4096, 1), ("wait32_eq", 4100, 1)])
 for name, address, value in (("read32", 8, 0), ("write32", 2, 0), ("write64", 12, 0), ("wait32_eq", 0, 0)):
-    refused(_C.memory_operations, 7, [(name, address, value)])
-refused(_C.memory_operations, 7, [("write32", 8, 1 << 32)])
+    refused(_C.stream_operations, 7, [(name, address, value)])
+refused(_C.stream_operations, 7, [("write32", 8, 1 << 32)])
+refused(_C.stream_operations, 7, [("write32", 8, 1), ("fill", 8, 1, 4)])
 """
     lines, _ = fakes.run(script, FAKE_FAIL="cuMemcpyAsync,cuMemsetD8Async,cuStreamBatchMemOp")
     oom = "CUDA_ERROR_OUT_OF_MEMORY (in words)"
@@ -580,11 +585,12 @@ refused(_C.memory_operations, 7, [("write32", 8, 1 << 32)])
         f"Error: cuMemcpyAsync (16 bytes from 0x2000 to 0x1000): {oom}",
         f"Error: cuMemsetD8Async (16 bytes at 0x1000): {oom}",
         f"Error: cuStreamBatchMemOp (2 operations, the first write32 at 0x1000): {oom}",
-        'ValueError: operation "read32": must be write32, write64, wait32_eq or wait32_geq',
+        'ValueError: operation "read32": must be write32, write64, wait32_eq, wait32_geq or copy',
         "ValueError: write32 at 0x2: must be a multiple of 4, not 0",
         "ValueError: write64 at 0xc: must be a multiple of 8, not 0",
         "ValueError: wait32_eq at 0x0: must be a multiple of 4, not 0",
         "ValueError: write32 of 4294967296: must have at most 32 bits",
+        'ValueError: operation "fill" with three numbers: must be copy',
     ]
 
 

@@ -22,7 +22,7 @@ std::string address_text(uintptr_t address) {
   return text;
 }
 
-CUstreamBatchMemOpParams parameters(const MemoryOperation& operation) {
+CUstreamBatchMemOpParams parameters(const WordOperation& operation) {
   struct Kind {
     CUstreamBatchMemOpType type;
     unsigned flags, bytes;
@@ -35,7 +35,7 @@ CUstreamBatchMemOpParams parameters(const MemoryOperation& operation) {
   const auto& [name, address, value] = operation;
   const auto found = kinds.find(name);
   if (found == kinds.end())
-    throw std::invalid_argument("operation \"" + name + "\": must be write32, write64, wait32_eq or wait32_geq");
+    throw std::invalid_argument("operation \"" + name + "\": must be write32, write64, wait32_eq, wait32_geq or copy");
   const Kind& kind = found->second;
   if (address == 0 || address % kind.bytes != 0)
     throw std::invalid_argument(name + " at " + address_text(address) + ": must be a multiple of " +
@@ -102,18 +102,37 @@ void fill(uintptr_t target, int byte, size_t num_bytes, uintptr_t stream) {
              "cuMemsetD8Async", std::to_string(num_bytes) + " bytes at " + address_text(target));
 }
 
-void memory_operations(uintptr_t stream, const std::vector<MemoryOperation>& operations) {
+void stream_operations(uintptr_t stream, const std::vector<StreamOperation>& operations) {
   const Driver& cuda = driver_api();
-  std::vector<CUstreamBatchMemOpParams> batch;
-  for (const MemoryOperation& operation : operations) batch.push_back(parameters(operation));
-  for (size_t first = 0; first < batch.size(); first += kMaxOperations) {
-    const size_t count = std::min(kMaxOperations, batch.size() - first);
+  // All are looked at before the first is given to the driver.
+  std::vector<CUstreamBatchMemOpParams> words;
+  for (const StreamOperation& operation : operations) {
+    if (const auto* word = std::get_if<WordOperation>(&operation)) {
+      words.push_back(parameters(*word));
+    } else if (const std::string& name = std::get<0>(std::get<CopyOperation>(operation)); name != "copy") {
+      throw std::invalid_argument("operation \"" + name + "\" with three numbers: must be copy");
+    }
+  }
+  size_t word = 0;
+  for (size_t first = 0; first < operations.size();) {
+    if (const auto* copied = std::get_if<CopyOperation>(&operations[first])) {
+      copy(std::get<1>(*copied), std::get<2>(*copied), std::get<3>(*copied), stream);
+      first++;
+      continue;
+    }
+    size_t count = 0;
+    while (count < kMaxOperations && first + count < operations.size() &&
+           std::holds_alternative<WordOperation>(operations[first + count]))
+      count++;
     const CUresult result =
-        cuda.cuStreamBatchMemOp(stream_of(stream), static_cast<unsigned>(count), batch.data() + first, 0);
-    if (result != CUDA_SUCCESS)
+        cuda.cuStreamBatchMemOp(stream_of(stream), static_cast<unsigned>(count), words.data() + word, 0);
+    if (result != CUDA_SUCCESS) {
+      const auto& [name, address, value] = std::get<WordOperation>(operations[first]);
       cuda.check(result, "cuStreamBatchMemOp",
-                 std::to_string(count) + " operations, the first " + std::get<0>(operations[first]) + " at " +
-                     address_text(std::get<1>(operations[first])));
+                 std::to_string(count) + " operations, the first " + name + " at " + address_text(address));
+    }
+    first += count;
+    word += count;
   }
 }
 

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.elastic.backends.device import Meeting, StreamOp
+from epv2_plugin.elastic.backends.device import CopyOp, Meeting, StreamOp
 
 TESTS = Path(__file__).resolve().parents[1]
 SOURCES = TESTS.parent / "csrc" / "kernels"
@@ -404,26 +404,29 @@ class EmulatedRuntime:
         """Set bytes on the current stream."""
         self.do(lambda: ctypes.memset(target, byte, num_bytes))
 
-    def stream_ops(self, operations: Sequence[StreamOp]) -> None:
-        """Write words and wait for words on the current stream.
+    def stream_ops(self, operations: Sequence[StreamOp | CopyOp], stream: Stream | None = None) -> None:
+        """Write words, wait for words and copy on a stream, None = the current one.
 
         Raises:
-            RuntimeError: the address is not this rank's own, or (on its stream) no value came within `limit_seconds`.
+            RuntimeError: a word is not this rank's own, or (on its stream) no value came within `limit_seconds`.
         """
         own = [window.tensor for window in self._windows] + [mapped.tensor for mapped in self._mapped]
-        for name, address, _ in operations:
-            if not any(0 <= address - memory.data_ptr() < memory.numel() for memory in own):
+        for name, address, *_ in operations:
+            if name != "copy" and not any(0 <= address - memory.data_ptr() < memory.numel() for memory in own):
                 raise RuntimeError(f"{name} at {address:#x}: neither in a window of this rank nor in mapped memory")
 
         def run() -> None:
-            for name, address, value in operations:
-                if name.startswith("write"):
+            for name, address, value, *rest in operations:
+                if name == "copy":
+                    ctypes.memmove(address, value, *rest)
+                elif name.startswith("write"):
                     word = ctypes.c_uint64 if name == "write64" else ctypes.c_uint32
                     word.from_address(address).value = value
                 else:
                     self._wait_word(name, address, value)
 
-        self.do(run)
+        with self.on_stream(stream):
+            self.do(run)
 
     def _wait_word(self, name: str, address: int, value: int) -> None:
         word = ctypes.c_uint32.from_address(address)
@@ -483,14 +486,15 @@ class EmulatedRuntime:
         """Never: there are no graphs."""
         return False
 
-    def record(self) -> threading.Event:
-        """An event that is set when the current stream comes to it."""
+    def record(self, stream: Stream | None = None) -> threading.Event:
+        """An event that is set when a stream, None = the current one, comes to it."""
         event = threading.Event()
-        self.do(event.set)
+        with self.on_stream(stream):
+            self.do(event.set)
         return event
 
-    def wait(self, event: threading.Event) -> None:
-        """Let the current stream wait for an event."""
+    def wait(self, event: threading.Event, stream: Stream | None = None) -> None:
+        """Let a stream, None = the current one, wait for an event."""
 
         def run() -> None:
             deadline = time.monotonic() + self._limit_seconds
@@ -499,7 +503,8 @@ class EmulatedRuntime:
                     self._raise()
                     raise RuntimeError(f"rank {self.rank}: an event did not come within {self._limit_seconds} s")
 
-        self.do(run)
+        with self.on_stream(stream):
+            self.do(run)
 
     def close(self, abandon: bool = False) -> None:
         """End the streams and forget windows and networks; kernels that use their handles fail from now on."""

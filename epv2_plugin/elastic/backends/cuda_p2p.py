@@ -32,7 +32,7 @@ import torch
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic, describe
 from epv2_plugin.elastic.backends.courier import SEAL_BYTES, Courier
-from epv2_plugin.elastic.backends.device import Put, Runtime, StreamOp, Window, node_of
+from epv2_plugin.elastic.backends.device import CopyOp, Put, Runtime, StreamOp, Window, node_of
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
 from epv2_plugin.elastic.sizing import RingLayout, align
@@ -241,20 +241,20 @@ class CudaPointToPoint:
             credit = [self._taken_wait(wait, peer, channel, number - self._max_inflight)]
         link.recent.append(what)
         ready = hash_word(f"#{number} {what}", number // self._max_inflight)
-        with runtime.on_stream(link.stream):
-            runtime.wait(before)
-            passed = self._watch.note(wait)
-            if credit:
-                runtime.stream_ops(credit)
-            if dense.nbytes:
-                runtime.copy(slot, dense.data_ptr(), dense.nbytes)
-            copied = runtime.record() if copy else None
-            words = [("write64", outbox + 8 * i, word) for i, word in enumerate(header(number, dense))]
-            if peer in self._near:
-                runtime.stream_ops([*words, ("write32", outbox + 8 * _HEADER_WORDS, ready), passed])
-                runtime.copy(self._bases[peer] + inbox, outbox, 8 * _HEADER_WORDS + 4)
-            else:
-                runtime.stream_ops([*words, passed])
+        runtime.wait(before, link.stream)
+        operations: list[StreamOp | CopyOp] = [*credit]
+        if dense.nbytes:
+            operations.append(("copy", slot, dense.data_ptr(), dense.nbytes))
+        operations += [("write64", outbox + 8 * i, word) for i, word in enumerate(header(number, dense))]
+        passed = self._watch.note(wait)
+        if peer in self._near:
+            operations += [("write32", outbox + 8 * _HEADER_WORDS, ready), passed]
+            operations.append(("copy", self._bases[peer] + inbox, outbox, 8 * _HEADER_WORDS + 4))
+        else:
+            operations.append(passed)
+        # One call: under MPS each call of the driver takes longer than the copy of a small tensor.
+        runtime.stream_ops(operations, link.stream)
+        copied = runtime.record(link.stream) if copy else None
         if peer not in self._near:
             self._send_far(wait, peer, channel, number, what, dense.nbytes, ready)
         link.number += 1
@@ -441,34 +441,32 @@ class CudaPointToPoint:
             spoil=[(slot, dense.nbytes)] if dense.nbytes else [],
             keep=(dense,),
         )
-        with runtime.on_stream(link.stream):
-            runtime.wait(receive.before)
-            if peer in self._near:
-                passed = self._watch.note(wait)
-                runtime.stream_ops([("wait32_eq", word, ready)])
-            else:
-                landed = own + layout.landed(peer, channel, number)
-                seen = wait  # which may have passed as soon as it is noted
-                wait = replace(seen, look=(landed, 4), judge=is_here, release=[("write32", landed, ready)])
+        runtime.wait(receive.before, link.stream)
+        data: list[CopyOp] = [("copy", dense.data_ptr(), slot, dense.nbytes)] if dense.nbytes else []
+        if peer in self._near:
+            outbox = own + layout.taken(peer, channel, outgoing=True)
+            passed = self._watch.note(wait)
+            taken: list[StreamOp] = [("write32", outbox, number + 1 & 0xFFFFFFFF), passed]
+            runtime.stream_ops([("wait32_eq", word, ready), *data, *taken], link.stream)
+            receive.after = runtime.record(link.stream)
+            inbox = self._bases[peer] + layout.taken(runtime.rank, channel, outgoing=False)
+            runtime.stream_ops([("copy", inbox, outbox, 4)], link.stream)
+        else:
+            landed = own + layout.landed(peer, channel, number)
+            seen = wait  # which may have passed as soon as it is noted
+            wait = replace(seen, look=(landed, 4), judge=is_here, release=[("write32", landed, ready)])
+            with runtime.on_stream(link.stream):
                 self._courier().expect(seen, word, ready, landed)
-                passed = self._watch.note(wait)
-                runtime.stream_ops([("wait32_eq", landed, ready)])
-            if dense.nbytes:
-                runtime.copy(dense.data_ptr(), slot, dense.nbytes)
-            if peer in self._near:
-                outbox = own + layout.taken(peer, channel, outgoing=True)
-                runtime.stream_ops([("write32", outbox, number + 1 & 0xFFFFFFFF), passed])
-                receive.after = runtime.record()
-                runtime.copy(self._bases[peer] + layout.taken(runtime.rank, channel, outgoing=False), outbox, 4)
-            else:
-                outbox = layout.returned(peer, channel, number, outgoing=True)
-                runtime.stream_ops([("write32", own + outbox, self._turn(number)), passed])
-                receive.after = runtime.record()
-                inbox = layout.returned(runtime.rank, channel, number, outgoing=False)
-                done = Wait(peer, phase, f"rank {peer} to know that {describe(dense)} was taken", ("put", *lane))
-                self._courier().send(wait, done, self._registered, lambda: [(peer, inbox, outbox, 4)])
-                self._traffic.network_bytes += dense.nbytes
-                self._traffic.direct_network_bytes += dense.nbytes
+            passed = self._watch.note(wait)
+            outbox = layout.returned(peer, channel, number, outgoing=True)
+            taken = [("write32", own + outbox, self._turn(number)), passed]
+            runtime.stream_ops([("wait32_eq", landed, ready), *data, *taken], link.stream)
+            receive.after = runtime.record(link.stream)
+            inbox = layout.returned(runtime.rank, channel, number, outgoing=False)
+            done = Wait(peer, phase, f"rank {peer} to know that {describe(dense)} was taken", ("put", *lane))
+            self._courier().send(wait, done, self._registered, lambda: [(peer, inbox, outbox, 4)])
+            self._traffic.network_bytes += dense.nbytes
+            self._traffic.direct_network_bytes += dense.nbytes
         link.last = wait
 
     def _taken_wait(self, wait: Wait, peer: int, channel: int, number: int) -> StreamOp:

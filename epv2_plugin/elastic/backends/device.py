@@ -156,9 +156,9 @@ class Runtime(Protocol):
     def fill(self, target: int, byte: int, num_bytes: int) -> None:
         """Set every byte, likewise."""
 
-    def stream_ops(self, operations: Sequence[StreamOp]) -> None:
-        """Write words and wait for words in the order of the current stream. Of this rank's own memory only, or of
-        mapped memory: not every driver takes a peer's, which `copy` reaches."""
+    def stream_ops(self, operations: Sequence[StreamOp | CopyOp], stream: Any = None) -> None:
+        """Write words, wait for words and copy, in the order of a stream, None = the current one. Words are of this
+        rank's own memory only, or of mapped memory: not every driver takes a peer's, which copies reach."""
 
     def comm_stream(self) -> Any:
         """The stream set aside for communication; None where launches are made one after the other."""
@@ -178,11 +178,11 @@ class Runtime(Protocol):
     def is_capturing(self) -> bool:
         """Whether the current stream is being captured into a graph."""
 
-    def record(self) -> Any:
-        """An event after everything so far on the current stream."""
+    def record(self, stream: Any = None) -> Any:
+        """An event after everything so far on a stream, None = the current one."""
 
-    def wait(self, event: Any) -> None:
-        """Make the current stream wait for `event`."""
+    def wait(self, event: Any, stream: Any = None) -> None:
+        """Make a stream wait for `event`, None = the current one."""
 
     def close(self, abandon: bool = False) -> None:
         """Wait for the device, then release windows, mapped memory and communicator (collective). Once is enough.
@@ -195,6 +195,7 @@ class Runtime(Protocol):
 Put = tuple[int, int, int, int]
 # ("write32" | "write64" | "wait32_eq" | "wait32_geq", address, value); geq is cyclic: word - value is not negative.
 StreamOp = tuple[str, int, int]
+CopyOp = tuple[str, int, int, int]  # ("copy", target, source, number of bytes), as `Runtime.copy`
 
 _PHASE = "creation of the buffer"
 _REST_SECONDS = 5.0  # for a put of which nobody knows whether the other side is gone
@@ -508,8 +509,8 @@ class CudaRuntime:
     def fill(self, target: int, byte: int, num_bytes: int) -> None:
         self._library.fill(target, byte, num_bytes, self.current_stream().cuda_stream)
 
-    def stream_ops(self, operations: Sequence[StreamOp]) -> None:
-        self._library.memory_operations(self.current_stream().cuda_stream, operations)
+    def stream_ops(self, operations: Sequence[StreamOp | CopyOp], stream: torch.cuda.Stream | None = None) -> None:
+        self._library.stream_operations((stream or self.current_stream()).cuda_stream, operations)
 
     def comm_stream(self) -> torch.cuda.Stream:
         return self._stream
@@ -537,13 +538,13 @@ class CudaRuntime:
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
-    def record(self) -> torch.cuda.Event:
+    def record(self, stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
         event = torch.cuda.Event()
-        event.record(self.current_stream())
+        event.record(stream or self.current_stream())
         return event
 
-    def wait(self, event: torch.cuda.Event) -> None:
-        self.current_stream().wait_event(event)
+    def wait(self, event: torch.cuda.Event, stream: torch.cuda.Stream | None = None) -> None:
+        (stream or self.current_stream()).wait_event(event)
 
     def close(self, abandon: bool = False) -> None:
         if self._closed:
