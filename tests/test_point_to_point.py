@@ -151,11 +151,11 @@ def both_ways_at_once(rank: int, size: int, kind: str) -> None:
         buffer.pp_recv(into, (rank - 1) % size, channel=channel)
         assert into.tolist() == [channel, (rank - 1) % size]
     buffer.barrier()
-    # Memory that is not dense, on both sides.
+    # Memory that is not dense, on both sides, of leaves that autograd knows.
     if rank == 0:
-        buffer.pp_send(torch.arange(12.0).view(3, 4).t(), 1)
+        buffer.pp_send(torch.arange(12.0).view(3, 4).t().requires_grad_(), 1)
     if rank == 1:
-        into = torch.zeros(3, 4).t()
+        into = torch.zeros(3, 4).t().requires_grad_()
         buffer.pp_recv(into, 0)
         assert torch.equal(into, torch.arange(12.0).view(3, 4).t())
     assert buffer.traffic.sent_bytes >= 3 * len(others) << 20
@@ -427,16 +427,17 @@ def test_beside_dispatch_and_combine(pool: Callable[[int], Pool], kind: str) -> 
 def test_a_header_says_which_tensor_it_is(number: int, shape: list[int], dtype: int) -> None:
     shape = shape if math.prod(max(size, 1) for size in shape) < 1 << 50 else [*shape[:2], 0]
     tensor = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
-    words = struct.pack("<4Q", *cuda_p2p.header(number, tensor))
+    words = struct.pack("<4Q", number, *cuda_p2p.kind_of(tensor.shape, tensor.dtype).words)
     name = str(tensor.dtype).removeprefix("torch.")
     packed = sum(max(1, -(-size.bit_length() // 7)) for size in shape)
     assert cuda_p2p.header_text(words) == (
         f"#{number} {shape} {name}" if packed <= 16 else f"#{number} [{len(shape)} dimensions] {name}"
     )
-    word = cuda_p2p.hash_word("text", number)
+    word, other = (cuda_p2p.Kind(torch.Size([*shape, *more]), tensor.dtype).ready(number, 3) for more in ([], [2]))
     assert 0 < word < 1 << 32
-    assert cuda_p2p.same_turn(word, cuda_p2p.hash_word("other", number))
-    assert not cuda_p2p.same_turn(word, cuda_p2p.hash_word("text", number + 1))
+    assert word != other
+    assert cuda_p2p.same_turn(word, other)
+    assert not cuda_p2p.same_turn(word, cuda_p2p.kind_of(tensor.shape, tensor.dtype).ready(number, 4))
 
 
 def receives_first(rank: int, size: int, kind: str) -> None:
@@ -588,6 +589,33 @@ def memory(rank: int, size: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["emulated", NODES])
 def test_tensors_live_as_long_as_they_are_needed(pool: Callable[[int], Pool], kind: str) -> None:
     pool(2).run(memory, kind)
+
+
+def undisturbed(rank: int, size: int, kind: str) -> int:
+    """How often transfers wake the watch's thread, which takes the interpreter from them, while it looks anyhow."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2)
+    t, into = torch.ones(5, device=buffer.device), torch.zeros(5, device=buffer.device)
+    for channel in range(2):  # rings are known from here
+        buffer.pp_send(t, 1 - rank, channel=channel)
+        buffer.pp_recv(into, 1 - rank, channel=channel)
+    pending = buffer.pp_recv(into, 1 - rank, channel=1, async_with_compute_stream=True)
+    watch = buffer._backend._watch
+    while watch._idle:
+        time.sleep(1e-3)
+    changed = watch._changed
+    with mock.patch.object(changed, "notify_all", wraps=changed.notify_all) as woken:
+        for _ in range(6):
+            buffer.pp_send(t, 1 - rank)
+            buffer.pp_recv(t, 1 - rank)
+    buffer.pp_send(t, 1 - rank, channel=1)
+    pending.current_stream_wait()
+    buffer.pp_flush()
+    return woken.call_count
+
+
+def test_transfers_leave_the_watch_alone(pool: Callable[[int], Pool]) -> None:
+    assert pool(2).run(undisturbed, "emulated") == [0, 0]
 
 
 def destroyed(rank: int, size: int, kind: str, dropped: bool) -> float:

@@ -159,6 +159,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("pointer", &Stream::pointer)
       .def("close", &Stream::close, Unlocked());
 
+  py::class_<Event>(m, "Event").def(py::init<>()).def_property_readonly("handle", &Event::handle);
+
   // They may wait for room on the stream.
   m.def("copy", &copy, py::arg("target"), py::arg("source"), py::arg("num_bytes"), py::arg("stream"), Unlocked());
   m.def("fill", &fill, py::arg("target"), py::arg("byte"), py::arg("num_bytes"), py::arg("stream"), Unlocked());

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
@@ -35,7 +36,7 @@ CUstreamBatchMemOpParams parameters(const WordOperation& operation) {
   const auto& [name, address, value] = operation;
   const auto found = kinds.find(name);
   if (found == kinds.end())
-    throw std::invalid_argument("operation \"" + name + "\": must be write32, write64, wait32_eq, wait32_geq or copy");
+    throw std::invalid_argument("operation \"" + name + "\": must be write32, write64, wait32_eq or wait32_geq");
   const Kind& kind = found->second;
   if (address == 0 || address % kind.bytes != 0)
     throw std::invalid_argument(name + " at " + address_text(address) + ": must be a multiple of " +
@@ -52,6 +53,26 @@ CUstreamBatchMemOpParams parameters(const WordOperation& operation) {
     made.writeValue.value = static_cast<cuuint32_t>(value);
   made.writeValue.flags = kind.flags;
   return made;
+}
+
+std::mutex events_mutex;
+std::map<CUcontext, std::vector<CUevent>> idle_events;
+
+void record(CUevent event, CUstream stream) {
+  driver_api().check(driver_api().cuEventRecord(event, stream), "cuEventRecord");
+}
+
+void await(CUevent event, CUstream stream) {
+  driver_api().check(driver_api().cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent");
+}
+
+void order(const OrderOperation& operation, CUstream stream) {
+  const auto& [name, handle] = operation;
+  if (name == "record") return record(reinterpret_cast<CUevent>(handle), stream);
+  if (name == "await") return await(reinterpret_cast<CUevent>(handle), stream);
+  const Event event;
+  record(reinterpret_cast<CUevent>(event.handle()), name == "after" ? stream_of(handle) : stream);
+  await(reinterpret_cast<CUevent>(event.handle()), name == "after" ? stream : stream_of(handle));
 }
 
 }  // namespace
@@ -72,6 +93,26 @@ Stream::~Stream() {
 void Stream::close() {
   if (CUstream stream = std::exchange(stream_, nullptr))
     driver_api().check(driver_api().cuStreamDestroy(stream), "cuStreamDestroy");
+}
+
+Event::Event() {
+  const Driver& cuda = driver_api();
+  cuda.require_context();
+  cuda.check(cuda.cuCtxGetCurrent(&context_), "cuCtxGetCurrent");
+  {
+    std::lock_guard<std::mutex> lock(events_mutex);
+    if (std::vector<CUevent>& idle = idle_events[context_]; !idle.empty()) {
+      event_ = idle.back();
+      idle.pop_back();
+      return;
+    }
+  }
+  cuda.check(cuda.cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
+}
+
+Event::~Event() {
+  std::lock_guard<std::mutex> lock(events_mutex);
+  idle_events[context_].push_back(event_);
 }
 
 void copy(uintptr_t target, uintptr_t source, size_t num_bytes, uintptr_t stream) {
@@ -109,14 +150,23 @@ void stream_operations(uintptr_t stream, const std::vector<StreamOperation>& ope
   for (const StreamOperation& operation : operations) {
     if (const auto* word = std::get_if<WordOperation>(&operation)) {
       words.push_back(parameters(*word));
-    } else if (const std::string& name = std::get<0>(std::get<CopyOperation>(operation)); name != "copy") {
-      throw std::invalid_argument("operation \"" + name + "\" with three numbers: must be copy");
+    } else if (const auto* copied = std::get_if<CopyOperation>(&operation)) {
+      if (const std::string& name = std::get<0>(*copied); name != "copy")
+        throw std::invalid_argument("operation \"" + name + "\" with three numbers: must be copy");
+    } else if (const std::string& name = std::get<0>(std::get<OrderOperation>(operation));
+               name != "after" && name != "before" && name != "record" && name != "await") {
+      throw std::invalid_argument("operation \"" + name + "\" with one number: must be after, before, record or await");
     }
   }
   size_t word = 0;
   for (size_t first = 0; first < operations.size();) {
     if (const auto* copied = std::get_if<CopyOperation>(&operations[first])) {
       copy(std::get<1>(*copied), std::get<2>(*copied), std::get<3>(*copied), stream);
+      first++;
+      continue;
+    }
+    if (const auto* ordered = std::get_if<OrderOperation>(&operations[first])) {
+      order(*ordered, stream_of(stream));
       first++;
       continue;
     }

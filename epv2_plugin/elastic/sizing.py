@@ -353,7 +353,8 @@ class RingLayout:
     Between nodes (`far`) there are as many rings for tensors from other nodes, and words for each slot.
 
     Attributes:
-        slots: where rings begin, one of `ring_bytes` bytes after the other. arrivals: those from other nodes, likewise.
+        max_inflight: slots of a ring. slots: where rings begin, one of `ring_bytes` bytes after the other.
+        arrivals: those from other nodes, likewise.
         end: behind the last.
     """
 
@@ -367,7 +368,7 @@ class RingLayout:
         num_rings: int,
         far: bool = False,
     ):
-        self._channels, self._inflight = num_channels, max_inflight
+        self._channels, self.max_inflight = num_channels, max_inflight
         records, links = RECORD_BYTES * num_ranks * num_channels * max_inflight, 4 * num_ranks * num_channels
         sections = _Sections(0)
         self._inbox, self._outbox = sections.take(records), sections.take(records)
@@ -398,7 +399,7 @@ class RingLayout:
         return self._landed + 4 * self._slot(rank, channel, number)
 
     def _slot(self, rank: int, channel: int, number: int) -> int:
-        return (rank * self._channels + channel) * self._inflight + number % self._inflight
+        return (rank * self._channels + channel) * self.max_inflight + number % self.max_inflight
 
 
 # SMs of a reduce-scatter unless its caller says: one reads 150 GB/s while few are busy, so that these keep up with the
