@@ -339,7 +339,20 @@ class WindowLayout:
 
 
 RING_ALIGNMENT = 256  # bytes; slots of a ring, and the tensors behind a session's words, begin at multiples of it
-RECORD_BYTES = 64  # what a receiver is told about a tensor: four words of 64 bits, then one of 32, or a seal
+RECORD_BYTES = (
+    64  # what a receiver is told of a tensor: four words of 64 bits, then one of 32 for each piece, or a seal
+)
+MOST_PIECES = 8
+# A copy of this takes as long as the calls of the driver for one more piece.
+LEAST_PIECE_BYTES = 8 << 20
+PIECE_ALIGNMENT = 64 << 10
+
+
+def pieces_of(num_bytes: int) -> list[tuple[int, int]]:
+    """(offset, bytes) of what of a tensor is copied by itself: one is received while the next is staged."""
+    count = min(max(1, num_bytes // LEAST_PIECE_BYTES), MOST_PIECES)
+    step = align(max(1, -(-num_bytes // count)), PIECE_ALIGNMENT)
+    return [(offset, min(step, num_bytes - offset)) for offset in range(0, max(1, num_bytes), step)]
 
 
 def ring_slot_bytes(max_tensor_bytes: int) -> int:

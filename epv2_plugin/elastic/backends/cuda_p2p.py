@@ -4,6 +4,7 @@ A rank keeps a ring of slots in its window for each link (destination, channel).
 slot and then writes a record into the receiver's window: number, dtype and shape, and behind them the word `ready`, a
 hash of these. The receiver's stream waits for exactly that word, copies the tensor out of the sender's slot, and tells
 the sender how many it has taken. That is the credit: the send that wants the slot again waits for it, on its stream.
+A large tensor goes so in pieces, each with a word of its own, of which one is copied out while the next is copied in.
 
 Streams write words only into their own rank's memory; a copy brings them to the peer, as data. Every link has a stream
 for each direction. Where a ring lies the sender says once, through torch's store; receives that are posted before that
@@ -18,6 +19,7 @@ not of the link, as two of the link could come in the other order.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import struct
 import threading
@@ -38,7 +40,7 @@ from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
 from epv2_plugin.elastic.sizing import RingLayout, align
 
-_HEADER_WORDS = 4  # 64 bits each: number, what, and two of dimensions
+_HEADER_BYTES = 32  # words of 64 bits: number, what, and two of dimensions
 _DIMENSION_BYTES = 16
 _TOO_LONG = 1 << 16  # in `what`: the dimensions do not fit
 _DTYPES = sorted(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
@@ -53,6 +55,7 @@ class Kind:
 
     Attributes:
         text: "[4, 8] bfloat16". words: 64 bits each, what a record says of them behind the number.
+        num_bytes, pieces: of a tensor, see `sizing.pieces_of`.
     """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype):
@@ -68,9 +71,11 @@ class Kind:
             what, packed = what | _TOO_LONG, bytearray()
         self.words = (what, *struct.unpack("<2Q", packed.ljust(_DIMENSION_BYTES, b"\0")))
         self._hash = zlib.crc32(self.text.encode())
+        self.num_bytes = math.prod(shape) * dtype.itemsize
+        self.pieces = sizing.pieces_of(self.num_bytes)
 
     def ready(self, number: int, turn: int) -> int:
-        """The last word of the record of tensor `number`, with `turn` as in `hash_word`."""
+        """The word that says in a record that tensor `number` is there, with `turn` as in `hash_word`."""
         return _of_turn(zlib.crc32(b"%d" % number, self._hash), turn)
 
 
@@ -169,8 +174,8 @@ class _Incoming(_Link):
 
     Attributes:
         ring: its address, None until it is known; in this rank's window where the peer is on another node.
-        records: addresses of what the peer says of each slot. taken, inbox: of a near one, addresses of what this rank
-            has taken, and of where the peer looks for that.
+        records: addresses of what the peer says of each slot. words: of those that say there that a piece is here.
+        taken, inbox: of a near peer, addresses of what this rank has taken, and of where the peer looks for that.
         deferred: receives that wait until the peer has said where its ring is.
     """
 
@@ -188,6 +193,8 @@ class _Incoming(_Link):
         self.ring = ring
         numbers = range(layout.max_inflight)
         self.records = [bases[rank] + layout.record(peer, channel, n, outgoing=False) for n in numbers]
+        pieces = range(sizing.MOST_PIECES)
+        self.words = [[record + _HEADER_BYTES + 4 * piece for piece in pieces] for record in self.records]
         self.taken = bases[rank] + layout.taken(peer, channel, outgoing=True)
         self.inbox = bases.get(peer, 0) + layout.taken(rank, channel, outgoing=False)
         self.deferred: deque[_Receive] = deque()
@@ -319,7 +326,7 @@ class CudaPointToPoint:
         index = number % self._max_inflight
         # A view of its own: the caller may give his tensor other memory (Megatron does) before the copy has run.
         dense = tensor.detach().contiguous()
-        num_bytes, kind, current = dense.nbytes, kind_of(dense.shape, dense.dtype), runtime.current_handle()
+        kind, current = kind_of(dense.shape, dense.dtype), runtime.current_handle()
         ready = kind.ready(number, number // self._max_inflight)
         wait = Wait(peer, link.phase(number), "", link.lane, keep=(dense,))
         operations: list[StreamOp | CopyOp | OrderOp] = [("after", current)]
@@ -329,27 +336,32 @@ class CudaPointToPoint:
             wait.expected = f"rank {peer} to take {oldest.text} of {link.phase(number - self._max_inflight)}"
             operations.append(self._taken_wait(wait, link, number - self._max_inflight))
         link.recent.append(kind)
-        if num_bytes:
-            operations.append(("copy", link.slots[index], dense.data_ptr(), num_bytes))
-        if copy:
-            operations.append(("before", current))
-        outbox = link.outboxes[index]
+        slot, outbox, inbox, address = link.slots[index], link.outboxes[index], link.inboxes[index], dense.data_ptr()
         operations.append(("write64", outbox, number))
         if kind is not oldest:  # else they are there
             operations += [("write64", outbox + 8 * i, word) for i, word in enumerate(kind.words, 1)]
         passed = self._watch.note(wait)
-        if link.near:
-            operations += [("write32", outbox + 8 * _HEADER_WORDS, ready), passed]
-            operations.append(("copy", link.inboxes[index], outbox, 8 * _HEADER_WORDS + 4))
-        else:
-            operations.append(passed)
+        begin, end = 0, _HEADER_BYTES + 4  # of the record: what the peer is told behind a piece
+        for offset, num_bytes in kind.pieces if link.near else [(0, kind.num_bytes)]:
+            if num_bytes:
+                operations.append(("copy", slot + offset, address + offset, num_bytes))
+            last = offset + num_bytes == kind.num_bytes
+            if copy and last:
+                operations.append(("before", current))
+            if link.near:
+                operations.append(("write32", outbox + end - 4, ready))
+            if last:
+                operations.append(passed)
+            if link.near:
+                operations.append(("copy", inbox + begin, outbox + begin, end - begin))
+                begin, end = end, end + 4
         # One call: under MPS each call of the driver takes longer than the copy of a small tensor.
         runtime.stream_ops(operations, link.stream)
         if not link.near:
-            self._send_far(wait, link, number, kind, num_bytes, ready)
+            self._send_far(wait, link, number, kind, ready)
         link.number += 1
-        self._traffic.sent_bytes += num_bytes
-        self._traffic.undeduplicated_bytes += num_bytes
+        self._traffic.sent_bytes += kind.num_bytes
+        self._traffic.undeduplicated_bytes += kind.num_bytes
         if copy:
             self._watch.check()
         return _Sent(self, link, number, kind)
@@ -468,7 +480,7 @@ class CudaPointToPoint:
                 f"and they are in use ({names}); {used + 1} need num_bytes = {num_bytes}"
             )
 
-    def _send_far(self, staged: Wait, link: _Outgoing, number: int, kind: Kind, num_bytes: int, ready: int) -> None:
+    def _send_far(self, staged: Wait, link: _Outgoing, number: int, kind: Kind, ready: int) -> None:
         """Put a tensor, and the record behind it, into another node once they are staged and it is known where."""
         rank, peer, index = self.runtime.rank, link.peer, number % self._max_inflight
         inside = index * self._layout.slot_bytes
@@ -483,11 +495,11 @@ class CudaPointToPoint:
                 if (offset := self.runtime.meeting.peek(key)) is None:
                     return None
                 link.arrivals = int(offset)
-            data = [(peer, link.arrivals + inside, link.offset + inside, num_bytes)] if num_bytes else []
-            return [*data, (peer, link.inboxes[index], outbox, 8 * _HEADER_WORDS + SEAL_BYTES)]
+            data = [(peer, link.arrivals + inside, link.offset + inside, kind.num_bytes)] if kind.num_bytes else []
+            return [*data, (peer, link.inboxes[index], outbox, _HEADER_BYTES + SEAL_BYTES)]
 
         done = Wait(peer, link.phase(number), f"{kind.text} to reach rank {peer}", ("put", peer, link.channel))
-        seal = (link.outboxes[index] + 8 * _HEADER_WORDS, ready)
+        seal = (link.outboxes[index] + _HEADER_BYTES, ready)
         self._courier().send(staged, done, self._registered, puts, seal)
 
     def _put_deferred(self) -> bool:
@@ -507,26 +519,31 @@ class CudaPointToPoint:
 
     def _put(self, link: _Incoming, ring: int, receive: _Receive) -> None:
         runtime, dense, number, kind = self.runtime, receive.dense, receive.number, receive.kind
-        peer, channel, index, num_bytes = link.peer, link.channel, number % self._max_inflight, dense.nbytes
+        peer, index, address = link.peer, number % self._max_inflight, dense.data_ptr()
         slot, record = ring + index * self._layout.slot_bytes, link.records[index]
-        word, ready = record + 8 * _HEADER_WORDS, kind.ready(number, number // self._max_inflight)
+        ready = kind.ready(number, number // self._max_inflight)
+        pieces = kind.pieces if link.near else [(0, kind.num_bytes)]
+        words = link.words[index][: len(pieces)]
 
-        def judge(words: bytes) -> tuple[int, str] | None:
-            (seen,) = struct.unpack_from("<I", words, 8 * _HEADER_WORDS)
-            if seen == ready:
-                return None
-            return (peer, header_text(words) if same_turn(seen, ready) else "")
+        def judge(seen: bytes) -> tuple[int, str] | None:
+            first, *others = struct.unpack_from(f"<{len(pieces)}I", seen, _HEADER_BYTES)
+            if first != ready:
+                return (peer, header_text(seen) if same_turn(first, ready) else "")
+            return None if all(other == ready for other in others) else (peer, "")
 
+        # What is copied then must not look like a result, nor what was copied before.
+        spoil = [(slot, kind.num_bytes)] if kind.num_bytes else []
+        if len(pieces) > 1:
+            spoil.append((address, kind.num_bytes))
         wait = Wait(
             peer,
             link.phase(number),
             f"#{number} {kind.text}",
             link.lane,
-            look=(record, 8 * _HEADER_WORDS + 4),
+            look=(record, _HEADER_BYTES + 4 * len(pieces)),
             judge=judge,
-            release=[("write32", word, ready)],
-            # What is copied then must not look like a result.
-            spoil=[(slot, num_bytes)] if num_bytes else [],
+            release=[("write32", word, ready) for word in words],
+            spoil=spoil,
             keep=(dense,),
         )
         operations: list[StreamOp | CopyOp | OrderOp] = []
@@ -535,21 +552,24 @@ class CudaPointToPoint:
         else:
             operations.append(("await", receive.before.handle))
         if not link.near:
-            landed = self._bases[runtime.rank] + self._layout.landed(peer, channel, number)
-            wait, word = self._expect_far(link, wait, word, ready, landed), landed
-        operations.append(("wait32_eq", word, ready))
-        if num_bytes:
-            operations.append(("copy", dense.data_ptr(), slot, num_bytes))
+            landed = self._bases[runtime.rank] + self._layout.landed(peer, link.channel, number)
+            wait, words = self._expect_far(link, wait, words[0], ready, landed), [landed]
+        for piece, (offset, num_bytes) in enumerate(pieces):
+            operations.append(("wait32_eq", words[piece], ready))
+            if num_bytes:
+                operations.append(("copy", address + offset, slot + offset, num_bytes))
         passed = self._watch.note(wait)
         after = runtime.event()
         operations.append(("record", after.handle))
         if link.near:
             operations += [("write32", link.taken, number + 1 & 0xFFFFFFFF), passed]
+            if len(pieces) > 1:  # a smaller tensor leaves these as they are, and some turn has the same words again
+                operations += [("write32", word, 0) for word in words[1:]]
             operations.append(("copy", link.inbox, link.taken, 4))
         runtime.stream_ops(operations, link.stream)
         receive.after, link.last = after, wait  # only now: another thread may wait for it at once
         if not link.near:
-            self._return_far(link, wait, passed, number, kind, num_bytes)
+            self._return_far(link, wait, passed, number, kind)
 
     def _expect_far(self, link: _Incoming, seen: Wait, word: int, ready: int, landed: int) -> Wait:
         """Let the link's stream wait for a record of another node; returns the wait for what it seals."""
@@ -563,9 +583,7 @@ class CudaPointToPoint:
             self._courier().expect(seen, word, ready, landed)
         return wait
 
-    def _return_far(
-        self, link: _Incoming, taken: Wait, passed: StreamOp, number: int, kind: Kind, num_bytes: int
-    ) -> None:
+    def _return_far(self, link: _Incoming, taken: Wait, passed: StreamOp, number: int, kind: Kind) -> None:
         """Tell a rank of another node that a tensor was taken, with what marks that `taken` has passed."""
         rank, peer, channel, layout = self.runtime.rank, link.peer, link.channel, self._layout
         outbox = layout.returned(peer, channel, number, outgoing=True)
@@ -574,8 +592,8 @@ class CudaPointToPoint:
         expected = f"rank {peer} to know that {kind.text} was taken"
         done = Wait(peer, taken.phase, expected, ("put", "in", peer, channel))
         self._courier().send(taken, done, self._registered, lambda: [(peer, inbox, outbox, 4)])
-        self._traffic.network_bytes += num_bytes
-        self._traffic.direct_network_bytes += num_bytes
+        self._traffic.network_bytes += kind.num_bytes
+        self._traffic.direct_network_bytes += kind.num_bytes
 
     def _taken_wait(self, wait: Wait, link: _Outgoing, number: int) -> StreamOp:
         """The wait until a peer has taken a tensor, with what `wait` must know to end it."""
