@@ -56,7 +56,7 @@ CUstreamBatchMemOpParams parameters(const WordOperation& operation) {
 }
 
 std::mutex events_mutex;
-std::map<CUcontext, std::vector<CUevent>> idle_events;
+auto& idle_events = *new std::map<CUcontext, std::vector<CUevent>>;  // to the end: threads may outlive what is static
 
 void record(CUevent event, CUstream stream) {
   driver_api().check(driver_api().cuEventRecord(event, stream), "cuEventRecord");
@@ -117,8 +117,11 @@ Event::~Event() {
 
 void copy(uintptr_t target, uintptr_t source, size_t num_bytes, uintptr_t stream) {
   const Driver& cuda = driver_api();
-  const std::string what =
-      std::to_string(num_bytes) + " bytes from " + address_text(source) + " to " + address_text(target);
+  const auto check = [&](CUresult result, const char* call) {
+    if (result != CUDA_SUCCESS)  // the text takes time
+      cuda.check(result, call,
+                 std::to_string(num_bytes) + " bytes from " + address_text(source) + " to " + address_text(target));
+  };
 #if CUDA_VERSION >= 13000
   // Copies inside one device take SMs unless asked not to, and the plain call can't be asked. Where the driver has not
   // this call, or ignores the wish, it is the same copy. It takes no legacy stream.
@@ -128,13 +131,12 @@ void copy(uintptr_t target, uintptr_t source, size_t num_bytes, uintptr_t stream
     attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
     attributes.flags = CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE;
     size_t first = 0;
-    const CUresult result =
-        cuda.cuMemcpyBatchAsync(&to, &from, &num_bytes, 1, &attributes, &first, 1, stream_of(stream));
-    cuda.check(result, "cuMemcpyBatchAsync", what);
+    check(cuda.cuMemcpyBatchAsync(&to, &from, &num_bytes, 1, &attributes, &first, 1, stream_of(stream)),
+          "cuMemcpyBatchAsync");
     return;
   }
 #endif
-  cuda.check(cuda.cuMemcpyAsync(target, source, num_bytes, stream_of(stream)), "cuMemcpyAsync", what);
+  check(cuda.cuMemcpyAsync(target, source, num_bytes, stream_of(stream)), "cuMemcpyAsync");
 }
 
 void fill(uintptr_t target, int byte, size_t num_bytes, uintptr_t stream) {
