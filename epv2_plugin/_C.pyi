@@ -219,19 +219,31 @@ class Stream:
     def close(self) -> None:
         """Give it back when its work is done. Nothing if closed."""
 
+class Event:
+    """Something to record on a stream, for others to wait for. Made quickly: out of those that were dropped."""
+
+    def __init__(self) -> None: ...
+    @property
+    def handle(self) -> int:
+        """`CUevent`."""
+
 def copy(target: int, source: int, num_bytes: int, stream: int) -> None:
     """Copy memory in stream order, on a copy engine where the driver lets it."""
 
 def fill(target: int, byte: int, num_bytes: int, stream: int) -> None:
     """Set every byte, in stream order."""
 
-def memory_operations(stream: int, operations: Sequence[tuple[str, int, int]]) -> None:
-    """Write words and wait for words, in this order and in stream order, without a kernel.
+def stream_operations(
+    stream: int, operations: Sequence[tuple[str, int, int] | tuple[str, int, int, int] | tuple[str, int]]
+) -> None:
+    """Write words, wait for words and other streams, and copy, in this order and in stream order, without a kernel.
 
     Args:
         operations: (name, address, value): "write32", "write64", "wait32_eq" or "wait32_geq", which is cyclic: the wait
             ends when word - value is not negative as a signed number. Addresses are of this device's own memory or of
-            `Mapped`: not every driver takes a peer's.
+            `Mapped`: not every driver takes a peer's. Or ("copy", target, source, bytes), as `copy`.
+            Or ("after", stream): wait for all that another stream has been given so far; or ("before", stream): let it
+            wait for what was put on this one before. Or ("record", handle of an event) or ("await", handle).
 
     Raises:
         ValueError: an unknown name, an address that is not aligned, a value too large. Error: the driver refused.

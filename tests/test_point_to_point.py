@@ -6,6 +6,7 @@ a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import math
@@ -14,16 +15,19 @@ import signal
 import struct
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer, EventOverlap
+from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends import cuda_p2p
 from epv2_plugin.elastic.errors import UnavailableError
 from tests import harness
@@ -151,11 +155,11 @@ def both_ways_at_once(rank: int, size: int, kind: str) -> None:
         buffer.pp_recv(into, (rank - 1) % size, channel=channel)
         assert into.tolist() == [channel, (rank - 1) % size]
     buffer.barrier()
-    # Memory that is not dense, on both sides.
+    # Memory that is not dense, on both sides, of leaves that autograd knows.
     if rank == 0:
-        buffer.pp_send(torch.arange(12.0).view(3, 4).t(), 1)
+        buffer.pp_send(torch.arange(12.0).view(3, 4).t().requires_grad_(), 1)
     if rank == 1:
-        into = torch.zeros(3, 4).t()
+        into = torch.zeros(3, 4).t().requires_grad_()
         buffer.pp_recv(into, 0)
         assert torch.equal(into, torch.arange(12.0).view(3, 4).t())
     assert buffer.traffic.sent_bytes >= 3 * len(others) << 20
@@ -427,16 +431,17 @@ def test_beside_dispatch_and_combine(pool: Callable[[int], Pool], kind: str) -> 
 def test_a_header_says_which_tensor_it_is(number: int, shape: list[int], dtype: int) -> None:
     shape = shape if math.prod(max(size, 1) for size in shape) < 1 << 50 else [*shape[:2], 0]
     tensor = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
-    words = struct.pack("<4Q", *cuda_p2p.header(number, tensor))
+    words = struct.pack("<4Q", number, *cuda_p2p.kind_of(tensor.shape, tensor.dtype).words)
     name = str(tensor.dtype).removeprefix("torch.")
     packed = sum(max(1, -(-size.bit_length() // 7)) for size in shape)
     assert cuda_p2p.header_text(words) == (
         f"#{number} {shape} {name}" if packed <= 16 else f"#{number} [{len(shape)} dimensions] {name}"
     )
-    word = cuda_p2p.hash_word("text", number)
+    word, other = (cuda_p2p.Kind(torch.Size([*shape, *more]), tensor.dtype).ready(number, 3) for more in ([], [2]))
     assert 0 < word < 1 << 32
-    assert cuda_p2p.same_turn(word, cuda_p2p.hash_word("other", number))
-    assert not cuda_p2p.same_turn(word, cuda_p2p.hash_word("text", number + 1))
+    assert word != other
+    assert cuda_p2p.same_turn(word, other)
+    assert not cuda_p2p.same_turn(word, cuda_p2p.kind_of(tensor.shape, tensor.dtype).ready(number, 4))
 
 
 def receives_first(rank: int, size: int, kind: str) -> None:
@@ -588,6 +593,137 @@ def memory(rank: int, size: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["emulated", NODES])
 def test_tensors_live_as_long_as_they_are_needed(pool: Callable[[int], Pool], kind: str) -> None:
     pool(2).run(memory, kind)
+
+
+@given(st.integers(0, 200 << 20))
+@example(16 << 20)
+@example((64 << 20) + 1)
+def test_pieces_are_the_whole(num_bytes: int) -> None:
+    pieces = sizing.pieces_of(num_bytes)
+    assert [offset for offset, _ in pieces] == [index * pieces[0][1] for index in range(len(pieces))]
+    assert sum(size for _, size in pieces) == num_bytes
+    assert 1 <= len(pieces) <= 8
+    assert len(pieces) == 1 or all(size % (64 << 10) == 0 for _, size in pieces[:-1])
+    assert (len(pieces) > 1) == (num_bytes >= 16 << 20)
+
+
+@contextmanager
+def small_pieces() -> Iterator[None]:
+    """Let tensors of 128 KiB go in pieces."""
+    with mock.patch.object(sizing, "LEAST_PIECE_BYTES", 64 << 10):
+        cuda_p2p.kind_of.cache_clear()
+        yield
+    cuda_p2p.kind_of.cache_clear()
+
+
+def large_and_small(rank: int, size: int, kind: str) -> None:
+    """Tensors of one piece and of several use the same slots, and what the next receive finds there is of others."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 20, 2)
+    lengths = (75_000, 3, 262_144, 50_000, 0, 75_000, 75_000)
+    with small_pieces():
+        assert len(sizing.pieces_of(4 * lengths[0])) == 3
+        tensors = [torch.arange(length, device=buffer.device).float() + rank for length in lengths]
+        into = [torch.zeros(length, device=buffer.device) for length in lengths]
+        for number, (tensor, target) in enumerate(zip(tensors, into, strict=True)):
+            received = buffer.pp_recv(target, 1 - rank, async_with_compute_stream=True)
+            buffer.pp_send(tensor, 1 - rank, async_with_compute_stream=number % 2 == 0)
+            received.current_stream_wait()
+        for tensor, target in zip(tensors, into, strict=True):
+            assert torch.equal(target, tensor + 1 - 2 * rank)
+        buffer.pp_flush()
+
+
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_large_tensors_arrive_in_pieces(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(large_and_small, kind)
+
+
+def interrupted(rank: int, size: int, kind: str, goes_on: bool) -> str:
+    """Rank 0 sends a first piece, and the others only after rank 1 has that one, or never."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20 if goes_on else 2)
+    buffer.pp_set_config(1 << 20, 2)
+    runtime, meeting = buffer.runtime, buffer.runtime.meeting
+    stream_ops = runtime.stream_ops
+
+    def first_piece(operations: list[Any], stream: Any = None) -> None:
+        copies = [place for place, operation in enumerate(operations) if operation[0] == "copy"]
+        if len(copies) == 2 * len(sizing.pieces_of(4 << 16)):
+            stream_ops(operations[: copies[1] + 1], stream)
+            if not goes_on:
+                return
+            while meeting.peek("first piece") is None:
+                time.sleep(1e-3)
+            operations = operations[copies[1] + 1 :]
+        stream_ops(operations, stream)
+
+    with small_pieces():
+        if rank == 0:
+            runtime.stream_ops = first_piece
+            buffer.pp_send(torch.ones(1 << 16), 1, async_with_compute_stream=True)
+            time.sleep(0 if goes_on else 6)
+            return ""
+        into = torch.zeros(1 << 16)
+        received = buffer.pp_recv(into, 0, async_with_compute_stream=True)
+        deadline = time.monotonic() + 10
+        while into[(1 << 14) - 1] != 1:
+            assert time.monotonic() < deadline
+            time.sleep(1e-3)
+        if goes_on:
+            assert not into[1 << 14 :].any()
+            meeting.post("first piece", "")
+            received.current_stream_wait()
+            assert into.all()
+            # Nothing is left of the words of later pieces, which a smaller tensor does not overwrite.
+            record = buffer._backend.point_to_point._incoming[0, 0].records[0]
+            while any(ctypes.string_at(record + 36, 28)):
+                assert time.monotonic() < deadline
+                time.sleep(1e-3)
+            return ""
+        with pytest.raises(CommunicationTimeout) as raised:
+            settle(buffer, received.current_stream_wait)
+        assert into.isnan().all()
+        return str(raised.value)
+
+
+def test_a_piece_is_received_while_the_next_is_staged(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(interrupted, "emulated", True)
+
+
+def test_pieces_that_never_come_time_out() -> None:
+    results = harness.outcomes(2, interrupted, "emulated", False, timeout=60)
+    assert results[1].error == "", results[1].error
+    assert results[1].value == (
+        "rank 1, waiting for rank 0 in pp_recv from rank 0, tensor #0, slot 0 of 2: expected #0 [65536] float32, "
+        "seen nothing within 2 s"
+    )
+
+
+def undisturbed(rank: int, size: int, kind: str) -> int:
+    """How often transfers wake the watch's thread, which takes the interpreter from them, while it looks anyhow."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2)
+    t, into = torch.ones(5, device=buffer.device), torch.zeros(5, device=buffer.device)
+    for channel in range(2):  # rings are known from here
+        buffer.pp_send(t, 1 - rank, channel=channel)
+        buffer.pp_recv(into, 1 - rank, channel=channel)
+    pending = buffer.pp_recv(into, 1 - rank, channel=1, async_with_compute_stream=True)
+    watch = buffer._backend._watch
+    while watch._idle:
+        time.sleep(1e-3)
+    changed = watch._changed
+    with mock.patch.object(changed, "notify_all", wraps=changed.notify_all) as woken:
+        for _ in range(6):
+            buffer.pp_send(t, 1 - rank)
+            buffer.pp_recv(t, 1 - rank)
+    buffer.pp_send(t, 1 - rank, channel=1)
+    pending.current_stream_wait()
+    buffer.pp_flush()
+    return woken.call_count
+
+
+def test_transfers_leave_the_watch_alone(pool: Callable[[int], Pool]) -> None:
+    assert pool(2).run(undisturbed, "emulated") == [0, 0]
 
 
 def destroyed(rank: int, size: int, kind: str, dropped: bool) -> float:

@@ -582,8 +582,11 @@ source, target = ctypes.create_string_buffer(b"0123456789"), ctypes.create_strin
 to, of = ctypes.addressof(target), ctypes.addressof(source)
 _C.copy(to, of, 4, 77); _C.copy(to + 4, of, 2, 0); _C.fill(to + 6, 0x41, 2, 77)
 print(target.value)
-_C.memory_operations(77, [("write32", 8, 1), ("write64", 16, 1 << 40), ("wait32_eq", 4, 3), ("wait32_geq", 12, 5)])
-_C.memory_operations(77, [("write32", 8, 1)] * 300); _C.memory_operations(77, [])
+_C.stream_operations(77, [("write32", 8, 1), ("write64", 16, 1 << 40), ("wait32_eq", 4, 3), ("wait32_geq", 12, 5)])
+_C.stream_operations(77, [("write32", 8, 1)] * 300); _C.stream_operations(77, [])
+_C.stream_operations(77, [("write32", 8, 1), ("copy", to, of, 4), ("write32", 8, 2), ("write32", 8, 3)])
+_C.stream_operations(77, [("after", 78), ("write32", 8, 4), ("before", 0)])
+event = _C.Event(); _C.stream_operations(77, [("record", event.handle), ("after", 78), ("await", event.handle)])
 """
     lines, calls = fakes.run(script + "print(_C.built_against()['cuda'])", nccl=False)
     assert lines[0] == "b'012301AA'"
@@ -598,16 +601,35 @@ _C.memory_operations(77, [("write32", 8, 1)] * 300); _C.memory_operations(77, []
         "operation 1 at 4 value 3 flags=1",
         "operation 1 at 12 value 5 flags=0",
     ]
-    assert [call.split()[1] for call in calls[8:] if "Batch" in call] == ["255", "45"]
+    later = [call.split()[1] for call in calls[8:] if call.startswith("cuStreamBatchMemOp")]
+    assert later == ["255", "45", "1", "2", "1"]
+    place = calls.index("cuStreamBatchMemOp 2 flags=0 stream=77")
+    assert calls[place - 1] == calls[0]  # the copy, between the words
+    assert calls[place + 3 :] == [
+        "cuEventCreate 2",  # without times; of the next in turn
+        "cuEventRecord stream=78",
+        "cuStreamWaitEvent stream=77 flags=0",
+        "cuStreamBatchMemOp 1 flags=0 stream=77",
+        "operation 2 at 8 value 4 flags=0",
+        "cuEventRecord stream=77",
+        "cuStreamWaitEvent stream=0 flags=0",
+        "cuEventRecord stream=77",
+        "cuEventCreate 2",  # the first is in use
+        "cuEventRecord stream=78",
+        "cuStreamWaitEvent stream=77 flags=0",
+        "cuStreamWaitEvent stream=77 flags=0",
+    ]
 
 
 def test_copies_and_words_that_are_refused(fakes: Fakes) -> None:
     script = """
 refused(_C.copy, 4096, 8192, 16, 0); refused(_C.fill, 4096, 0, 16, 7)
-refused(_C.memory_operations, 7, [("write32", 4096, 1), ("wait32_eq", 4100, 1)])
+refused(_C.stream_operations, 7, [("write32", 4096, 1), ("wait32_eq", 4100, 1)])
 for name, address, value in (("read32", 8, 0), ("write32", 2, 0), ("write64", 12, 0), ("wait32_eq", 0, 0)):
-    refused(_C.memory_operations, 7, [(name, address, value)])
-refused(_C.memory_operations, 7, [("write32", 8, 1 << 32)])
+    refused(_C.stream_operations, 7, [(name, address, value)])
+refused(_C.stream_operations, 7, [("write32", 8, 1 << 32)])
+refused(_C.stream_operations, 7, [("write32", 8, 1), ("fill", 8, 1, 4)])
+refused(_C.stream_operations, 7, [("write32", 8, 1), ("behind", 8)])
 """
     lines, _ = fakes.run(script, FAKE_FAIL="cuMemcpyAsync,cuMemsetD8Async,cuStreamBatchMemOp")
     oom = "CUDA_ERROR_OUT_OF_MEMORY (in words)"
@@ -620,7 +642,18 @@ refused(_C.memory_operations, 7, [("write32", 8, 1 << 32)])
         "ValueError: write64 at 0xc: must be a multiple of 8, not 0",
         "ValueError: wait32_eq at 0x0: must be a multiple of 4, not 0",
         "ValueError: write32 of 4294967296: must have at most 32 bits",
+        'ValueError: operation "fill" with three numbers: must be copy',
+        'ValueError: operation "behind" with one number: must be after, before, record or await',
     ]
+
+
+@pytest.mark.parametrize("call", ["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent"])
+def test_streams_that_the_driver_does_not_order(fakes: Fakes, call: str) -> None:
+    script = 'refused(_C.stream_operations, 7, [("after", 8), ("write32", 8, 1)])\n'
+    lines, calls = fakes.run(script + script, FAKE_FAIL=call)
+    assert lines == [f"Error: {call}: CUDA_ERROR_OUT_OF_MEMORY (in words)"] * 2
+    assert not any(each.startswith("cuStreamBatchMemOp") for each in calls)
+    assert sum(each.startswith("cuEventCreate") for each in calls) == (2 if call == "cuEventCreate" else 1)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------

@@ -170,10 +170,12 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("pointer", &Stream::pointer)
       .def("close", &Stream::close, Unlocked());
 
+  py::class_<Event>(m, "Event").def(py::init<>()).def_property_readonly("handle", &Event::handle);
+
   // They may wait for room on the stream.
   m.def("copy", &copy, py::arg("target"), py::arg("source"), py::arg("num_bytes"), py::arg("stream"), Unlocked());
   m.def("fill", &fill, py::arg("target"), py::arg("byte"), py::arg("num_bytes"), py::arg("stream"), Unlocked());
-  m.def("memory_operations", &memory_operations, py::arg("stream"), py::arg("operations"), Unlocked());
+  m.def("stream_operations", &stream_operations, py::arg("stream"), py::arg("operations"), Unlocked());
   m.def("current_context", &current_context);
   m.def("set_context", &set_context, py::arg("context"));
 

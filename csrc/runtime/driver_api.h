@@ -12,9 +12,9 @@ namespace epv2 {
   X(cuInit) X(cuDriverGetVersion) X(cuGetErrorName) X(cuGetErrorString) X(cuCtxGetCurrent) X(cuCtxGetDevice)         \
   X(cuDeviceGetAttribute) X(cuStreamCreate) X(cuStreamSynchronize) X(cuStreamDestroy) X(cuMemsetD8Async)             \
   X(cuCtxSetCurrent) X(cuCtxGetStreamPriorityRange) X(cuStreamCreateWithPriority) X(cuMemcpyAsync)                   \
-  X(cuStreamBatchMemOp) X(cuMemAlloc) X(cuMemFree) X(cuMemcpyHtoDAsync)                                              \
-  X(cuMemHostAlloc) X(cuMemHostGetDevicePointer) X(cuMemFreeHost) X(cuMemHostRegister) X(cuMemHostUnregister)        \
-  X(cuModuleLoadData) X(cuModuleUnload)                                                                              \
+  X(cuEventCreate) X(cuEventRecord) X(cuStreamWaitEvent) X(cuStreamBatchMemOp) X(cuMemAlloc) X(cuMemFree)            \
+  X(cuMemcpyHtoDAsync) X(cuMemHostAlloc) X(cuMemHostGetDevicePointer) X(cuMemFreeHost) X(cuMemHostRegister)          \
+  X(cuMemHostUnregister) X(cuModuleLoadData) X(cuModuleUnload)                                                       \
   X(cuModuleGetFunction) X(cuFuncGetAttribute) X(cuFuncSetAttribute) X(cuFuncGetParamInfo) X(cuLaunchKernelEx)
 
 struct Driver {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
@@ -22,7 +23,7 @@ std::string address_text(uintptr_t address) {
   return text;
 }
 
-CUstreamBatchMemOpParams parameters(const MemoryOperation& operation) {
+CUstreamBatchMemOpParams parameters(const WordOperation& operation) {
   struct Kind {
     CUstreamBatchMemOpType type;
     unsigned flags, bytes;
@@ -54,6 +55,26 @@ CUstreamBatchMemOpParams parameters(const MemoryOperation& operation) {
   return made;
 }
 
+std::mutex events_mutex;
+auto& idle_events = *new std::map<CUcontext, std::vector<CUevent>>;  // to the end: threads may outlive what is static
+
+void record(CUevent event, CUstream stream) {
+  driver_api().check(driver_api().cuEventRecord(event, stream), "cuEventRecord");
+}
+
+void await(CUevent event, CUstream stream) {
+  driver_api().check(driver_api().cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent");
+}
+
+void order(const OrderOperation& operation, CUstream stream) {
+  const auto& [name, handle] = operation;
+  if (name == "record") return record(reinterpret_cast<CUevent>(handle), stream);
+  if (name == "await") return await(reinterpret_cast<CUevent>(handle), stream);
+  const Event event;
+  record(reinterpret_cast<CUevent>(event.handle()), name == "after" ? stream_of(handle) : stream);
+  await(reinterpret_cast<CUevent>(event.handle()), name == "after" ? stream : stream_of(handle));
+}
+
 }  // namespace
 
 Stream::Stream(bool high_priority) {
@@ -74,10 +95,33 @@ void Stream::close() {
     driver_api().check(driver_api().cuStreamDestroy(stream), "cuStreamDestroy");
 }
 
+Event::Event() {
+  const Driver& cuda = driver_api();
+  cuda.require_context();
+  cuda.check(cuda.cuCtxGetCurrent(&context_), "cuCtxGetCurrent");
+  {
+    std::lock_guard<std::mutex> lock(events_mutex);
+    if (std::vector<CUevent>& idle = idle_events[context_]; !idle.empty()) {
+      event_ = idle.back();
+      idle.pop_back();
+      return;
+    }
+  }
+  cuda.check(cuda.cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
+}
+
+Event::~Event() {
+  std::lock_guard<std::mutex> lock(events_mutex);
+  idle_events[context_].push_back(event_);
+}
+
 void copy(uintptr_t target, uintptr_t source, size_t num_bytes, uintptr_t stream) {
   const Driver& cuda = driver_api();
-  const std::string what =
-      std::to_string(num_bytes) + " bytes from " + address_text(source) + " to " + address_text(target);
+  const auto check = [&](CUresult result, const char* call) {
+    if (result != CUDA_SUCCESS)  // the text takes time
+      cuda.check(result, call,
+                 std::to_string(num_bytes) + " bytes from " + address_text(source) + " to " + address_text(target));
+  };
 #if CUDA_VERSION >= 13000
   // Copies inside one device take SMs unless asked not to, and the plain call can't be asked. Where the driver has not
   // this call, or ignores the wish, it is the same copy. It takes no legacy stream.
@@ -87,13 +131,12 @@ void copy(uintptr_t target, uintptr_t source, size_t num_bytes, uintptr_t stream
     attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
     attributes.flags = CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE;
     size_t first = 0;
-    const CUresult result =
-        cuda.cuMemcpyBatchAsync(&to, &from, &num_bytes, 1, &attributes, &first, 1, stream_of(stream));
-    cuda.check(result, "cuMemcpyBatchAsync", what);
+    check(cuda.cuMemcpyBatchAsync(&to, &from, &num_bytes, 1, &attributes, &first, 1, stream_of(stream)),
+          "cuMemcpyBatchAsync");
     return;
   }
 #endif
-  cuda.check(cuda.cuMemcpyAsync(target, source, num_bytes, stream_of(stream)), "cuMemcpyAsync", what);
+  check(cuda.cuMemcpyAsync(target, source, num_bytes, stream_of(stream)), "cuMemcpyAsync");
 }
 
 void fill(uintptr_t target, int byte, size_t num_bytes, uintptr_t stream) {
@@ -102,18 +145,46 @@ void fill(uintptr_t target, int byte, size_t num_bytes, uintptr_t stream) {
              "cuMemsetD8Async", std::to_string(num_bytes) + " bytes at " + address_text(target));
 }
 
-void memory_operations(uintptr_t stream, const std::vector<MemoryOperation>& operations) {
+void stream_operations(uintptr_t stream, const std::vector<StreamOperation>& operations) {
   const Driver& cuda = driver_api();
-  std::vector<CUstreamBatchMemOpParams> batch;
-  for (const MemoryOperation& operation : operations) batch.push_back(parameters(operation));
-  for (size_t first = 0; first < batch.size(); first += kMaxOperations) {
-    const size_t count = std::min(kMaxOperations, batch.size() - first);
+  // All are looked at before the first is given to the driver.
+  std::vector<CUstreamBatchMemOpParams> words;
+  for (const StreamOperation& operation : operations) {
+    if (const auto* word = std::get_if<WordOperation>(&operation)) {
+      words.push_back(parameters(*word));
+    } else if (const auto* copied = std::get_if<CopyOperation>(&operation)) {
+      if (const std::string& name = std::get<0>(*copied); name != "copy")
+        throw std::invalid_argument("operation \"" + name + "\" with three numbers: must be copy");
+    } else if (const std::string& name = std::get<0>(std::get<OrderOperation>(operation));
+               name != "after" && name != "before" && name != "record" && name != "await") {
+      throw std::invalid_argument("operation \"" + name + "\" with one number: must be after, before, record or await");
+    }
+  }
+  size_t word = 0;
+  for (size_t first = 0; first < operations.size();) {
+    if (const auto* copied = std::get_if<CopyOperation>(&operations[first])) {
+      copy(std::get<1>(*copied), std::get<2>(*copied), std::get<3>(*copied), stream);
+      first++;
+      continue;
+    }
+    if (const auto* ordered = std::get_if<OrderOperation>(&operations[first])) {
+      order(*ordered, stream_of(stream));
+      first++;
+      continue;
+    }
+    size_t count = 0;
+    while (count < kMaxOperations && first + count < operations.size() &&
+           std::holds_alternative<WordOperation>(operations[first + count]))
+      count++;
     const CUresult result =
-        cuda.cuStreamBatchMemOp(stream_of(stream), static_cast<unsigned>(count), batch.data() + first, 0);
-    if (result != CUDA_SUCCESS)
+        cuda.cuStreamBatchMemOp(stream_of(stream), static_cast<unsigned>(count), words.data() + word, 0);
+    if (result != CUDA_SUCCESS) {
+      const auto& [name, address, value] = std::get<WordOperation>(operations[first]);
       cuda.check(result, "cuStreamBatchMemOp",
-                 std::to_string(count) + " operations, the first " + std::get<0>(operations[first]) + " at " +
-                     address_text(std::get<1>(operations[first])));
+                 std::to_string(count) + " operations, the first " + name + " at " + address_text(address));
+    }
+    first += count;
+    word += count;
   }
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 namespace epv2 {
@@ -26,12 +27,35 @@ class Stream {
   CUstream stream_ = nullptr;
 };
 
-// (name, address, value): "write32", "write64", "wait32_eq", "wait32_geq" (cyclic: the difference is not negative).
-using MemoryOperation = std::tuple<std::string, uintptr_t, uint64_t>;
+// What a stream had been given when it was recorded. One that is done with is given to the next who wants one, which
+// streams do not mind that were told to wait for it.
+class Event {
+ public:
+  Event();
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  uintptr_t handle() const { return reinterpret_cast<uintptr_t>(event_); }
+
+ private:
+  CUcontext context_ = nullptr;
+  CUevent event_ = nullptr;
+};
+
+// (name, address, value): "write32", "write64", "wait32_eq", "wait32_geq" (cyclic: the difference is not negative); or
+// ("copy", target, source, bytes); or ("after", stream): go on after all that this stream has been given so far; or
+// ("before", stream): let that one go on only after all that was put on this one before; or ("record", event),
+// ("await", event).
+using WordOperation = std::tuple<std::string, uintptr_t, uint64_t>;
+using CopyOperation = std::tuple<std::string, uintptr_t, uintptr_t, size_t>;
+using OrderOperation = std::tuple<std::string, uintptr_t>;
+using StreamOperation = std::variant<WordOperation, CopyOperation, OrderOperation>;
 
 void copy(uintptr_t target, uintptr_t source, size_t num_bytes, uintptr_t stream);
 void fill(uintptr_t target, int byte, size_t num_bytes, uintptr_t stream);
-void memory_operations(uintptr_t stream, const std::vector<MemoryOperation>& operations);
+// All of them, in order. Words that follow each other are one call of the driver.
+void stream_operations(uintptr_t stream, const std::vector<StreamOperation>& operations);
 
 uintptr_t current_context();
 void set_context(uintptr_t context);

@@ -889,16 +889,19 @@ class ElasticBuffer:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name} is {tensor.dtype}: must be {' or '.join(str(d) for d in dtypes)}")
-        backend = self._open()
-        if tensor.device != backend.device:
-            takes = "CPU tensors" if backend.device.type == "cpu" else f"tensors on {backend.device}"
-            raise ValueError(f"{name} is on {tensor.device}: the {backend.name} backend takes {takes}")
+        self._check_device(name, tensor)
         fits = tensor.dim() == len(shape) and all(
             want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
         )
         if not fits:
             wanted = ", ".join("any" if want is None else str(want) for want in shape)
             raise ValueError(f"{name} has shape {list(tensor.shape)}: must be [{wanted}]")
+
+    def _check_device(self, name: str, tensor: torch.Tensor) -> None:
+        backend = self._open()
+        if tensor.device != backend.device:
+            takes = "CPU tensors" if backend.device.type == "cpu" else f"tensors on {backend.device}"
+            raise ValueError(f"{name} is on {tensor.device}: the {backend.name} backend takes {takes}")
 
     # ---- point-to-point, all-gather and reduce-scatter ----------------------------------------------------------
 
@@ -930,7 +933,6 @@ class ElasticBuffer:
         self._open().point_to_point.configure(max_tensor_bytes, max_inflight)
         self._max_tensor_bytes = max_tensor_bytes
 
-    @torch.no_grad()
     def pp_send(
         self,
         t: torch.Tensor,
@@ -965,7 +967,6 @@ class ElasticBuffer:
         event = self._open().point_to_point.send(t, dst_rank, channel, copy=not async_with_compute_stream)
         return EventOverlap(event)
 
-    @torch.no_grad()
     def pp_recv(
         self,
         t: torch.Tensor,
@@ -998,7 +999,7 @@ class ElasticBuffer:
             raise RuntimeError("call pp_set_config before pp_send and pp_recv")
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"t must be a tensor, got {type(t).__name__}")
-        self._check_tensor("t", t, (t.dtype,), tuple(t.shape))
+        self._check_device("t", t)
         if not 0 <= peer < self.num_ranks or peer == self.rank_idx:
             raise ValueError(
                 f"{name} = {peer}: must be another rank of the group (0 to {self.num_ranks - 1}, not {self.rank_idx})"

@@ -339,7 +339,20 @@ class WindowLayout:
 
 
 RING_ALIGNMENT = 256  # bytes; slots of a ring, and the tensors behind a session's words, begin at multiples of it
-RECORD_BYTES = 64  # what a receiver is told about a tensor: four words of 64 bits, then one of 32, or a seal
+RECORD_BYTES = (
+    64  # what a receiver is told of a tensor: four words of 64 bits, then one of 32 for each piece, or a seal
+)
+MOST_PIECES = 8
+# A copy of this takes as long as the calls of the driver for one more piece.
+LEAST_PIECE_BYTES = 8 << 20
+PIECE_ALIGNMENT = 64 << 10
+
+
+def pieces_of(num_bytes: int) -> list[tuple[int, int]]:
+    """(offset, bytes) of what of a tensor is copied by itself: one is received while the next is staged."""
+    count = min(max(1, num_bytes // LEAST_PIECE_BYTES), MOST_PIECES)
+    step = align(max(1, -(-num_bytes // count)), PIECE_ALIGNMENT)
+    return [(offset, min(step, num_bytes - offset)) for offset in range(0, max(1, num_bytes), step)]
 
 
 def ring_slot_bytes(max_tensor_bytes: int) -> int:
@@ -353,7 +366,8 @@ class RingLayout:
     Between nodes (`far`) there are as many rings for tensors from other nodes, and words for each slot.
 
     Attributes:
-        slots: where rings begin, one of `ring_bytes` bytes after the other. arrivals: those from other nodes, likewise.
+        max_inflight: slots of a ring. slots: where rings begin, one of `ring_bytes` bytes after the other.
+        arrivals: those from other nodes, likewise.
         end: behind the last.
     """
 
@@ -367,7 +381,7 @@ class RingLayout:
         num_rings: int,
         far: bool = False,
     ):
-        self._channels, self._inflight = num_channels, max_inflight
+        self._channels, self.max_inflight = num_channels, max_inflight
         records, links = RECORD_BYTES * num_ranks * num_channels * max_inflight, 4 * num_ranks * num_channels
         sections = _Sections(0)
         self._inbox, self._outbox = sections.take(records), sections.take(records)
@@ -398,7 +412,7 @@ class RingLayout:
         return self._landed + 4 * self._slot(rank, channel, number)
 
     def _slot(self, rank: int, channel: int, number: int) -> int:
-        return (rank * self._channels + channel) * self._inflight + number % self._inflight
+        return (rank * self._channels + channel) * self.max_inflight + number % self.max_inflight
 
 
 # SMs of a reduce-scatter unless its caller says: one reads 150 GB/s while few are busy, so that these keep up with the

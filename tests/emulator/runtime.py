@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import itertools
 import mmap
 import os
 import queue
@@ -19,6 +20,7 @@ import re
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.elastic.backends.device import Meeting, StreamOp, node_of
+from epv2_plugin.elastic.backends.device import CopyOp, Meeting, OrderOp, StreamOp, node_of
 
 TESTS = Path(__file__).resolve().parents[1]
 SOURCES = TESTS.parent / "csrc" / "kernels"
@@ -99,6 +101,15 @@ class Mapped:
 
     tensor: torch.Tensor
     pointer: int
+
+
+class Event(threading.Event):
+    """Set when a stream comes to it."""
+
+    @property
+    def handle(self) -> int:
+        """What operations call it."""
+        return id(self)
 
 
 class Stream:
@@ -294,6 +305,7 @@ class EmulatedRuntime:
         self._transports: list[EmulatedTransport] = []
         self._mapped: list[Mapped] = []
         self._streams: list[Stream] = []
+        self._events: weakref.WeakValueDictionary[int, Event] = weakref.WeakValueDictionary()
         self._of_thread = threading.local()
         self._closing = False
         self.meeting = Meeting(group, limit_seconds)
@@ -411,26 +423,44 @@ class EmulatedRuntime:
         """Set bytes on the current stream."""
         self.do(lambda: ctypes.memset(target, byte, num_bytes))
 
-    def stream_ops(self, operations: Sequence[StreamOp]) -> None:
-        """Write words and wait for words on the current stream.
+    def stream_ops(self, operations: Sequence[StreamOp | CopyOp | OrderOp], stream: Stream | None = None) -> None:
+        """Write words, wait for words and streams, and copy on a stream, None = the current one.
 
         Raises:
-            RuntimeError: the address is not this rank's own, or (on its stream) no value came within `limit_seconds`.
+            RuntimeError: a word is not this rank's own, or (on its stream) no value came within `limit_seconds`.
         """
         own = [window.tensor for window in self._windows] + [mapped.tensor for mapped in self._mapped]
-        for name, address, _ in operations:
-            if not any(0 <= address - memory.data_ptr() < memory.numel() for memory in own):
+        for name, address, *_ in operations:
+            if name.startswith(("write", "wait")) and not any(
+                0 <= address - memory.data_ptr() < memory.numel() for memory in own
+            ):
                 raise RuntimeError(f"{name} at {address:#x}: neither in a window of this rank nor in mapped memory")
-
-        def run() -> None:
-            for name, address, value in operations:
-                if name.startswith("write"):
-                    word = ctypes.c_uint64 if name == "write64" else ctypes.c_uint32
-                    word.from_address(address).value = value
+        stream = stream or self.current_stream()
+        for ordered, group in itertools.groupby(operations, lambda each: len(each) == 2):
+            if not ordered:
+                self._put(functools.partial(self._run, [*group]), stream)
+                continue
+            for name, handle, *_ in group:
+                if name in ("after", "before"):
+                    other = self._streams[handle - 1] if handle else None
+                    earlier, later = (other, stream) if name == "after" else (stream, other)
+                    event = Event()
+                    self._put(event.set, earlier)
+                    self._put(functools.partial(self._wait_event, event), later)
+                elif name == "record":
+                    self._put(self._events[handle].set, stream)
                 else:
-                    self._wait_word(name, address, value)
+                    self._put(functools.partial(self._wait_event, self._events[handle]), stream)
 
-        self.do(run)
+    def _run(self, operations: Sequence[Any]) -> None:
+        for name, address, value, *rest in operations:
+            if name == "copy":
+                ctypes.memmove(address, value, *rest)
+            elif name.startswith("write"):
+                word = ctypes.c_uint64 if name == "write64" else ctypes.c_uint32
+                word.from_address(address).value = value
+            else:
+                self._wait_word(name, address, value)
 
     def _wait_word(self, name: str, address: int, value: int) -> None:
         word = ctypes.c_uint32.from_address(address)
@@ -473,8 +503,15 @@ class EmulatedRuntime:
         """None: the calling thread itself."""
         return getattr(self._of_thread, "stream", None)
 
-    def do(self, work: Callable[[], None]) -> None:
+    def current_handle(self) -> int:
+        """0: the calling thread itself."""
         stream = self.current_stream()
+        return 0 if stream is None else self._streams.index(stream) + 1
+
+    def do(self, work: Callable[[], None]) -> None:
+        self._put(work, self.current_stream())
+
+    def _put(self, work: Callable[[], None], stream: Stream | None) -> None:
         if stream is None:
             self._raise()
             work()
@@ -490,23 +527,28 @@ class EmulatedRuntime:
         """Never: there are no graphs."""
         return False
 
-    def record(self) -> threading.Event:
-        """An event that is set when the current stream comes to it."""
-        event = threading.Event()
-        self.do(event.set)
+    def event(self) -> Event:
+        """One to be recorded by `stream_ops`."""
+        event = Event()
+        self._events[event.handle] = event
         return event
 
-    def wait(self, event: threading.Event) -> None:
-        """Let the current stream wait for an event."""
+    def record(self, stream: Stream | None = None) -> Event:
+        """An event that is set when a stream, None = the current one, comes to it."""
+        event = self.event()
+        self.stream_ops([("record", event.handle)], stream)
+        return event
 
-        def run() -> None:
-            deadline = time.monotonic() + self._limit_seconds
-            while not event.wait(0.1):
-                if self._closing or time.monotonic() > deadline:
-                    self._raise()
-                    raise RuntimeError(f"rank {self.rank}: an event did not come within {self._limit_seconds} s")
+    def wait(self, event: Event, stream: Stream | None = None) -> None:
+        """Let a stream, None = the current one, wait for an event."""
+        self.stream_ops([("await", event.handle)], stream)
 
-        self.do(run)
+    def _wait_event(self, event: Event) -> None:
+        deadline = time.monotonic() + self._limit_seconds
+        while not event.wait(0.1):
+            if self._closing or time.monotonic() > deadline:
+                self._raise()
+                raise RuntimeError(f"rank {self.rank}: an event did not come within {self._limit_seconds} s")
 
     def close(self, abandon: bool = False) -> None:
         """End the streams and forget windows and networks; kernels that use their handles fail from now on."""

@@ -9,7 +9,7 @@
 
 namespace {
 
-int context, module_handle, function, stream;  // their addresses are the handles
+int context, module_handle, function, stream, event;  // their addresses are the handles
 
 CUresult answer(const char* name) { return listed("FAKE_FAIL", name) ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS; }
 
@@ -110,6 +110,22 @@ CUresult cuMemcpyBatchAsync(CUdeviceptr* to, CUdeviceptr* from, size_t* sizes, s
 #undef cuMemcpyBatchAsync
 CUresult cuMemcpyBatchAsync() { return CUDA_ERROR_NOT_SUPPORTED; }
 #endif
+
+CUresult cuEventCreate(CUevent* made, unsigned flags) {
+  note("cuEventCreate %u", flags);
+  *made = reinterpret_cast<CUevent>(&event);
+  return answer("cuEventCreate");
+}
+
+CUresult cuEventRecord(CUevent, CUstream on) {
+  note("cuEventRecord stream=%zu", reinterpret_cast<size_t>(on));
+  return answer("cuEventRecord");
+}
+
+CUresult cuStreamWaitEvent(CUstream on, CUevent, unsigned flags) {
+  note("cuStreamWaitEvent stream=%zu flags=%u", reinterpret_cast<size_t>(on), flags);
+  return answer("cuStreamWaitEvent");
+}
 
 CUresult cuStreamBatchMemOp(CUstream on, unsigned count, CUstreamBatchMemOpParams* operations, unsigned flags) {
   note("cuStreamBatchMemOp %u flags=%u stream=%zu", count, flags, reinterpret_cast<size_t>(on));

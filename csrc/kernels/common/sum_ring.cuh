@@ -136,7 +136,6 @@ __device__ __forceinline__ uint4 narrow(const Wide* in) {
 
 // What a consumer does beside adding: nothing.
 struct AddOnly {
-  __device__ __forceinline__ void before_release() const {}
   __device__ __forceinline__ Wide finish(Wide sum) const { return sum; }
 };
 
@@ -183,7 +182,9 @@ __device__ inline void consume(const Ring& ring, int consumer, int last_vectors,
         for (int i = 0; i < kPerVector; i++) sum[v][i] += value[i];
       }
     }
-    work.before_release();
+    // Values as wide as their sum begin one as they are: no instruction has waited for these by now, and the next bulk
+    // load into their slot must not overtake the reads.
+    if constexpr (kPerVector * sizeof(Wide) == 16) fence_proxy_async_shared();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(ring.empty(slot));
     at += ring.piece_bytes;

@@ -13,11 +13,6 @@ namespace {
 struct Scaled {
   Wide factor;
 
-  // Values as wide as their sum begin one as they are: no instruction has waited for these by now, and the next bulk
-  // load into their slot must not overtake the reads.
-  __device__ __forceinline__ void before_release() const {
-    if constexpr (sizeof(Wide) == sizeof(Value)) fence_proxy_async_shared();
-  }
   __device__ __forceinline__ Wide finish(Wide sum) const { return sum * factor; }
 };
 

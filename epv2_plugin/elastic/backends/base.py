@@ -33,7 +33,12 @@ def machine_name() -> str:
 
 def describe(tensor: torch.Tensor) -> str:
     """Shape and dtype of a tensor as text: "[4, 8] bfloat16"."""
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return describe_kind(tensor.shape, tensor.dtype)
+
+
+def describe_kind(shape: torch.Size, dtype: torch.dtype) -> str:
+    """The same of tensors yet to come."""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
 @dataclass

@@ -4,6 +4,7 @@ A rank keeps a ring of slots in its window for each link (destination, channel).
 slot and then writes a record into the receiver's window: number, dtype and shape, and behind them the word `ready`, a
 hash of these. The receiver's stream waits for exactly that word, copies the tensor out of the sender's slot, and tells
 the sender how many it has taken. That is the credit: the send that wants the slot again waits for it, on its stream.
+A large tensor goes so in pieces, each with a word of its own, of which one is copied out while the next is copied in.
 
 Streams write words only into their own rank's memory; a copy brings them to the peer, as data. Every link has a stream
 for each direction. Where a ring lies the sender says once, through torch's store; receives that are posted before that
@@ -17,6 +18,8 @@ not of the link, as two of the link could come in the other order.
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import struct
 import threading
@@ -30,14 +33,14 @@ from typing import Any
 import torch
 
 from epv2_plugin.elastic import sizing
-from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic, describe
+from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic, describe_kind
 from epv2_plugin.elastic.backends.courier import SEAL_BYTES, Courier
-from epv2_plugin.elastic.backends.device import Put, Runtime, StreamOp, Window, node_of
+from epv2_plugin.elastic.backends.device import CopyOp, Event, OrderOp, Put, Runtime, StreamOp, Window, node_of
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
 from epv2_plugin.elastic.sizing import RingLayout, align
 
-_HEADER_WORDS = 4  # 64 bits each: number, what, and two of dimensions
+_HEADER_BYTES = 32  # words of 64 bits: number, what, and two of dimensions
 _DIMENSION_BYTES = 16
 _TOO_LONG = 1 << 16  # in `what`: the dimensions do not fit
 _DTYPES = sorted(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
@@ -47,18 +50,36 @@ _USUAL_RINGS = 4  # two peers, activations and gradients to each
 _LEAST_CONNECTIONS, _ENOUGH_CONNECTIONS = 10, 32
 
 
-def header(number: int, tensor: torch.Tensor) -> list[int]:
-    """Words of 64 bits that say which tensor it is."""
-    packed = bytearray()
-    for size in tensor.shape:  # seven bits a byte, the last of a size without the eighth
-        while size > 127:
-            packed.append(size & 127 | 128)
-            size >>= 7
-        packed.append(size)
-    what = _DTYPES.index(str(tensor.dtype)) | tensor.dim() << 8
-    if len(packed) > _DIMENSION_BYTES:
-        what, packed = what | _TOO_LONG, bytearray()
-    return [number, what, *struct.unpack("<2Q", packed.ljust(_DIMENSION_BYTES, b"\0"))]
+class Kind:
+    """What all tensors of one shape and dtype have in common.
+
+    Attributes:
+        text: "[4, 8] bfloat16". words: 64 bits each, what a record says of them behind the number.
+        num_bytes, pieces: of a tensor, see `sizing.pieces_of`.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype):
+        self.text = describe_kind(shape, dtype)
+        packed = bytearray()
+        for size in shape:  # seven bits a byte, the last of a size without the eighth
+            while size > 127:
+                packed.append(size & 127 | 128)
+                size >>= 7
+            packed.append(size)
+        what = _DTYPES.index(str(dtype)) | len(shape) << 8
+        if len(packed) > _DIMENSION_BYTES:
+            what, packed = what | _TOO_LONG, bytearray()
+        self.words = (what, *struct.unpack("<2Q", packed.ljust(_DIMENSION_BYTES, b"\0")))
+        self._hash = zlib.crc32(self.text.encode())
+        self.num_bytes = math.prod(shape) * dtype.itemsize
+        self.pieces = sizing.pieces_of(self.num_bytes)
+
+    def ready(self, number: int, turn: int) -> int:
+        """The word that says in a record that tensor `number` is there, with `turn` as in `hash_word`."""
+        return _of_turn(zlib.crc32(b"%d" % number, self._hash), turn)
+
+
+kind_of = functools.lru_cache(maxsize=4096)(Kind)  # it takes longer than the rest of a send
 
 
 def header_text(words: bytes) -> str:
@@ -80,7 +101,11 @@ def header_text(words: bytes) -> str:
 
 def hash_word(text: str, turn: int) -> int:
     """A word of 32 bits for `text`, never 0 and never that of the turn before."""
-    return zlib.crc32(text.encode()) >> 8 << 8 | turn % 255 + 1
+    return _of_turn(zlib.crc32(text.encode()), turn)
+
+
+def _of_turn(value: int, turn: int) -> int:
+    return value >> 8 << 8 | turn % 255 + 1
 
 
 def same_turn(word: int, other: int) -> bool:
@@ -88,23 +113,90 @@ def same_turn(word: int, other: int) -> bool:
     return word & 255 == other & 255
 
 
-class _Outgoing:
-    """A link to a peer."""
+class _Link:
+    """One way between this rank and a peer on a channel. What every transfer needs to know is looked up here once.
 
-    def __init__(self, stream: Any, offset: int):
-        self.stream, self.offset = stream, offset  # of its ring in the window
-        self.arrivals: int | None = None  # where the ring of a receiver on another node is
-        self.next_peek = 0.0  # time to ask for that again
-        self.number = 0  # tensors so far
-        self.recent: deque[str] = deque()  # what lies in its slots, oldest first
+    Attributes:
+        lane: as in `Wait`. near: whether the peer is on this node, and so in `bases`: the windows of its ranks.
+        number: tensors so far.
+    """
 
-
-class _Incoming:
-    """A link from a peer. `deferred` receives wait until the peer has said where its ring is."""
-
-    def __init__(self, stream: Any, ring: int | None):
-        self.stream, self.ring = stream, ring  # address of the ring; here where the peer is on another node
+    def __init__(self, way: str, peer: int, channel: int, stream: Any, bases: dict[int, int], max_inflight: int):
+        self.peer, self.channel, self.stream, self.near = peer, channel, stream, peer in bases
+        self.lane = (way, peer, channel)
         self.number = 0
+        self._call = f"pp_send to rank {peer}" if way == "out" else f"pp_recv from rank {peer}"
+        end = f", channel {channel}" if channel else ""
+        self._places = [f"slot {n} of {max_inflight}{end}" for n in range(max_inflight)]
+
+    def phase(self, number: int) -> str:
+        """What a transfer is called in errors."""
+        return f"{self._call}, tensor #{number}, {self._places[number % len(self._places)]}"
+
+
+class _Outgoing(_Link):
+    """A link to a peer.
+
+    Attributes:
+        offset: of the ring in the window. slots, outboxes: addresses of its slots, and of their records.
+        inboxes: where these go at the peer: addresses where it is near, else bytes of the window.
+        taken: addresses of what the peer says it has taken, of each slot where it is not near.
+        arrivals: where the ring of a receiver on another node is. next_peek: time to ask for that again.
+        recent: what lies in its slots, oldest first.
+    """
+
+    def __init__(
+        self,
+        peer: int,
+        channel: int,
+        stream: Any,
+        bases: dict[int, int],
+        rank: int,
+        layout: RingLayout,
+        offset: int,
+    ):
+        super().__init__("out", peer, channel, stream, bases, layout.max_inflight)
+        own, numbers = bases[rank], range(layout.max_inflight)
+        self.offset = offset
+        self.slots = [own + offset + n * layout.slot_bytes for n in numbers]
+        self.outboxes = [own + layout.record(peer, channel, n, outgoing=True) for n in numbers]
+        self.inboxes = [bases.get(peer, 0) + layout.record(rank, channel, n, outgoing=False) for n in numbers]
+        self.taken = [own + layout.taken(peer, channel, outgoing=False)]
+        if not self.near:
+            self.taken = [own + layout.returned(peer, channel, n, outgoing=False) for n in numbers]
+        self.arrivals: int | None = None
+        self.next_peek = 0.0
+        self.recent: deque[Kind] = deque()
+
+
+class _Incoming(_Link):
+    """A link from a peer.
+
+    Attributes:
+        ring: its address, None until it is known; in this rank's window where the peer is on another node.
+        records: addresses of what the peer says of each slot. words: of those that say there that a piece is here.
+        taken, inbox: of a near peer, addresses of what this rank has taken, and of where the peer looks for that.
+        deferred: receives that wait until the peer has said where its ring is.
+    """
+
+    def __init__(
+        self,
+        peer: int,
+        channel: int,
+        stream: Any,
+        bases: dict[int, int],
+        rank: int,
+        layout: RingLayout,
+        ring: int | None,
+    ):
+        super().__init__("in", peer, channel, stream, bases, layout.max_inflight)
+        self.ring = ring
+        numbers = range(layout.max_inflight)
+        self.records = [bases[rank] + layout.record(peer, channel, n, outgoing=False) for n in numbers]
+        pieces = range(sizing.MOST_PIECES)
+        self.words = [[record + _HEADER_BYTES + 4 * piece for piece in pieces] for record in self.records]
+        self.taken = bases[rank] + layout.taken(peer, channel, outgoing=True)
+        self.inbox = bases.get(peer, 0) + layout.taken(rank, channel, outgoing=False)
         self.deferred: deque[_Receive] = deque()
         self.last: Wait | None = None
 
@@ -112,24 +204,29 @@ class _Incoming:
 class _Sent:
     """The event of a send: the peer has taken it."""
 
-    def __init__(self, owner: CudaPointToPoint, link: tuple[int, int], number: int, what: str):
-        self._owner, self._link, self._number, self._what = owner, link, number, what
+    def __init__(self, owner: CudaPointToPoint, link: _Outgoing, number: int, kind: Kind):
+        self._owner, self._link, self._number, self._kind = owner, link, number, kind
 
     def current_stream_wait(self) -> None:
         """Make the current stream wait. Raises CommunicationError where this rank knows that it will not come."""
-        self._owner.await_taken(*self._link, self._number, self._what)
+        self._owner.await_taken(self._link, self._number, self._kind)
 
 
 class _Receive:
-    """A receive and its event: the tensor holds data."""
+    """A receive and its event: the tensor holds data.
 
-    def __init__(self, owner: CudaPointToPoint, tensor: torch.Tensor, peer: int, channel: int, number: int):
-        self._owner, self.peer, self.channel, self.number = owner, peer, channel, number
+    Attributes:
+        before: event behind which it may write, None = where the current stream is. after: event, once it is put.
+    """
+
+    def __init__(self, owner: CudaPointToPoint, tensor: torch.Tensor, link: _Incoming, number: int):
+        self._owner, self.link, self.number = owner, link, number
         self.tensor, self.dense = tensor, tensor
         if not tensor.is_contiguous():
             self.dense = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        self.before = owner.runtime.record()
-        self.after: Any = None
+        self.kind = kind_of(tensor.shape, tensor.dtype)
+        self.before: Event | None = None
+        self.after: Event | None = None
 
     def current_stream_wait(self) -> None:
         """Make the current stream wait. Raises CommunicationError where this rank knows that it will not come."""
@@ -168,6 +265,7 @@ class CudaPointToPoint:
         self._outgoing: dict[tuple[int, int], _Outgoing] = {}
         self._incoming: dict[tuple[int, int], _Incoming] = {}
         self._lock = threading.RLock()  # of deferred receives, which the watch's thread puts on their streams, too
+        self._deferring = False  # whether there are any
 
     # ---- base.PointToPoint ------------------------------------------------------------------------------------------
 
@@ -175,9 +273,9 @@ class CudaPointToPoint:
         far = len(self._near) < self.runtime.size
         courier = self._courier() if far else None
         self.flush()
-        for (peer, channel), link in self._incoming.items():
+        for link in self._incoming.values():
             if link.deferred:
-                phase = self._phase("pp_recv", link.deferred[0].number, peer, channel)
+                phase = link.phase(link.deferred[0].number)
                 raise RuntimeError(f"pp_set_config before the event of {phase} was waited for")
             if link.last is not None:
                 self._watch.finish(link.last)
@@ -223,59 +321,63 @@ class CudaPointToPoint:
 
     def send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool) -> _Sent:
         self._begin("pp_send")
-        link = self._outgoing_link(peer, channel)
-        runtime, layout, number = self.runtime, self._layout, link.number
+        link = self._outgoing.get((peer, channel)) or self._outgoing_link(peer, channel)
+        runtime, number = self.runtime, link.number
+        index = number % self._max_inflight
         # A view of its own: the caller may give his tensor other memory (Megatron does) before the copy has run.
         dense = tensor.detach().contiguous()
-        what = describe(dense)
-        slot = self._bases[runtime.rank] + link.offset + number % self._max_inflight * layout.slot_bytes
-        record = layout.record(peer, channel, number, outgoing=True)
-        outbox = self._bases[runtime.rank] + record
-        inbox = layout.record(runtime.rank, channel, number, outgoing=False)
-        before = runtime.record()
-        wait = Wait(peer, self._phase("pp_send", number, peer, channel), "", ("out", peer, channel), keep=(dense,))
-        credit: list[StreamOp] = []
+        kind, current = kind_of(dense.shape, dense.dtype), runtime.current_handle()
+        ready = kind.ready(number, number // self._max_inflight)
+        wait = Wait(peer, link.phase(number), "", link.lane, keep=(dense,))
+        operations: list[StreamOp | CopyOp | OrderOp] = [("after", current)]
+        oldest = None  # what its slot was used for before
         if number >= self._max_inflight:
-            oldest = self._phase("pp_send", number - self._max_inflight, peer, channel)
-            wait.expected = f"rank {peer} to take {link.recent.popleft()} of {oldest}"
-            credit = [self._taken_wait(wait, peer, channel, number - self._max_inflight)]
-        link.recent.append(what)
-        ready = hash_word(f"#{number} {what}", number // self._max_inflight)
-        with runtime.on_stream(link.stream):
-            runtime.wait(before)
-            passed = self._watch.note(wait)
-            if credit:
-                runtime.stream_ops(credit)
-            if dense.nbytes:
-                runtime.copy(slot, dense.data_ptr(), dense.nbytes)
-            copied = runtime.record() if copy else None
-            words = [("write64", outbox + 8 * i, word) for i, word in enumerate(header(number, dense))]
-            if peer in self._near:
-                runtime.stream_ops([*words, ("write32", outbox + 8 * _HEADER_WORDS, ready), passed])
-                runtime.copy(self._bases[peer] + inbox, outbox, 8 * _HEADER_WORDS + 4)
-            else:
-                runtime.stream_ops([*words, passed])
-        if peer not in self._near:
-            self._send_far(wait, peer, channel, number, what, dense.nbytes, ready)
+            oldest = link.recent.popleft()
+            wait.expected = f"rank {peer} to take {oldest.text} of {link.phase(number - self._max_inflight)}"
+            operations.append(self._taken_wait(wait, link, number - self._max_inflight))
+        link.recent.append(kind)
+        slot, outbox, inbox, address = link.slots[index], link.outboxes[index], link.inboxes[index], dense.data_ptr()
+        operations.append(("write64", outbox, number))
+        if kind is not oldest:  # else they are there
+            operations += [("write64", outbox + 8 * i, word) for i, word in enumerate(kind.words, 1)]
+        passed = self._watch.note(wait)
+        begin, end = 0, _HEADER_BYTES + 4  # of the record: what the peer is told behind a piece
+        for offset, num_bytes in kind.pieces if link.near else [(0, kind.num_bytes)]:
+            if num_bytes:
+                operations.append(("copy", slot + offset, address + offset, num_bytes))
+            last = offset + num_bytes == kind.num_bytes
+            if copy and last:
+                operations.append(("before", current))
+            if link.near:
+                operations.append(("write32", outbox + end - 4, ready))
+            if last:
+                operations.append(passed)
+            if link.near:
+                operations.append(("copy", inbox + begin, outbox + begin, end - begin))
+                begin, end = end, end + 4
+        # One call: under MPS each call of the driver takes longer than the copy of a small tensor.
+        runtime.stream_ops(operations, link.stream)
+        if not link.near:
+            self._send_far(wait, link, number, kind, ready)
         link.number += 1
-        self._traffic.sent_bytes += dense.nbytes
-        self._traffic.undeduplicated_bytes += dense.nbytes
+        self._traffic.sent_bytes += kind.num_bytes
+        self._traffic.undeduplicated_bytes += kind.num_bytes
         if copy:
-            runtime.wait(copied)
             self._watch.check()
-        return _Sent(self, (peer, channel), number, what)
+        return _Sent(self, link, number, kind)
 
     def receive(self, tensor: torch.Tensor, peer: int, channel: int) -> _Receive:
         self._begin("pp_recv")
-        with self._lock:
-            if (peer, channel) not in self._incoming:
-                ring = None if peer in self._near else self._ring_for(peer, channel)
-                self._incoming[peer, channel] = _Incoming(self._stream("in", peer, channel), ring)
-            link = self._incoming[peer, channel]
-        receive = _Receive(self, tensor, peer, channel, link.number)
+        link = self._incoming.get((peer, channel)) or self._incoming_link(peer, channel)
+        receive = _Receive(self, tensor, link, link.number)
         with self._lock:
             link.number += 1
+            if link.ring is not None and not link.deferred:
+                self._put(link, link.ring, receive)
+                return receive
+            receive.before = self.runtime.record()
             link.deferred.append(receive)
+            self._deferring = True
         if not self._put_deferred():
             self._watch.repeat(self._put_deferred)
         return receive
@@ -284,27 +386,25 @@ class CudaPointToPoint:
         self._watch.check()
         self._put_deferred()
         waits = []
-        for (peer, channel), link in self._outgoing.items():
+        for link in self._outgoing.values():
             recent = list(enumerate(link.recent, link.number - len(link.recent)))
-            for number, what in recent[-1:] if peer in self._near else recent:
-                phase = self._phase("pp_send", number, peer, channel)
-                wait = Wait(peer, phase, f"rank {peer} to take {what}", ("out", peer, channel))
-                with self.runtime.on_stream(link.stream):
-                    taken = self._taken_wait(wait, peer, channel, number)
-                    self.runtime.stream_ops([taken, self._watch.note(wait)])
+            for number, kind in recent[-1:] if link.near else recent:
+                wait = Wait(link.peer, link.phase(number), f"rank {link.peer} to take {kind.text}", link.lane)
+                taken = self._taken_wait(wait, link, number)
+                self.runtime.stream_ops([taken, self._watch.note(wait)], link.stream)
                 waits.append(wait)
         for wait in waits:
             self._watch.finish(wait)
 
     # ---- events -----------------------------------------------------------------------------------------------------
 
-    def await_taken(self, peer: int, channel: int, number: int, what: str) -> None:
-        """Make the current stream wait until `peer` has taken a tensor."""
+    def await_taken(self, link: _Outgoing, number: int, kind: Kind) -> None:
+        """Make the current stream wait until a peer has taken a tensor."""
         self._watch.check()
         self._put_deferred()
-        phase = self._phase("pp_send", number, peer, channel)
-        wait = Wait(peer, phase, f"rank {peer} to take {what}", ("current", self.runtime.current_stream()))
-        taken = self._taken_wait(wait, peer, channel, number)
+        lane = ("current", self.runtime.current_stream())
+        wait = Wait(link.peer, link.phase(number), f"rank {link.peer} to take {kind.text}", lane)
+        taken = self._taken_wait(wait, link, number)
         self.runtime.stream_ops([taken, self._watch.note(wait)])
         self._watch.check()
 
@@ -312,13 +412,13 @@ class CudaPointToPoint:
         """Make the current stream wait until a tensor is there."""
         self._watch.check()
         if receive.after is None:
-            link, peer, channel = self._incoming[receive.peer, receive.channel], receive.peer, receive.channel
-            phase = self._phase("pp_recv", receive.number, peer, channel)
-            expected = f"#{receive.number} {describe(receive.dense)}"
-            offset = self._watch.await_post(self._key(peer, self.runtime.rank, channel), peer, phase, expected)
+            link, key = receive.link, self._key(receive.link.peer, self.runtime.rank, receive.link.channel)
+            expected = f"#{receive.number} {receive.kind.text}"
+            offset = self._watch.await_post(key, link.peer, link.phase(receive.number), expected)
             with self._lock:
-                link.ring = self._bases[peer] + int(offset)
+                link.ring = self._bases[link.peer] + int(offset)
                 self._put_deferred()
+        assert receive.after is not None
         self.runtime.wait(receive.after)
         self._watch.check()
 
@@ -344,15 +444,24 @@ class CudaPointToPoint:
         return f"pp_set_config #{self._configured}/ring {source} {target} {channel}"
 
     def _outgoing_link(self, peer: int, channel: int) -> _Outgoing:
-        """The link, with a ring; the first send takes the next free one and tells the receiver."""
-        if (peer, channel) not in self._outgoing:
-            used, layout = len(self._outgoing), self._layout
-            self._check_rings(f"dst_rank {peer}, channel {channel}", "to", [*self._outgoing])
-            offset = layout.slots + used * layout.ring_bytes
-            self._outgoing[peer, channel] = _Outgoing(self._stream("out", peer, channel), offset)
-            if peer in self._near:
-                self.runtime.meeting.post(self._key(self.runtime.rank, peer, channel), str(offset))
-        return self._outgoing[peer, channel]
+        """A new link, with the next free ring, of which the receiver is told."""
+        layout, rank = self._layout, self.runtime.rank
+        self._check_rings(f"dst_rank {peer}, channel {channel}", "to", [*self._outgoing])
+        offset = layout.slots + len(self._outgoing) * layout.ring_bytes
+        stream = self._stream("out", peer, channel)
+        link = self._outgoing[peer, channel] = _Outgoing(peer, channel, stream, self._bases, rank, layout, offset)
+        if link.near:
+            self.runtime.meeting.post(self._key(rank, peer, channel), str(offset))
+        return link
+
+    def _incoming_link(self, peer: int, channel: int) -> _Incoming:
+        """A new link; where the sender is on another node, with the next free ring, of which he is told."""
+        with self._lock:
+            ring = None if peer in self._near else self._ring_for(peer, channel)
+            stream, rank = self._stream("in", peer, channel), self.runtime.rank
+            link = _Incoming(peer, channel, stream, self._bases, rank, self._layout, ring)
+            self._incoming[peer, channel] = link
+        return link
 
     def _ring_for(self, peer: int, channel: int) -> int:
         """Address of the next free ring for tensors from another node, after the sender was told."""
@@ -371,15 +480,12 @@ class CudaPointToPoint:
                 f"and they are in use ({names}); {used + 1} need num_bytes = {num_bytes}"
             )
 
-    def _send_far(
-        self, staged: Wait, peer: int, channel: int, number: int, what: str, num_bytes: int, ready: int
-    ) -> None:
+    def _send_far(self, staged: Wait, link: _Outgoing, number: int, kind: Kind, ready: int) -> None:
         """Put a tensor, and the record behind it, into another node once they are staged and it is known where."""
-        rank, layout, link = self.runtime.rank, self._layout, self._outgoing[peer, channel]
-        inside = number % self._max_inflight * layout.slot_bytes
-        outbox = layout.record(peer, channel, number, outgoing=True)
-        inbox = layout.record(rank, channel, number, outgoing=False)
-        key = self._key(rank, peer, channel)
+        rank, peer, index = self.runtime.rank, link.peer, number % self._max_inflight
+        inside = index * self._layout.slot_bytes
+        outbox = link.outboxes[index] - self._bases[rank]
+        key = self._key(rank, peer, link.channel)
 
         def puts() -> list[Put] | None:
             if link.arrivals is None:
@@ -389,16 +495,17 @@ class CudaPointToPoint:
                 if (offset := self.runtime.meeting.peek(key)) is None:
                     return None
                 link.arrivals = int(offset)
-            data = [(peer, link.arrivals + inside, link.offset + inside, num_bytes)] if num_bytes else []
-            return [*data, (peer, inbox, outbox, 8 * _HEADER_WORDS + SEAL_BYTES)]
+            data = [(peer, link.arrivals + inside, link.offset + inside, kind.num_bytes)] if kind.num_bytes else []
+            return [*data, (peer, link.inboxes[index], outbox, _HEADER_BYTES + SEAL_BYTES)]
 
-        phase = self._phase("pp_send", number, peer, channel)
-        done = Wait(peer, phase, f"{what} to reach rank {peer}", ("put", peer, channel))
-        seal = (self._bases[rank] + outbox + 8 * _HEADER_WORDS, ready)
+        done = Wait(peer, link.phase(number), f"{kind.text} to reach rank {peer}", ("put", peer, link.channel))
+        seal = (link.outboxes[index] + _HEADER_BYTES, ready)
         self._courier().send(staged, done, self._registered, puts, seal)
 
     def _put_deferred(self) -> bool:
         """Put receives on their streams whose rings are known by now; whether none is left."""
+        if not self._deferring:
+            return True
         with self._lock:
             for (peer, channel), link in self._incoming.items():
                 if link.deferred and link.ring is None:
@@ -407,78 +514,91 @@ class CudaPointToPoint:
                         link.ring = self._bases[peer] + int(offset)
                 while link.deferred and link.ring is not None:
                     self._put(link, link.ring, link.deferred.popleft())
-            return not any(link.deferred for link in self._incoming.values())
+            self._deferring = any(link.deferred for link in self._incoming.values())
+            return not self._deferring
 
     def _put(self, link: _Incoming, ring: int, receive: _Receive) -> None:
-        runtime, layout, dense = self.runtime, self._layout, receive.dense
-        peer, channel, number = receive.peer, receive.channel, receive.number
-        slot = ring + number % self._max_inflight * layout.slot_bytes
-        own = self._bases[runtime.rank]
-        record = own + layout.record(peer, channel, number, outgoing=False)
-        expected = f"#{number} {describe(dense)}"
-        ready = hash_word(expected, number // self._max_inflight)
+        runtime, dense, number, kind = self.runtime, receive.dense, receive.number, receive.kind
+        peer, index, address = link.peer, number % self._max_inflight, dense.data_ptr()
+        slot, record = ring + index * self._layout.slot_bytes, link.records[index]
+        ready = kind.ready(number, number // self._max_inflight)
+        pieces = kind.pieces if link.near else [(0, kind.num_bytes)]
+        words = link.words[index][: len(pieces)]
 
-        def judge(words: bytes) -> tuple[int, str] | None:
-            (seen,) = struct.unpack_from("<I", words, 8 * _HEADER_WORDS)
-            if seen == ready:
-                return None
-            return (peer, header_text(words) if same_turn(seen, ready) else "")
+        def judge(seen: bytes) -> tuple[int, str] | None:
+            first, *others = struct.unpack_from(f"<{len(pieces)}I", seen, _HEADER_BYTES)
+            if first != ready:
+                return (peer, header_text(seen) if same_turn(first, ready) else "")
+            return None if all(other == ready for other in others) else (peer, "")
 
-        def is_here(words: bytes) -> tuple[int, str] | None:
-            return None if struct.unpack("<I", words) == (ready,) else (peer, "")
-
-        phase, lane = self._phase("pp_recv", number, peer, channel), ("in", peer, channel)
-        word = record + 8 * _HEADER_WORDS
+        # What is copied then must not look like a result, nor what was copied before.
+        spoil = [(slot, kind.num_bytes)] if kind.num_bytes else []
+        if len(pieces) > 1:
+            spoil.append((address, kind.num_bytes))
         wait = Wait(
             peer,
-            phase,
-            expected,
-            lane,
-            look=(record, 8 * _HEADER_WORDS + 4),
+            link.phase(number),
+            f"#{number} {kind.text}",
+            link.lane,
+            look=(record, _HEADER_BYTES + 4 * len(pieces)),
             judge=judge,
-            release=[("write32", word, ready)],
-            # What is copied then must not look like a result.
-            spoil=[(slot, dense.nbytes)] if dense.nbytes else [],
+            release=[("write32", word, ready) for word in words],
+            spoil=spoil,
             keep=(dense,),
         )
-        with runtime.on_stream(link.stream):
-            runtime.wait(receive.before)
-            if peer in self._near:
-                passed = self._watch.note(wait)
-                runtime.stream_ops([("wait32_eq", word, ready)])
-            else:
-                landed = own + layout.landed(peer, channel, number)
-                seen = wait  # which may have passed as soon as it is noted
-                wait = replace(seen, look=(landed, 4), judge=is_here, release=[("write32", landed, ready)])
-                self._courier().expect(seen, word, ready, landed)
-                passed = self._watch.note(wait)
-                runtime.stream_ops([("wait32_eq", landed, ready)])
-            if dense.nbytes:
-                runtime.copy(dense.data_ptr(), slot, dense.nbytes)
-            if peer in self._near:
-                outbox = own + layout.taken(peer, channel, outgoing=True)
-                runtime.stream_ops([("write32", outbox, number + 1 & 0xFFFFFFFF), passed])
-                receive.after = runtime.record()
-                runtime.copy(self._bases[peer] + layout.taken(runtime.rank, channel, outgoing=False), outbox, 4)
-            else:
-                outbox = layout.returned(peer, channel, number, outgoing=True)
-                runtime.stream_ops([("write32", own + outbox, self._turn(number)), passed])
-                receive.after = runtime.record()
-                inbox = layout.returned(runtime.rank, channel, number, outgoing=False)
-                done = Wait(peer, phase, f"rank {peer} to know that {describe(dense)} was taken", ("put", *lane))
-                self._courier().send(wait, done, self._registered, lambda: [(peer, inbox, outbox, 4)])
-                self._traffic.network_bytes += dense.nbytes
-                self._traffic.direct_network_bytes += dense.nbytes
-        link.last = wait
-
-    def _taken_wait(self, wait: Wait, peer: int, channel: int, number: int) -> StreamOp:
-        """The wait until `peer` has taken a tensor, with what `wait` must know to end it."""
-        own = self._bases[self.runtime.rank]
-        if peer in self._near:
-            address, count = own + self._layout.taken(peer, channel, outgoing=False), number + 1 & 0xFFFFFFFF
+        operations: list[StreamOp | CopyOp | OrderOp] = []
+        if receive.before is None:
+            operations.append(("after", runtime.current_handle()))
         else:
-            address = own + self._layout.returned(peer, channel, number, outgoing=False)
-            count = self._turn(number)
+            operations.append(("await", receive.before.handle))
+        if not link.near:
+            landed = self._bases[runtime.rank] + self._layout.landed(peer, link.channel, number)
+            wait, words = self._expect_far(link, wait, words[0], ready, landed), [landed]
+        for piece, (offset, num_bytes) in enumerate(pieces):
+            operations.append(("wait32_eq", words[piece], ready))
+            if num_bytes:
+                operations.append(("copy", address + offset, slot + offset, num_bytes))
+        passed = self._watch.note(wait)
+        after = runtime.event()
+        operations.append(("record", after.handle))
+        if link.near:
+            operations += [("write32", link.taken, number + 1 & 0xFFFFFFFF), passed]
+            if len(pieces) > 1:  # a smaller tensor leaves these as they are, and some turn has the same words again
+                operations += [("write32", word, 0) for word in words[1:]]
+            operations.append(("copy", link.inbox, link.taken, 4))
+        runtime.stream_ops(operations, link.stream)
+        receive.after, link.last = after, wait  # only now: another thread may wait for it at once
+        if not link.near:
+            self._return_far(link, wait, passed, number, kind)
+
+    def _expect_far(self, link: _Incoming, seen: Wait, word: int, ready: int, landed: int) -> Wait:
+        """Let the link's stream wait for a record of another node; returns the wait for what it seals."""
+
+        def judge(words: bytes) -> tuple[int, str] | None:
+            return None if struct.unpack("<I", words) == (ready,) else (link.peer, "")
+
+        # Of its own: `seen` may have passed as soon as it is noted.
+        wait = replace(seen, look=(landed, 4), judge=judge, release=[("write32", landed, ready)])
+        with self.runtime.on_stream(link.stream):
+            self._courier().expect(seen, word, ready, landed)
+        return wait
+
+    def _return_far(self, link: _Incoming, taken: Wait, passed: StreamOp, number: int, kind: Kind) -> None:
+        """Tell a rank of another node that a tensor was taken, with what marks that `taken` has passed."""
+        rank, peer, channel, layout = self.runtime.rank, link.peer, link.channel, self._layout
+        outbox = layout.returned(peer, channel, number, outgoing=True)
+        inbox = layout.returned(rank, channel, number, outgoing=False)
+        self.runtime.stream_ops([("write32", self._bases[rank] + outbox, self._turn(number)), passed], link.stream)
+        expected = f"rank {peer} to know that {kind.text} was taken"
+        done = Wait(peer, taken.phase, expected, ("put", "in", peer, channel))
+        self._courier().send(taken, done, self._registered, lambda: [(peer, inbox, outbox, 4)])
+        self._traffic.network_bytes += kind.num_bytes
+        self._traffic.direct_network_bytes += kind.num_bytes
+
+    def _taken_wait(self, wait: Wait, link: _Outgoing, number: int) -> StreamOp:
+        """The wait until a peer has taken a tensor, with what `wait` must know to end it."""
+        address, peer = link.taken[number % len(link.taken)], link.peer
+        count = number + 1 & 0xFFFFFFFF if link.near else self._turn(number)
 
         def judge(words: bytes) -> tuple[int, str] | None:
             (seen,) = struct.unpack("<I", words)
@@ -490,11 +610,6 @@ class CudaPointToPoint:
     def _turn(self, number: int) -> int:
         """How often its slot has been used with this tensor."""
         return number // self._max_inflight + 1 & 0xFFFFFFFF
-
-    def _phase(self, call: str, number: int, peer: int, channel: int) -> str:
-        way = f"to rank {peer}" if call == "pp_send" else f"from rank {peer}"
-        where = f"slot {number % self._max_inflight} of {self._max_inflight}"
-        return f"{call} {way}, tensor #{number}, {where}" + (f", channel {channel}" if channel else "")
 
 
 def check_connections() -> None:

@@ -72,6 +72,13 @@ class Mapped(Protocol):
     def pointer(self) -> int: ...
 
 
+class Event(Protocol):
+    """What a stream had been given when it was recorded there; once only."""
+
+    @property
+    def handle(self) -> int: ...
+
+
 class Transport(Protocol):
     """Puts between windows of ranks on different nodes, by the network alone, and their signals.
 
@@ -166,9 +173,10 @@ class Runtime(Protocol):
     def fill(self, target: int, byte: int, num_bytes: int) -> None:
         """Set every byte, likewise."""
 
-    def stream_ops(self, operations: Sequence[StreamOp]) -> None:
-        """Write words and wait for words in the order of the current stream. Of this rank's own memory only, or of
-        mapped memory: not every driver takes a peer's, which `copy` reaches."""
+    def stream_ops(self, operations: Sequence[StreamOp | CopyOp | OrderOp], stream: Any = None) -> None:
+        """Write words, wait for words and other streams, and copy, in the order of a stream, None = the current one.
+        Words are of this rank's own memory only, or of mapped memory: not every driver takes a peer's, which copies
+        reach."""
 
     def comm_stream(self) -> Any:
         """The stream set aside for communication; None where launches are made one after the other."""
@@ -185,14 +193,20 @@ class Runtime(Protocol):
     def current_stream(self) -> Any:
         """The stream that `launch` uses; equal for the same stream."""
 
+    def current_handle(self) -> int:
+        """What names the current stream in an `OrderOp`."""
+
     def is_capturing(self) -> bool:
         """Whether the current stream is being captured into a graph."""
 
-    def record(self) -> Any:
-        """An event after everything so far on the current stream."""
+    def event(self) -> Event:
+        """One to be recorded by an `OrderOp`."""
 
-    def wait(self, event: Any) -> None:
-        """Make the current stream wait for `event`."""
+    def record(self, stream: Any = None) -> Event:
+        """An event after everything so far on a stream, None = the current one."""
+
+    def wait(self, event: Event, stream: Any = None) -> None:
+        """Make a stream wait for `event`, None = the current one."""
 
     def close(self, abandon: bool = False) -> None:
         """Wait for the device, then release windows, mapped memory and communicator (collective). Once is enough.
@@ -205,6 +219,10 @@ class Runtime(Protocol):
 Put = tuple[int, int, int, int]
 # ("write32" | "write64" | "wait32_eq" | "wait32_geq", address, value); geq is cyclic: word - value is not negative.
 StreamOp = tuple[str, int, int]
+CopyOp = tuple[str, int, int, int]  # ("copy", target, source, number of bytes), as `Runtime.copy`
+# ("after", stream): go on after all that it has been given so far. ("before", stream): it goes on after all until here.
+# ("record", event), ("await", event). Streams and events by their handles.
+OrderOp = tuple[str, int]
 
 _PHASE = "creation of the buffer"
 _REST_SECONDS = 5.0  # for a put of which nobody knows whether the other side is gone
@@ -599,8 +617,10 @@ class CudaRuntime:
     def fill(self, target: int, byte: int, num_bytes: int) -> None:
         self._library.fill(target, byte, num_bytes, self.current_stream().cuda_stream)
 
-    def stream_ops(self, operations: Sequence[StreamOp]) -> None:
-        self._library.memory_operations(self.current_stream().cuda_stream, operations)
+    def stream_ops(
+        self, operations: Sequence[StreamOp | CopyOp | OrderOp], stream: torch.cuda.Stream | None = None
+    ) -> None:
+        self._library.stream_operations(self.current_handle() if stream is None else stream.cuda_stream, operations)
 
     def comm_stream(self) -> torch.cuda.Stream:
         return self._stream
@@ -618,9 +638,12 @@ class CudaRuntime:
     def adopt_thread(self) -> None:
         self._library.set_context(self._context)
 
+    def current_handle(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self.device.index)
+
     def current_stream(self) -> torch.cuda.Stream:
         # Asked for at every launch; torch.cuda.current_stream makes an object each time, which takes longer than that.
-        raw = torch._C._cuda_getCurrentRawStream(self.device.index)
+        raw = self.current_handle()
         if raw not in self._streams:
             self._streams[raw] = torch.cuda.current_stream(self.device)
         return self._streams[raw]
@@ -628,13 +651,16 @@ class CudaRuntime:
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
-    def record(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(self.current_stream())
+    def event(self) -> _C.Event:
+        return self._library.Event()
+
+    def record(self, stream: torch.cuda.Stream | None = None) -> _C.Event:
+        event = self.event()
+        self.stream_ops([("record", event.handle)], stream)
         return event
 
-    def wait(self, event: torch.cuda.Event) -> None:
-        self.current_stream().wait_event(event)
+    def wait(self, event: Event, stream: torch.cuda.Stream | None = None) -> None:
+        self.stream_ops([("await", event.handle)], stream)
 
     def close(self, abandon: bool = False) -> None:
         if self._closed:

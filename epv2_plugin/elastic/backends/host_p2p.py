@@ -117,6 +117,7 @@ class HostPointToPoint:
     def receive(self, tensor: torch.Tensor, peer: int, channel: int) -> HostEvent:
         self._transport.check()
         link = self._incoming.setdefault((peer, channel), _Link())
+        tensor = tensor.detach()  # its data is written, of whatever autograd knows nothing
         number, link.number = link.number, link.number + 1
         phase = self._phase("pp_recv", number, peer, channel)
         expected = f"#{number} {describe(tensor)}"

@@ -33,7 +33,7 @@ _LOOK_BYTES = 64  # that a wait looks at, at most, for each rank
 _FAILED = "failed"  # key of what the first rank to give up has to say
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Wait:
     """One wait of a stream, or work whose end somebody wants to know.
 
@@ -88,7 +88,7 @@ class Watch:
         self._errands: list[tuple[Wait, Callable[[], bool]]] = []
         self._pause = _LAZY
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._idle = False
         self._next_look = self._release_from = 0.0
         self._looks = 0
         self._thread = threading.Thread(target=self._run, name="epv2 watch", daemon=True)
@@ -110,7 +110,8 @@ class Watch:
                 if self._free:
                     wait.word, wait.since = self._free.popleft(), time.monotonic()
                     self._waits.append(wait)
-                    self._changed.notify_all()
+                    if self._idle:  # else it looks soon by itself, and to wake it takes longer than a transfer
+                        self._changed.notify_all()
                     return ("write32", self._table + 4 * wait.word, 1)
             time.sleep(1e-3)
 
@@ -236,7 +237,9 @@ class Watch:
             with self._changed:
                 self._collect()
                 while not (self._waits or self._errands or self._chores or self._closing):
+                    self._idle = True
                     self._changed.wait()
+                self._idle = False
                 if self._closing and not (self._waits or self._errands):
                     return
                 self._changed.wait(self._pause if self._errands else _TICK)
