@@ -1109,7 +1109,9 @@ class ElasticBuffer:
             CommunicationError: (at the wait) another rank came with other tensors, died, or did not come in time.
         """
         tensors = self._check_group_of("t", t)
-        targets = self._check_out(out, [(each.dtype, (self.num_ranks, *each.shape)) for each in tensors])
+        targets = None
+        if out is not None:
+            targets = self._check_out(out, [(each.dtype, (self.num_ranks, *each.shape)) for each in tensors])
         gathered, wait = self._open().sessions.all_gather(tensors, keep, targets)
         return (*gathered, wait)
 
@@ -1143,18 +1145,18 @@ class ElasticBuffer:
                 raise ValueError(f"t has shape {list(tensor.shape)}: must be [{self.num_ranks} ranks, ...]")
             if tensor.dtype not in (*self._open().dtypes, torch.float64):
                 raise TypeError(f"t is {tensor.dtype}: must be a floating dtype of 16 bits or more")
-        targets = self._check_out(out, [(each.dtype, tuple(each.shape[1:])) for each in tensors])
+        targets = None
+        if out is not None:
+            targets = self._check_out(out, [(each.dtype, tuple(each.shape[1:])) for each in tensors])
         reduced, wait = self._open().sessions.reduce_scatter(tensors, targets, scale)
         return (*reduced, wait)
 
     def _check_out(
         self,
-        out: torch.Tensor | Sequence[torch.Tensor] | None,
+        out: torch.Tensor | Sequence[torch.Tensor],
         wanted: list[tuple[torch.dtype, tuple[int, ...]]],
-    ) -> list[torch.Tensor] | None:
-        """The tensors to write to, None = new ones."""
-        if out is None:
-            return None
+    ) -> list[torch.Tensor]:
+        """The tensors to write to."""
         targets = self._check_group_of("out", out)
         if len(targets) != len(wanted):
             raise ValueError(f"out has {len(targets)} tensors: must be {len(wanted)}, one for each of t")
@@ -1169,7 +1171,7 @@ class ElasticBuffer:
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name} must be a tensor or tensors, got {type(tensor).__name__}")
-            self._check_tensor(name, tensor, (tensor.dtype,), tuple(tensor.shape))
+            self._check_device(name, tensor)
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} has shape {list(tensor.shape)} and strides {tensor.stride()}: must be dense")
         return tensors

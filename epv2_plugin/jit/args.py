@@ -90,7 +90,7 @@ class Arguments(ctypes.Structure):
             raise
 
     @classmethod
-    def fill(cls, packed: bytes, **values: int) -> bytes:
+    def fill(cls, packed: bytes, **values: float) -> bytes:
         """What `pack` made, with other values in some fields: faster than all of them again.
 
         Raises:

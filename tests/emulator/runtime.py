@@ -384,8 +384,17 @@ class EmulatedRuntime:
         """Compile and load `kernel`."""
         _kernel_library(kernel.name, self._sources / kernel.source, tuple(kernel.defines), self._sources)
 
-    def launch(self, kernel: KernelSpec, args: bytes, *, ctas: int, threads: int, shared_bytes: int) -> None:
-        """Run `kernel` to its end.
+    def launch(
+        self,
+        kernel: KernelSpec,
+        args: bytes,
+        *,
+        ctas: int,
+        threads: int,
+        shared_bytes: int,
+        stream: Stream | None = None,
+    ) -> None:
+        """Run `kernel` to its end on a stream, None = the current one.
 
         Raises:
             RuntimeError: the kernel does not compile, ran into an error or a deadlock, or wants more than `num_sms`.
@@ -409,7 +418,7 @@ class EmulatedRuntime:
             if failed:
                 raise RuntimeError(f"rank {self.rank}: {_with_lines(message.value.decode(errors='replace'))}")
 
-        self.do(run)
+        self._put(run, stream or self.current_stream())
 
     def reseed(self, seed: int) -> None:
         """Schedule what follows as `seed` says."""

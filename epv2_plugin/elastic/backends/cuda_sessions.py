@@ -11,19 +11,21 @@ behind all that it has still read and copied in the last; and nobody copies befo
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
 
 from epv2_plugin.elastic import sizing
-from epv2_plugin.elastic.backends.base import SessionState, Traffic, describe
+from epv2_plugin.elastic.backends.base import SessionState, Traffic
 from epv2_plugin.elastic.backends.courier import Courier
 from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word
-from epv2_plugin.elastic.backends.cuda_parts import Parts, prepare_sums
-from epv2_plugin.elastic.backends.device import Runtime, Window
+from epv2_plugin.elastic.backends.cuda_parts import Operation, Parts, prepare_sums, text_of
+from epv2_plugin.elastic.backends.device import CopyOp, Runtime, Window
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import CommunicationError
 from epv2_plugin.elastic.sizing import SessionLayout, align, session_bytes
@@ -49,6 +51,8 @@ class CudaSessions(SessionState):
         self._configured = self._session = 0
         self._begun_on: set[Any] = set()  # streams that have waited for everybody to begin this session
         self._streams: dict[str, Any] = {}
+        self._scatter = 0  # the handle of that stream
+        self._typed: dict[torch.dtype, torch.Tensor] = {}  # this rank's window
 
     # ---- base.Sessions ----------------------------------------------------------------------------------------------
 
@@ -61,12 +65,13 @@ class CudaSessions(SessionState):
         if not self._streams:
             keys = ["gather", "scatter", *(["expected"] if courier is not None else [])]
             self._streams = {key: self._runtime.new_stream() for key in keys}
+            with self._runtime.on_stream(self._streams["scatter"]):
+                self._scatter = self._runtime.current_handle()
         # What was put on them uses the window that is given up.
         waits = []
         for key, stream in self._streams.items():
-            with self._runtime.on_stream(stream):
-                waits.append(Wait(rank, name, "the end of the last session", key))
-                self._runtime.stream_ops([self._watch.note(waits[-1])])
+            waits.append(Wait(rank, name, "the end of the last session", key))
+            self._runtime.stream_ops([self._watch.note(waits[-1])], stream)
         for wait in waits:
             self._watch.finish(wait)
         self._watch.drain()  # the caller's streams, too, may still wait for words that are about to be others
@@ -93,6 +98,7 @@ class CudaSessions(SessionState):
         if self._window is None or self._window.num_bytes < self._layout.end:
             home = self._runtime if courier is None else courier
             self._window = home.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
+            self._typed.clear()
         else:
             with self._runtime.on_stream(self._streams["gather"]):
                 self._runtime.fill(self._window.peer_pointer(rank, 0), 0, self._layout.tensors)
@@ -116,27 +122,21 @@ class CudaSessions(SessionState):
             )
         self._session += 1
         self._begun_on.clear()
-        gather, scatter = self._streams["gather"], self._streams["scatter"]
-        before = [runtime.record()]
-        with runtime.on_stream(scatter):
-            before.append(runtime.record())
-        with runtime.on_stream(gather):
-            for event in before:
-                runtime.wait(event)
-            if self._session > 1 and len(self._bases) < runtime.size:
-                phase = f"session #{self._session}, begin"
-                last = f"the begin of session #{self._session - 1}"
-                self._parts.await_begun(self._session - 1, phase, last, "gather", ())
-            self._parts.begin(self._session)
-            begun = runtime.record()
-        with runtime.on_stream(scatter):
-            runtime.wait(begun)
+        gather, ahead = self._streams["gather"], [("after", runtime.current_handle()), ("after", self._scatter)]
+        if self._session > 1 and len(self._bases) < runtime.size:
+            phase, last = f"session #{self._session}, begin", self._session - 1
+            begun, wait = self._parts.await_begun(last, phase, f"the begin of session #{last}", "gather", ())
+            runtime.stream_ops([*ahead, *begun, self._watch.note(wait)], gather)
+            ahead = []
+        self._parts.begin(self._session, gather, ahead, [("before", self._scatter)])
 
     def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
         self._check_active(True, "agrs_get_inplace_tensor")
         self._watch.check()
         # Who has begun this session has got, and read, all that lay there in the last one.
-        self._await_begin(("slots", self._runtime.current_stream()), "agrs_get_inplace_tensor", ())
+        begun, waits = self._await_begin(("slots", self._runtime.current_handle()), "agrs_get_inplace_tensor", ())
+        if waits:
+            self._runtime.stream_ops([*begun, *self._watch.note_all(waits)])
         slots = []
         for shape in shapes:
             num_bytes = session_bytes(self._runtime.size, shape, dtype.itemsize)
@@ -165,18 +165,22 @@ class CudaSessions(SessionState):
             gathered.append(whole)
             offsets.append(offset)
         text, word = self._identity("all_gather", tensors, number, offsets)
-        spoil = [(self._bases[runtime.rank] + offset, t.nbytes) for offset, t in zip(offsets, gathered, strict=True)]
-        own = [(offset + runtime.rank * t.nbytes, t.nbytes) for offset, t in zip(offsets, tensors, strict=True)]
-        before = runtime.record()
-        with runtime.on_stream(self._streams["gather"]):
-            runtime.wait(before)
-            self._await_begin("gather", f"all_gather #{number}", spoil)
-            for tensor, offset in zip(tensors, offsets, strict=True):
-                self._parts.push(tensor, offset)
-            done = Wait(runtime.rank, "", "", "gather", keep=(*tensors,))
-            self._parts.tell(number, word, done, lambda _: [(place, place, num_bytes) for place, num_bytes in own])
-            pushed = runtime.record()
-        self._parts.count(sum(tensor.nbytes for tensor in tensors))
+        sizes = [tensor.nbytes for tensor in tensors]
+        spoil = [
+            (self._bases[runtime.rank] + offset, runtime.size * n) for offset, n in zip(offsets, sizes, strict=True)
+        ]
+        own = [(offset + runtime.rank * n, n) for offset, n in zip(offsets, sizes, strict=True)]
+        stream, pushed = self._streams["gather"], runtime.event()
+        begun, waits = self._await_begin("gather", f"all_gather #{number}", spoil)
+        copies = [copy for tensor, at in zip(tensors, offsets, strict=True) for copy in self._parts.push(tensor, at)]
+        done = Wait(runtime.rank, "", "", "gather", keep=(*tensors,))
+        *passed, gone = self._watch.note_all([*waits, done])
+        operations: list[Operation] = [("after", runtime.current_handle()), *begun, *passed, *copies]
+        operations += [*self._parts.tell(number, word, [gone]), ("record", pushed.handle)]
+        # One call: each takes longer than what it puts on the stream.
+        runtime.stream_ops(operations, stream)
+        self._parts.send(number, word, stream, "gather", lambda _: [(place, place, n) for place, n in own])
+        self._parts.count(sum(sizes))
         copied = keep or out is not None
         kept = gathered
         if copied:
@@ -190,18 +194,30 @@ class CudaSessions(SessionState):
             if waited is not None:  # the words may be another session's by now
                 runtime.wait(waited)
                 return
-            runtime.wait(pushed)
-            lane = ("current", runtime.current_stream())
+            lane = ("current", runtime.current_handle())
             # Not before: a session may be given up with gathers that nobody waits for, and they may not come.
             self._expect("all_gather", number, text, word)
-            self._await_parts("all_gather", number, text, word, spoil, lane)
-            self._parts.await_sent(number, word, f"all_gather #{number} of session #{self._session}", lane)
-            self._watch.check()
-            if copied:
+            names = self._names("all_gather", number, text)
+            arrived, arrival = self._parts.await_arrived(number, word, *names, lane, spoil)
+            operations: list[Operation] = [("await", pushed.handle), *arrived]
+            if len(self._bases) < runtime.size:
+                sent, departure = self._parts.await_sent(number, word, names[0], lane)
+                here, gone = self._watch.note_all([arrival, departure])
+                operations += [here, *sent, gone]
+            else:
+                operations.append(self._watch.note(arrival))
+            event = runtime.event()
+            if not copied:
+                runtime.stream_ops([*operations, ("record", event.handle)])
+                self._watch.check()
+            else:
+                runtime.stream_ops(operations)
+                self._watch.check()
                 with torch.no_grad():
                     for target, whole in zip(kept, gathered, strict=True):
                         target.copy_(whole)
-            waited = runtime.record()
+                runtime.stream_ops([("record", event.handle)])
+            waited = event
 
         self._waits.append(wait)
         return kept, wait
@@ -223,20 +239,27 @@ class CudaSessions(SessionState):
         def pieces(peer: int) -> list[tuple[int, int, int]]:
             return [(self._parts.incoming(rank, offset, n), offset + peer * n, n) for offset, n in parts]
 
-        before = runtime.record()
-        with runtime.on_stream(self._streams["scatter"]):
-            runtime.wait(before)
-            self._await_begin("scatter", f"reduce_scatter #{number}", spoil)
-            for tensor, offset in zip(tensors, offsets, strict=True):
-                if tensor.nbytes:
-                    runtime.copy(self._bases[rank] + offset, tensor.data_ptr(), tensor.nbytes)
-            self._parts.tell(number, word, None, pieces)
-            self._await_parts("reduce_scatter", number, text, word, spoil, "scatter")
-            for offset, target in zip(offsets, reduced, strict=True):
-                self._parts.sum(offset, target, scale, self._num_sms)
-            summed = Wait(rank, "", "", "scatter", keep=(*tensors, *reduced))
-            runtime.stream_ops([self._watch.note(summed)])
-            done = runtime.record()
+        stream, done = self._streams["scatter"], runtime.event()
+        begun, waits = self._await_begin("scatter", f"reduce_scatter #{number}", spoil)
+        copies: list[CopyOp] = [
+            ("copy", address, tensor.data_ptr(), num_bytes)
+            for tensor, (address, num_bytes) in zip(tensors, spoil, strict=True)
+            if num_bytes
+        ]
+        names = self._names("reduce_scatter", number, text)
+        arrived, arrival = self._parts.await_arrived(number, word, *names, "scatter", spoil)
+        summed = Wait(rank, "", "", "scatter", keep=(*tensors, *reduced))
+        *passed, here, end = self._watch.note_all([*waits, arrival, summed])
+        operations: list[Operation] = [("after", runtime.current_handle()), *begun, *passed, *copies]
+        operations += self._parts.tell(number, word)
+        if len(self._bases) < runtime.size:
+            runtime.stream_ops(operations, stream)
+            self._parts.send(number, word, stream, "scatter", pieces)
+            operations = []
+        runtime.stream_ops([*operations, *arrived, here], stream)
+        for offset, target in zip(offsets, reduced, strict=True):
+            self._parts.sum(offset, target, scale, self._num_sms, stream)
+        runtime.stream_ops([end, ("record", done.handle)], stream)
         self._expect("reduce_scatter", number, text, word)
         self._parts.count(sum(out.nbytes for out in reduced))
 
@@ -252,11 +275,14 @@ class CudaSessions(SessionState):
 
     def _view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The gathered tensor `[ranks, *shape]` that begins there in the window."""
-        shape = (self._runtime.size, *shape)
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if self._window is None or not num_bytes:
-            return torch.empty(shape, dtype=dtype, device=self._runtime.device)
-        return self._window.tensor[offset : offset + num_bytes].view(dtype).view(shape)
+        size, num_values = self._runtime.size, math.prod(shape)
+        if self._window is None or not num_values:
+            return torch.empty((size, *shape), dtype=dtype, device=self._runtime.device)
+        if (whole := self._typed.get(dtype)) is None:
+            whole = self._typed[dtype] = self._window.tensor.view(dtype)
+        # One view instead of three.
+        place = whole.storage_offset() + offset // dtype.itemsize
+        return whole.as_strided((size, *shape), _strides((size, *shape)), place)
 
     def _place(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int] | None:
         """Where a tensor of `own_slots` belongs."""
@@ -269,17 +295,22 @@ class CudaSessions(SessionState):
         self, call: str, tensors: Sequence[torch.Tensor], number: int, offsets: Sequence[int]
     ) -> tuple[str, int]:
         """What every rank must come with, as text and as a word."""
-        text = ", ".join(map(describe, tensors)) + (f" after {self.refused} refused calls" if self.refused else "")
+        text = ", ".join([text_of(tensor.shape, tensor.dtype) for tensor in tensors])
+        if self.refused:
+            text += f" after {self.refused} refused calls"
         return text, hash_word(f"{self._session} {number} {self.refused} {call} {text} {list(offsets)}", self._session)
 
-    def _await_begin(self, lane: Any, call: str, spoil: Sequence[tuple[int, int]]) -> None:
-        """Make the current stream wait until every rank has begun this session, once for each stream."""
+    def _await_begin(
+        self, lane: Any, call: str, spoil: Sequence[tuple[int, int]]
+    ) -> tuple[Sequence[Operation], Sequence[Wait]]:
+        """The wait until every rank has begun this session, to be noted; once for each stream, nothing after that."""
         if lane in self._begun_on:
-            return
+            return (), ()
         self._begun_on.add(lane)
         session = self._session
         phase = f"{call} of session #{session}, begin"
-        self._parts.await_begun(session, phase, f"the begin of session #{session}", lane, spoil)
+        begun, wait = self._parts.await_begun(session, phase, f"the begin of session #{session}", lane, spoil)
+        return begun, [wait]
 
     def _expect(self, call: str, number: int, text: str, word: int) -> None:
         """Let what comes from other nodes for an operation be seen.
@@ -296,8 +327,8 @@ class CudaSessions(SessionState):
         key = f"session {self._session} {number}"
         return f"{call} #{number} of session #{self._session}", text, f"{call} of {text}", key
 
-    def _await_parts(
-        self, call: str, number: int, text: str, word: int, spoil: Sequence[tuple[int, int]], lane: Any
-    ) -> None:
-        """Make the current stream wait for every rank's part of an operation."""
-        self._parts.await_arrived(number, word, *self._names(call, number, text), lane, spoil)
+
+@functools.lru_cache(maxsize=4096)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a dense tensor."""
+    return (*accumulate(reversed(shape[1:]), mul, initial=1),)[::-1]

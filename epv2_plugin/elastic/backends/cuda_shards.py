@@ -25,9 +25,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import Traffic
 from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word
-from epv2_plugin.elastic.backends.cuda_parts import Parts, prepare_sums
+from epv2_plugin.elastic.backends.cuda_parts import Operation, Parts, prepare_sums, text_of
 from epv2_plugin.elastic.backends.device import Runtime, require_one_node
-from epv2_plugin.elastic.backends.host_p2p import describe
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError
 from epv2_plugin.elastic.sizing import SessionLayout, align
@@ -232,7 +231,9 @@ class CudaShards:
         if not math.prod(shape):
             return torch.empty(tuple(shape), dtype=dtype, device=self._runtime.device)
         turn = ring.take(math.prod(shape) * dtype.itemsize)
-        self._await_read(ring, turn)
+        read, waits = self._await_read(ring, turn)
+        if waits:
+            self._runtime.stream_ops([*read, *self._watch.note_all(waits)])
         return ring.lend(turn, tuple(shape), dtype)
 
     def _begin(self, what: str) -> _Ring:
@@ -248,21 +249,18 @@ class CudaShards:
         turn, runtime = ring.take(num_bytes), self._runtime
         if (last := ring.slot(turn).last) is not None:
             last.finish(runtime)
-        before = runtime.record()
-        with runtime.on_stream(self._open_stream):
-            runtime.wait(before)
-            ring.parts.begin(turn + 1)
+        ring.parts.begin(turn + 1, self._open_stream, [("after", runtime.current_handle())])
         return turn
 
-    def _await_read(self, ring: _Ring, turn: int) -> None:
-        """Make the current stream wait until every rank has read what lay in the slot of a turn before."""
+    def _await_read(self, ring: _Ring, turn: int) -> tuple[list[Operation], list[Wait]]:
+        """The wait until every rank has read what lay in the slot of a turn before, to be noted."""
         if (last := ring.slot(turn).last) is None:
-            return
-        self._runtime.wait(last.after)
+            return [], []
         phase, expected = f"reduce-scatter #{turn}, slot", f"the end of reduce-scatter #{last.turn}"
         # Of one lane with what waits on the stream of sums, though on another stream: of reduce-scatter n the slot
         # comes before the parts, and no parts wait for a later slot.
-        ring.parts.await_begun(last.turn + 1, phase, expected, "sums", ())
+        read, wait = ring.parts.await_begun(last.turn + 1, phase, expected, "sums", ())
+        return [("await", last.after.handle), *read], [wait]
 
     # ---- operations -------------------------------------------------------------------------------------------------
 
@@ -282,28 +280,30 @@ class CudaShards:
         target = None
         if turn is None:
             turn, target = self._open(ring, out_PN.nbytes), out_PN
-        text, own, name = describe(shard_N), ring.own(turn), f"all-gather #{turn}"
-        word, spoil = ring.word(turn, text), [(own, out_PN.nbytes)]
-        place = own + runtime.rank * shard_N.nbytes
-        keep = () if shard_N.data_ptr() == place else (shard_N,)
-        before = runtime.record()
-        with runtime.on_stream(self._gather_stream):
-            runtime.wait(before)
-            ring.parts.await_begun(turn + 1, f"{name}, slot", "an open slot", "gathers", spoil)
-            ring.parts.push(shard_N, ring.offset(turn))
-            ring.parts.tell(ring.number(turn), word, Wait(runtime.rank, "", "", "gathers", keep=keep))
-            pushed = runtime.record()
-        ring.parts.count(shard_N.nbytes)
         num_bytes = out_PN.nbytes  # whoever holds the operation must not hold what lies in the slot
+        text, own, name = text_of(shard_N.shape, shard_N.dtype), ring.own(turn), f"all-gather #{turn}"
+        word, spoil, number = ring.word(turn, text), [(own, num_bytes)], ring.number(turn)
+        place, pushed = own + runtime.rank * shard_N.nbytes, runtime.event()
+        keep = () if shard_N.data_ptr() == place else (shard_N,)
+        opened, opening = ring.parts.await_begun(turn + 1, f"{name}, slot", "an open slot", "gathers", spoil)
+        copies = ring.parts.push(shard_N, ring.offset(turn))
+        done = Wait(runtime.rank, "", "", "gathers", keep=keep)
+        passed, gone = self._watch.note_all([opening, done])
+        operations: list[Operation] = [("after", runtime.current_handle()), *opened, passed, *copies]
+        operations += [*ring.parts.tell(number, word, [gone]), ("record", pushed.handle)]
+        # One call: each takes longer than what it puts on the stream.
+        runtime.stream_ops(operations, self._gather_stream)
+        ring.parts.count(shard_N.nbytes)
 
         def complete() -> Any:
-            runtime.wait(pushed)
-            lane = ("current", runtime.current_stream())
+            lane, after = ("current", runtime.current_handle()), runtime.event()
             what, key = f"all-gather of {text}", f"gather {turn}"
-            ring.parts.await_arrived(ring.number(turn), word, name, text, what, key, lane, spoil)
+            arrived, arrival = ring.parts.await_arrived(number, word, name, text, what, key, lane, spoil)
+            waited: list[Operation] = [("await", pushed.handle), *arrived, self._watch.note(arrival)]
             if target is not None:
-                runtime.copy(target.data_ptr(), own, num_bytes)
-            return runtime.record()
+                waited.append(("copy", target.data_ptr(), own, num_bytes))
+            runtime.stream_ops([*waited, ("record", after.handle)])
+            return after
 
         return self._started(ring, _Operation(turn, complete=complete))
 
@@ -325,22 +325,22 @@ class CudaShards:
         copied = turn is None
         if turn is None:
             turn = ring.take(parts_PN.nbytes)
-        text, own, name = f"{describe(parts_PN)} times {scale:g}", ring.own(turn), f"reduce-scatter #{turn}"
-        word, spoil = ring.word(turn, text), [(own, parts_PN.nbytes)]
-        before = runtime.record()
-        with runtime.on_stream(self._sum_stream):
-            runtime.wait(before)
-            if copied:
-                self._await_read(ring, turn)
-                runtime.copy(own, parts_PN.data_ptr(), parts_PN.nbytes)
-            ring.parts.tell(ring.number(turn), word, None)
-            what, key = f"reduce-scatter of {text}", f"sum {turn}"
-            ring.parts.await_arrived(ring.number(turn), word, name, text, what, key, "sums", spoil)
-            ring.parts.sum(ring.offset(turn), out_N, scale, self.num_sms)
-            summed = Wait(runtime.rank, "", "", "sums", keep=(out_N, *((parts_PN,) if copied else ())))
-            runtime.stream_ops([self._watch.note(summed)])
-            done = runtime.record()
-            ring.parts.begin(turn + 1)
+        text = f"{text_of(parts_PN.shape, parts_PN.dtype)} times {scale:g}"
+        own, name, number, num_bytes = ring.own(turn), f"reduce-scatter #{turn}", ring.number(turn), parts_PN.nbytes
+        word, spoil = ring.word(turn, text), [(own, num_bytes)]
+        stream, done = self._sum_stream, runtime.event()
+        read, waits = self._await_read(ring, turn) if copied else ([], [])
+        what, key = f"reduce-scatter of {text}", f"sum {turn}"
+        arrived, arrival = ring.parts.await_arrived(number, word, name, text, what, key, "sums", spoil)
+        summed = Wait(runtime.rank, "", "", "sums", keep=(out_N, *((parts_PN,) if copied else ())))
+        *passed, here, end = self._watch.note_all([*waits, arrival, summed])
+        operations: list[Operation] = [("after", runtime.current_handle()), *read, *passed]
+        if copied:
+            operations.append(("copy", own, parts_PN.data_ptr(), num_bytes))
+        operations += [*ring.parts.tell(number, word), *arrived, here]
+        runtime.stream_ops(operations, stream)
+        ring.parts.sum(ring.offset(turn), out_N, scale, self.num_sms, stream)
+        ring.parts.begin(turn + 1, stream, [end, ("record", done.handle)])
         ring.parts.count(out_N.nbytes)
         return self._started(ring, _Operation(turn, done))
 

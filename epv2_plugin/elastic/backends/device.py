@@ -163,8 +163,11 @@ class Runtime(Protocol):
         """Build and load a kernel now. A driver may wait for the device when it loads one, and streams there may be
         waiting for what this rank does next."""
 
-    def launch(self, kernel: Kernel, args: bytes, *, ctas: int, threads: int, shared_bytes: int) -> None:
-        """Launch on the current stream: `ctas` blocks of `threads`, with `shared_bytes` of dynamic shared memory."""
+    def launch(
+        self, kernel: Kernel, args: bytes, *, ctas: int, threads: int, shared_bytes: int, stream: Any = None
+    ) -> None:
+        """Launch on a stream, None = the current one: `ctas` blocks of `threads`, with `shared_bytes` of dynamic shared
+        memory."""
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:
         """Copy between addresses in the order of the current stream: own tensors and windows, a peer's window, mapped
@@ -191,7 +194,7 @@ class Runtime(Protocol):
         """Let this thread, which the caller has just started, use the device."""
 
     def current_stream(self) -> Any:
-        """The stream that `launch` uses; equal for the same stream."""
+        """The stream that is used where none is named; equal for the same stream."""
 
     def current_handle(self) -> int:
         """What names the current stream in an `OrderOp`."""
@@ -598,8 +601,18 @@ class CudaRuntime:
     def prepare(self, kernel: Kernel) -> None:
         self._function(kernel)
 
-    def launch(self, kernel: Kernel, args: bytes, *, ctas: int, threads: int, shared_bytes: int) -> None:
-        self._function(kernel).launch(ctas, threads, shared_bytes, self.current_stream().cuda_stream, args)
+    def launch(
+        self,
+        kernel: Kernel,
+        args: bytes,
+        *,
+        ctas: int,
+        threads: int,
+        shared_bytes: int,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        handle = self.current_handle() if stream is None else stream.cuda_stream
+        self._function(kernel).launch(ctas, threads, shared_bytes, handle, args)
 
     def _function(self, kernel: Kernel) -> _C.Function:
         """`kernel` built and loaded, once per process and device."""

@@ -79,7 +79,9 @@ class Watch:
         self.timeout_seconds = timeout_seconds
         self._runtime, self._meeting = runtime, runtime.meeting
         table = runtime.mapped(4 * _WORDS)
-        self._table, self._words = table.pointer, table.tensor.view(torch.int32).numpy()
+        self._table = table.pointer
+        # Of the views of memory the one that gives a word soonest.
+        self._words = memoryview(table.tensor.numpy().data).cast("i")
         self._free = deque(range(_WORDS))
         self._scratch = runtime.mapped(8 + _LOOK_BYTES * runtime.size)
         self._stream = runtime.new_stream()
@@ -103,16 +105,22 @@ class Watch:
 
     def note(self, wait: Wait) -> StreamOp:
         """Note a wait that is about to be put on a stream; returns the write that must follow it there."""
+        return self.note_all([wait])[0]
+
+    def note_all(self, waits: Sequence[Wait]) -> list[StreamOp]:
+        """Note several, all of them or (where this raises) none, in the order in which they will pass."""
         while True:
             with self._changed:
                 self.check()
                 self._collect()
-                if self._free:
-                    wait.word, wait.since = self._free.popleft(), time.monotonic()
-                    self._waits.append(wait)
+                if len(self._free) >= len(waits):
+                    now = time.monotonic()
+                    for wait in waits:
+                        wait.word, wait.since = self._free.popleft(), now
+                    self._waits.extend(waits)
                     if self._idle:  # else it looks soon by itself, and to wake it takes longer than a transfer
                         self._changed.notify_all()
-                    return ("write32", self._table + 4 * wait.word, 1)
+                    return [("write32", self._table + 4 * wait.word, 1) for wait in waits]
             time.sleep(1e-3)
 
     def finish(self, wait: Wait) -> None:
@@ -209,7 +217,9 @@ class Watch:
             seen = f"nothing within {seconds:g} s"
             self.give_up(CommunicationTimeout(self._runtime.rank, first.peer, phase, expected, seen))
         self._thread.join(30.0)
-        self._words = self._words.copy()  # whoever still asks must not read memory that is gone
+        self._words = memoryview(bytearray(self._words)).cast(
+            "i"
+        )  # whoever still asks must not read memory that is gone
         if self.failure is not None and not failed_before:
             raise self.failure
 
