@@ -46,7 +46,7 @@ def attend(
         width = value.shape[-1]
         query, key, value = _same_width(query, key, value)
         out, lse = _flash(query, key, value, block)
-        return out[..., :width].reshape(*query_BASD.shape[:3], width), lse.reshape(query_BASD.shape[:3])
+        return _narrow(out, width).reshape(*query_BASD.shape[:3], width), lse.reshape(query_BASD.shape[:3])
     scores = _scores(query_BASD, key_BGRD, block)
     lse = scores.logsumexp(-1)
     probs = torch.exp(scores - _finite(lse).unsqueeze(-1))
@@ -75,9 +75,9 @@ def attend_backward(
         lse = lse_BAS.reshape(query.shape[:3]).contiguous()
         width_qk, width_v = query.shape[-1], value.shape[-1]
         query, key, value = _same_width(query, key, value)
-        grad, out = (pad(t, (0, query.shape[-1] - width_v)) for t in (grad, out))
+        grad, out = (_wide(t, query.shape[-1]) for t in (grad, out))
         grads = _flash_backward(grad, query, key, value, out, lse, block)
-        dq, dk, dv = grads[0][..., :width_qk], grads[1][..., :width_qk], grads[2][..., :width_v]
+        dq, dk, dv = _narrow(grads[0], width_qk), _narrow(grads[1], width_qk), _narrow(grads[2], width_v)
         if dk.shape[1] != key_BGRD.shape[1]:  # heads that a causal block repeated
             dk, dv = (t.unflatten(1, (key_BGRD.shape[1], -1)).sum(2) for t in (dk, dv))
         return dq.reshape(query_BASD.shape), dk, dv
@@ -99,11 +99,10 @@ def attend_backward(
 
 def merge(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
     """Add a block's result to what other blocks gave: `out` `[B, A, S, V]` and `lse` `[B, A, S]`, in place."""
-    total = torch.logaddexp(lse, block_lse)
     # Where neither has seen a key, the difference of infinities is no number and the output stays 0.
-    old, new = (torch.exp(part - _finite(total)).unsqueeze(-1) for part in (lse, block_lse))
-    out.mul_(old).add_(block_out * new)
-    lse.copy_(total)
+    share = torch.sigmoid(block_lse - lse).nan_to_num_(0.0).unsqueeze(-1)
+    out.addcmul_(block_out - out, share)
+    torch.logaddexp(lse, block_lse, out=lse)
 
 
 def dropout_factors(
@@ -168,10 +167,10 @@ def _flash_backward(
         flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
         return flash(*tensors, 0.0, block.causal, scale=block.scale)
     # All sequences of a batch are as long as each other, and nothing is dropped: neither starts nor a seed.
-    starts, seed = (None, None), lse.new_empty(2, dtype=torch.int64)
+    starts, seed = (None, None), lse.new_empty((), dtype=torch.int64)
     lengths = (query.shape[2], key.shape[2])
     flash = aten._scaled_dot_product_flash_attention_backward
-    return flash(*tensors, *starts, *lengths, 0.0, block.causal, seed[0], seed[1], scale=block.scale)
+    return flash(*tensors, *starts, *lengths, 0.0, block.causal, seed, seed, scale=block.scale)
 
 
 def _flash_heads(
@@ -192,7 +191,15 @@ def _same_width(*tensors: torch.Tensor) -> list[torch.Tensor]:
     width = max(t.shape[-1] for t in tensors)
     if tensors[0].device.type != "cpu":
         width += -width % _GPU_ALIGNMENT
-    return [t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1])) for t in tensors]
+    return [_wide(t, width) for t in tensors]
+
+
+def _wide(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    return tensor if tensor.shape[-1] == width else pad(tensor, (0, width - tensor.shape[-1]))
+
+
+def _narrow(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    return tensor if tensor.shape[-1] == width else tensor[..., :width]
 
 
 def _by_group(tensor_BASX: torch.Tensor, like_BGR: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic import ElasticBuffer
-from epv2_plugin.elastic.sizing import REDUCE_SCATTER_SMS
+from epv2_plugin.elastic.sizing import REDUCE_SCATTER_SMS, session_bytes
 from epv2_plugin.megatron.block_attention import Block, attend, attend_backward, dropout_factors, merge
 from epv2_plugin.megatron.local_attention import LocalAttention
 from epv2_plugin.patches import Patches
@@ -137,25 +137,35 @@ class Exchange:
                 if first < last and ranks:
                     yield _Meeting(segment, queries, slice(first - part.start, last - part.start), ranks)
 
+    def unmet(self, meetings: list[_Meeting], part: slice) -> list[tuple[int, int]]:
+        """Other ranks (first, behind the last) of whose keys in the part none, or not all, come in the meetings."""
+        rows, ranges = part.stop - part.start, [(0, self.rank), (self.rank + 1, self.size)]
+        met = [sum(m.rows.stop - m.rows.start for m in meetings if first in m.ranks) for first, _ in ranges]
+        return [each for each, count in zip(ranges, met, strict=True) if each[0] < each[1] and count < rows]
+
     def local_block(self, segment: Segment, batch: int) -> Block:
         """A segment's own queries and keys. Rows are in the order of positions, so causal is causal."""
-        rows = slice(segment.start, segment.start + segment.rows)
-        positions = segment.positions(rows.start, rows.stop, self.rank, self.size)
-        return self._block(segment, rows, positions, batch, self.causal)
+        rows = (segment.start, segment.start + segment.rows)
+        return self._block(segment, slice(*rows), rows, range(self.rank, self.rank + 1), batch, self.causal)
 
     def block(self, meeting: _Meeting, part: slice, batch: int) -> Block:
         """Queries and keys of a meeting; all of its keys that are not masked are seen."""
-        first, last = part.start + meeting.rows.start, part.start + meeting.rows.stop
-        positions = [meeting.segment.positions(first, last, rank, self.size) for rank in meeting.ranks]
-        return self._block(meeting.segment, meeting.queries, torch.cat(positions), batch, False)
+        rows = (part.start + meeting.rows.start, part.start + meeting.rows.stop)
+        return self._block(meeting.segment, meeting.queries, rows, meeting.ranks, batch, False)
 
-    def _block(self, segment: Segment, queries: slice, key_positions: torch.Tensor, batch: int, causal: bool) -> Block:
+    def _block(
+        self, segment: Segment, queries: slice, rows: tuple[int, int], ranks: range, batch: int, causal: bool
+    ) -> Block:
+        """Queries, and the keys of rows `rows` of `ranks`."""
+        if self.causal and self.mask is None and not self.dropout:  # positions, of many small tensors, change nothing
+            return Block(self.scale, causal)
         hidden, keep = None, None
+        key_positions = torch.cat([segment.positions(*rows, rank, self.size) for rank in ranks])
         if not self.causal and int(key_positions.max()) >= segment.length:
             hidden = (key_positions >= segment.length).view(1, 1, 1, -1).to(self.device)
         if self.mask is not None:
-            rows = queries if self.mask.shape[2] > 1 else slice(None)
-            masked = self.mask[:, :, rows].index_select(3, key_positions.to(self.mask.device))
+            seen_by = queries if self.mask.shape[2] > 1 else slice(None)
+            masked = self.mask[:, :, seen_by].index_select(3, key_positions.to(self.mask.device))
             hidden = masked if hidden is None else masked | hidden.to(masked.device)
         if self.dropout:
             query_positions = segment.positions(queries.start, queries.stop, self.rank, self.size)
@@ -342,7 +352,7 @@ class _Attention(torch.autograd.Function):
             tensors = (grad_BASV[:, :, queries], query_BASD[:, :, queries], keys, values)
             merged = (out[:, :, queries], lse[:, :, queries])
             dq, dk, dv = attend_backward(*tensors, *merged, block)
-            dquery[:, :, queries] += dq
+            dquery[:, :, queries].add_(dq)
             return dk, dv
 
         with _Gathers(exchange, [key, value], operations=2 * len(exchange.parts)) as gathers:
@@ -352,8 +362,12 @@ class _Attention(torch.autograd.Function):
                 dk, dv = meet(rows, own[0][:, :, rows], own[1][:, :, rows], block)
                 dkey[rows], dvalue[rows] = dk.permute(2, 0, 1, 3), dv.permute(2, 0, 1, 3)
             for part, (keys, values) in gathers:
-                dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-                for meeting in exchange.meetings(part):
+                dkeys, dvalues = torch.empty_like(keys), torch.empty_like(values)
+                meetings = [*exchange.meetings(part)]
+                for first, last in exchange.unmet(meetings, part):
+                    for target in (dkeys, dvalues):
+                        target[first:last].zero_()
+                for meeting in meetings:
                     block = exchange.block(meeting, part, batch)
                     dk, dv = meet(meeting.queries, _rows_of(keys, meeting), _rows_of(values, meeting), block)
                     ranks = slice(meeting.ranks.start, meeting.ranks.stop)
@@ -372,7 +386,6 @@ class _Gathers:
     def __init__(self, exchange: Exchange, tensors: list[torch.Tensor], operations: int):
         self._exchange, self._tensors, self._operations = exchange, tensors, operations
         self._under_way: list[tuple[slice, list[torch.Tensor], Callable[[], None]]] = []
-        self._returning: list[tuple[list[torch.Tensor], list[torch.Tensor], Callable[[], None]]] = []
         self._next = 0
 
     def __enter__(self) -> _Gathers:
@@ -382,7 +395,7 @@ class _Gathers:
         parts = self._exchange.parts
         per_part = self._operations // len(parts)
         num_bytes = sum(
-            per_part * ElasticBuffer.get_agrs_num_max_session_bytes(buffer.group, t[part].shape, t.dtype)
+            per_part * session_bytes(self._exchange.size, (part.stop - part.start, *t.shape[1:]), t.itemsize)
             for part in parts
             for t in self._tensors
         )
@@ -396,11 +409,6 @@ class _Gathers:
     def __exit__(self, *error: Any) -> None:
         if self._exchange.buffer is None:
             return
-        if error[0] is None:
-            for targets, results, wait in self._returning:
-                wait()
-                for target, result in zip(targets, results, strict=True):
-                    target.copy_(result)
         self._session.__exit__(*error)
 
     def __iter__(self) -> Iterator[tuple[slice, list[torch.Tensor]]]:
@@ -414,8 +422,7 @@ class _Gathers:
     def give_back(self, tensors: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
         """Start summing `tensors` `[P, rows, ...]` over ranks; this rank's sums are in `targets` at the end."""
         assert self._exchange.buffer is not None
-        *results, wait = self._exchange.buffer.reduce_scatter(tensors)
-        self._returning.append((targets, results, wait))
+        self._exchange.buffer.reduce_scatter(tensors, out=targets)
 
     def _start(self) -> None:
         if self._next < len(self._exchange.parts):

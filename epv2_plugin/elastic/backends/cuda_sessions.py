@@ -248,18 +248,19 @@ class CudaSessions(SessionState):
         ]
         names = self._names("reduce_scatter", number, text)
         arrived, arrival = self._parts.await_arrived(number, word, *names, "scatter", spoil)
-        summed = Wait(rank, "", "", "scatter", keep=(*tensors, *reduced))
-        *passed, here, end = self._watch.note_all([*waits, arrival, summed])
-        operations: list[Operation] = [("after", runtime.current_handle()), *begun, *passed, *copies]
-        operations += self._parts.tell(number, word)
+        ahead: list[Operation] = [("after", runtime.current_handle()), *begun]
+        told = [*copies, *self._parts.tell(number, word)]
         if len(self._bases) < runtime.size:
-            runtime.stream_ops(operations, stream)
+            runtime.stream_ops([*ahead, *self._watch.note_all(waits), *told], stream)
             self._parts.send(number, word, stream, "scatter", pieces)
-            operations = []
-        runtime.stream_ops([*operations, *arrived, here], stream)
+            runtime.stream_ops([*arrived, self._watch.note(arrival)], stream)
+        else:
+            *passed, here = self._watch.note_all([*waits, arrival])
+            runtime.stream_ops([*ahead, *passed, *told, *arrived, here], stream)
         for offset, target in zip(offsets, reduced, strict=True):
             self._parts.sum(offset, target, scale, self._num_sms, stream)
-        runtime.stream_ops([end, ("record", done.handle)], stream)
+        summed = Wait(rank, "", "", "scatter", keep=(*tensors, *reduced))
+        runtime.stream_ops([self._watch.note(summed), ("record", done.handle)], stream)
         self._expect("reduce_scatter", number, text, word)
         self._parts.count(sum(out.nbytes for out in reduced))
 

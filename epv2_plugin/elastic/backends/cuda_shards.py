@@ -332,15 +332,15 @@ class CudaShards:
         read, waits = self._await_read(ring, turn) if copied else ([], [])
         what, key = f"reduce-scatter of {text}", f"sum {turn}"
         arrived, arrival = ring.parts.await_arrived(number, word, name, text, what, key, "sums", spoil)
-        summed = Wait(runtime.rank, "", "", "sums", keep=(out_N, *((parts_PN,) if copied else ())))
-        *passed, here, end = self._watch.note_all([*waits, arrival, summed])
+        *passed, here = self._watch.note_all([*waits, arrival])
         operations: list[Operation] = [("after", runtime.current_handle()), *read, *passed]
         if copied:
             operations.append(("copy", own, parts_PN.data_ptr(), num_bytes))
         operations += [*ring.parts.tell(number, word), *arrived, here]
         runtime.stream_ops(operations, stream)
         ring.parts.sum(ring.offset(turn), out_N, scale, self.num_sms, stream)
-        ring.parts.begin(turn + 1, stream, [end, ("record", done.handle)])
+        summed = Wait(runtime.rank, "", "", "sums", keep=(out_N, *((parts_PN,) if copied else ())))
+        ring.parts.begin(turn + 1, stream, [self._watch.note(summed), ("record", done.handle)])
         ring.parts.count(out_N.nbytes)
         return self._started(ring, _Operation(turn, done))
 
