@@ -101,7 +101,7 @@ def merge(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_l
     """Add a block's result to what other blocks gave: `out` `[B, A, S, V]` and `lse` `[B, A, S]`, in place."""
     # Where neither has seen a key, the difference of infinities is no number and the output stays 0.
     share = torch.sigmoid(block_lse - lse).nan_to_num_(0.0).unsqueeze(-1)
-    out.addcmul_(block_out - out, share)
+    out.lerp_(block_out.to(out.dtype), share)
     torch.logaddexp(lse, block_lse, out=lse)
 
 

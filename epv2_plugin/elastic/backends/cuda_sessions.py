@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -152,24 +153,20 @@ class CudaSessions(SessionState):
     ) -> tuple[list[torch.Tensor], Callable[[], None]]:
         self._watch.check()
         runtime = self._runtime
-        places = [self._place(tensor) for tensor in tensors]
-        sizes = [
-            0 if place else session_bytes(runtime.size, tensor.shape, tensor.itemsize)
-            for tensor, place in zip(tensors, places, strict=True)
-        ]
-        number, free = self._admit("all_gather", sum(sizes))
-        starts = accumulate(sizes[:-1], initial=self._layout.tensors + free)
+        kinds = _kinds(runtime.size, *[(tensor.shape, tensor.dtype) for tensor in tensors])
+        places = [self._place(tensor) if self._slots else None for tensor in tensors]
+        room = [0 if place else num_bytes for num_bytes, place in zip(kinds.room, places, strict=True)]
+        number, free = self._admit("all_gather", sum(room))
+        starts = accumulate(room[:-1], initial=self._layout.tensors + free)
         gathered, offsets = [], []
         for tensor, place, start in zip(tensors, places, starts, strict=True):
-            whole, offset = place or (self._view(start, tuple(tensor.shape), tensor.dtype), start)
+            whole, offset = place or (self._view(start, tensor.shape, tensor.dtype), start)
             gathered.append(whole)
             offsets.append(offset)
-        text, word = self._identity("all_gather", tensors, number, offsets)
-        sizes = [tensor.nbytes for tensor in tensors]
-        spoil = [
-            (self._bases[runtime.rank] + offset, runtime.size * n) for offset, n in zip(offsets, sizes, strict=True)
-        ]
-        own = [(offset + runtime.rank * n, n) for offset, n in zip(offsets, sizes, strict=True)]
+        text, word = self._identity("all_gather", kinds, number, offsets)
+        own = [(offset + runtime.rank * n, n) for offset, n in zip(offsets, kinds.num_bytes, strict=True)]
+        base = self._bases[runtime.rank]
+        spoil = [(base + offset, runtime.size * n) for offset, n in zip(offsets, kinds.num_bytes, strict=True)]
         stream, pushed = self._streams["gather"], runtime.event()
         begun, waits = self._await_begin("gather", f"all_gather #{number}", spoil)
         copies = [copy for tensor, at in zip(tensors, offsets, strict=True) for copy in self._parts.push(tensor, at)]
@@ -180,7 +177,7 @@ class CudaSessions(SessionState):
         # One call: each takes longer than what it puts on the stream.
         runtime.stream_ops(operations, stream)
         self._parts.send(number, word, stream, "gather", lambda _: [(place, place, n) for place, n in own])
-        self._parts.count(sum(sizes))
+        self._parts.count(sum(kinds.num_bytes))
         copied = keep or out is not None
         kept = gathered
         if copied:
@@ -227,12 +224,12 @@ class CudaSessions(SessionState):
     ) -> tuple[list[torch.Tensor], Callable[[], None]]:
         self._watch.check()
         runtime, rank = self._runtime, self._runtime.rank
-        sizes = [session_bytes(tensor.shape[0], tensor.shape[1:], tensor.itemsize) for tensor in tensors]
-        number, free = self._admit("reduce_scatter", sum(sizes))
-        offsets = [*accumulate(sizes[:-1], initial=self._layout.tensors + free)]
-        text, word = self._identity("reduce_scatter", tensors, number, offsets)
+        kinds = _kinds(1, *[(tensor.shape, tensor.dtype) for tensor in tensors])
+        number, free = self._admit("reduce_scatter", sum(kinds.room))
+        offsets = [*accumulate(kinds.room[:-1], initial=self._layout.tensors + free)]
+        text, word = self._identity("reduce_scatter", kinds, number, offsets)
         # A part of ours that is no number makes a sum that is none.
-        spoil = [(self._bases[rank] + offset, t.nbytes) for offset, t in zip(offsets, tensors, strict=True)]
+        spoil = [(self._bases[rank] + offset, n) for offset, n in zip(offsets, kinds.num_bytes, strict=True)]
         reduced = [tensor.new_empty(tensor.shape[1:]) for tensor in tensors] if out is None else list(out)
         parts = [(offset, out.nbytes) for offset, out in zip(offsets, reduced, strict=True)]
 
@@ -292,11 +289,9 @@ class CudaSessions(SessionState):
             return None
         return place
 
-    def _identity(
-        self, call: str, tensors: Sequence[torch.Tensor], number: int, offsets: Sequence[int]
-    ) -> tuple[str, int]:
+    def _identity(self, call: str, kinds: _Kinds, number: int, offsets: Sequence[int]) -> tuple[str, int]:
         """What every rank must come with, as text and as a word."""
-        text = ", ".join([text_of(tensor.shape, tensor.dtype) for tensor in tensors])
+        text = kinds.text
         if self.refused:
             text += f" after {self.refused} refused calls"
         return text, hash_word(f"{self._session} {number} {self.refused} {call} {text} {list(offsets)}", self._session)
@@ -327,6 +322,29 @@ class CudaSessions(SessionState):
         """How an operation is called in messages: phase, text, what and key of `Parts.await_arrived`."""
         key = f"session {self._session} {number}"
         return f"{call} #{number} of session #{self._session}", text, f"{call} of {text}", key
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """What is known of tensors of the same shapes and dtypes, and asked for in each operation.
+
+    Attributes:
+        text: "[4, 8] bfloat16, ...". num_bytes: of each. room: in a session, for each.
+    """
+
+    text: str
+    num_bytes: list[int]
+    room: list[int]
+
+
+@functools.lru_cache(maxsize=4096)
+def _kinds(num_ranks: int, *kinds: tuple[torch.Size, torch.dtype]) -> _Kinds:
+    """Of tensors that take `num_ranks` times their size in a session."""
+    return _Kinds(
+        text=", ".join([text_of(*kind) for kind in kinds]),
+        num_bytes=[math.prod(shape) * dtype.itemsize for shape, dtype in kinds],
+        room=[session_bytes(num_ranks, shape, dtype.itemsize) for shape, dtype in kinds],
+    )
 
 
 @functools.lru_cache(maxsize=4096)
