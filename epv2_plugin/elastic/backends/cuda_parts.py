@@ -16,7 +16,7 @@ from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import Traffic
 from epv2_plugin.elastic.backends.courier import SEAL_BYTES, Courier
 from epv2_plugin.elastic.backends.cuda_p2p import same_turn
-from epv2_plugin.elastic.backends.device import Runtime, StreamOp, Window, node_of
+from epv2_plugin.elastic.backends.device import CopyOp, Runtime, StreamOp, Window, node_of
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.sizing import SessionLayout
 from epv2_plugin.jit import kernels
@@ -70,9 +70,9 @@ class Parts:
         """
         runtime = self._runtime
         own = self.bases[runtime.rank] + self._layout.begun_outbox
-        runtime.stream_ops([("write32", own, count & 0xFFFFFFFF)])
-        for peer in self._near:
-            runtime.copy(self.bases[peer] + self._layout.begun + 4 * runtime.rank, own, 4)
+        inbox = self._layout.begun + 4 * runtime.rank
+        told: list[CopyOp] = [("copy", self.bases[peer] + inbox, own, 4) for peer in self._near]
+        runtime.stream_ops([("write32", own, count & 0xFFFFFFFF), *told])
         if self._courier is not None:
             outbox = self._layout.begun_outbox + 4 * (1 + count % 2)
             inbox = self._begun(runtime.rank, count, far=True)
@@ -139,12 +139,15 @@ class Parts:
         runtime = self._runtime
         place = offset + runtime.rank * tensor.nbytes
         own = self.bases[runtime.rank] + place
-        if tensor.data_ptr() != own:
-            runtime.copy(own, tensor.data_ptr(), tensor.nbytes)
-        # Every rank begins with another, so that not all write to the same one.
-        for step in range(1, runtime.size):
-            if (peer := (runtime.rank + step) % runtime.size) in self._node:
-                runtime.copy(self.bases[peer] + place, tensor.data_ptr(), tensor.nbytes)
+        source, num_bytes = tensor.data_ptr(), tensor.nbytes
+        # Every rank begins with another, so that not all write to the same one; with itself it ends.
+        peers = [(runtime.rank + step) % runtime.size for step in range(1, runtime.size)]
+        copies: list[CopyOp] = [
+            ("copy", self.bases[peer] + place, source, num_bytes) for peer in peers if peer in self._node
+        ]
+        if source != own:
+            copies.append(("copy", own, source, num_bytes))
+        runtime.stream_ops(copies)
 
     def tell(
         self,
@@ -160,9 +163,10 @@ class Parts:
         """
         runtime = self._runtime
         outbox = self.bases[runtime.rank] + self._layout.outbox(operation)
-        runtime.stream_ops([("write32", outbox, word), *([] if done is None else [self._watch.note(done)])])
-        for peer in self._near:
-            runtime.copy(self.bases[peer] + self._layout.arrived(operation, runtime.rank), outbox, 4)
+        inbox = self._layout.arrived(operation, runtime.rank)
+        told: list[CopyOp] = [("copy", self.bases[peer] + inbox, outbox, 4) for peer in self._near]
+        passed = [] if done is None else [self._watch.note(done)]
+        runtime.stream_ops([("write32", outbox, word), *passed, *told])
         if self._courier is not None:
             staged = Wait(runtime.rank, "", "", ("staged", runtime.current_stream()))
             runtime.stream_ops([self._watch.note(staged)])
