@@ -596,10 +596,12 @@ def test_report_of_gemms_beside_transfers() -> None:
         "large_us": samples,
         "small_us": samples,
         "gemm_us": {"alone": [[100.0, 95.0]], "beside epv2": [[102.0, 104.0]], "beside torch": [[125.0, 120.0]]},
+        "gemm_moved": {"alone": [[0, 0]], "beside epv2": [[5200000, 9000000]], "beside torch": [[0, 2500000]]},
     }
     lines = report.pp_text(document).splitlines()
     assert any(line.split() == ["epv2", "12", "1", "75%"] for line in lines)
-    assert any(line.split() == ["beside", "epv2", "104", "96.2%"] for line in lines)
+    assert any(line.split() == ["beside", "epv2", "104", "96.2%", "50"] for line in lines)
+    assert any(line.split() == ["beside", "torch", "125", "80.0%", "0"] for line in lines)
 
 
 @pytest.mark.parametrize(

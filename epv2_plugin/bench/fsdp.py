@@ -54,11 +54,15 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
         document[f"{kind}_us"] = all_rounds.measure(works[kind], setup.iterations)
     if device.type == "cuda":
         transfers = {
-            f"{name}, {kind}": (bench.aside(work), statistics.median(report.slowest(document[f"{kind}_us"][name])))
+            f"{name}, {kind}": gemms.Transfer(
+                bench.started(work),
+                statistics.median(report.slowest(document[f"{kind}_us"][name])),
+                document[f"{kind}_bytes"],
+            )
             for kind in works
             for name, work in works[kind].items()
         }
-        document["gemm_us"] = gemms.beside(all_rounds, transfers, setup.iterations)
+        document |= gemms.beside(all_rounds, transfers, setup.iterations)
         torch.cuda.synchronize(device)
     bench.carrier.close()
     return all_rounds.finish(document, report.fsdp_text, json_file)
@@ -73,7 +77,6 @@ class _Bench:
         ours = {self.group: self.carrier}
         self._gathers = {"epv2": PluginAllGather(ours), "torch": DefaultAllGather()}
         self._reduces = {"epv2": PluginReduceScatter(ours), "torch": DefaultReduceScatter()}
-        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def _carrier(self, group: dist.ProcessGroup) -> Carrier:
         config = PluginConfig.model_validate(
@@ -121,11 +124,10 @@ class _Bench:
             "reduce": {name: functools.partial(self.reduce, name) for name in self._reduces},
         }
 
-    def aside(self, work: Callable[[], object]) -> Callable[[], object]:
-        """`work` on another stream, as FSDP2 calls it."""
+    def started(self, work: Callable[[], object]) -> Callable[[], None]:
+        """`work` as FSDP2 calls it, which makes the current stream wait for it."""
 
         def call() -> None:
-            with torch.cuda.stream(self._side):
-                work()
+            work()
 
         return call

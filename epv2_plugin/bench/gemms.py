@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.bench.rounds import Rounds, Samples
+from epv2_plugin.bench.rounds import Rounds
 
 _SIZE = 8192  # rows and columns
 _SECONDS = 0.05
@@ -15,41 +18,69 @@ _LONGER = 3  # times that long are the transfers, by the time that one takes wit
 _TRIALS = 5  # whose mean says how many GEMMs fill that time
 
 
-def beside(rounds: Rounds, transfers: dict[str, tuple[Callable[[], object], float]], iterations: int) -> Samples:
-    """Times of the GEMMs "alone" and "beside NAME" for each of `transfers`, on the device alone.
+@dataclass(frozen=True)
+class Transfer:
+    """What runs beside the GEMMs, again and again.
+
+    Attributes:
+        start: starts one in the order of the current stream; returns what makes that stream wait for its end, None = it
+            does already. us: of one without GEMMs. num_bytes: that one moves.
+    """
+
+    start: Callable[[], Callable[[], object] | None]
+    us: float
+    num_bytes: int
+
+
+def beside(rounds: Rounds, transfers: dict[str, Transfer], iterations: int) -> dict[str, Any]:
+    """GEMMs alone and beside each of `transfers`, and how much of those came to its end meanwhile.
 
     The GEMMs are queued first, so that no time of the host for transfers is part of theirs.
 
-    Args:
-        transfers: what starts one without making the current stream wait, and its microseconds.
+    Returns:
+        Parts of a document: `gemm_us`, times of the GEMMs "alone" and "beside NAME"; `gemm_moved`, the bytes that ended
+        while they ran, of the same shape.
     """
     device = rounds.device
     a, b = (torch.randn(_SIZE, _SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    side = torch.cuda.Stream(device)
+    side, after = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
+    moved: dict[str, list[int]] = {"alone": [], **{f"beside {name}": [] for name in transfers}}
 
-    def time(count: int, meanwhile: Callable[[], object]) -> float:
+    def time(count: int, name: str, transfer: Transfer | None) -> float:
         rounds.align()
         begin.record()
         for _ in range(count):
             torch.mm(a, b, out=out)
         end.record()
-        with torch.cuda.stream(side):
-            meanwhile()
-        end.synchronize()
+        ends = []
+        if transfer is not None:
+            for _ in range(max(4, round(_LONGER * _SECONDS * 1e6 / transfer.us))):
+                with torch.cuda.stream(side):
+                    wait = transfer.start()
+                with torch.cuda.stream(after):
+                    after.wait_stream(side)
+                    if wait is not None:
+                        wait()
+                    ends.append(torch.cuda.Event(enable_timing=True))
+                    ends[-1].record()
+        torch.cuda.synchronize(device)
+        num_bytes = 0 if transfer is None else transfer.num_bytes
+        moved[name].append(num_bytes * sum(end.elapsed_time(one) <= 0 for one in ends))
         return begin.elapsed_time(end) * 1e3
 
-    def repeat(start: Callable[[], object], microseconds: float) -> Callable[[], object]:
-        def work() -> None:
-            for _ in range(max(4, round(_LONGER * _SECONDS * 1e6 / microseconds))):
-                start()
-
-        return work
-
-    time(1, lambda: None)
-    lone = torch.tensor(time(_TRIALS, lambda: None) / _TRIALS, device=device)
+    time(1, "alone", None)
+    lone = torch.tensor(time(_TRIALS, "alone", None) / _TRIALS, device=device)
     dist.all_reduce(lone, dist.ReduceOp.MAX)
+    moved["alone"].clear()
     count = max(4, round(_SECONDS * 1e6 / lone.item()))
-    works = {f"beside {name}": repeat(*transfer) for name, transfer in transfers.items()}
-    return rounds.measure({"alone": lambda: None, **works}, iterations, timer=lambda meanwhile: time(count, meanwhile))
+    works: dict[str, Callable[[], float]] = {"alone": partial(time, count, "alone", None)}
+    for name, transfer in transfers.items():
+        works[f"beside {name}"] = partial(time, count, f"beside {name}", transfer)
+    times = rounds.measure(works, iterations, timer=lambda work: work())
+    every = rounds.gather({name: list_of[1:] for name, list_of in moved.items()})  # without the first time
+    return {
+        "gemm_us": times,
+        "gemm_moved": {name: [*map(list, zip(*(e[name] for e in every), strict=True))] for name in works},
+    }

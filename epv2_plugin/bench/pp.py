@@ -44,10 +44,10 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
     document["small_us"] = all_rounds.measure(ring.pings(setup.small), setup.iterations, divisor=2 * PINGS)
     if device.type == "cuda":
         transfers = {
-            name: (start, statistics.median(report.slowest(document["large_us"][name])))
+            name: gemms.Transfer(start, statistics.median(report.slowest(document["large_us"][name])), setup.large)
             for name, start in ring.starts().items()
         }
-        document["gemm_us"] = gemms.beside(all_rounds, transfers, setup.iterations)
+        document |= gemms.beside(all_rounds, transfers, setup.iterations)
     ring.close()
     return all_rounds.finish(document, report.pp_text, json_file)
 
@@ -142,18 +142,20 @@ class _Ring:
 
         return {"epv2": ours, "torch": torchs}
 
-    def starts(self) -> dict[str, Callable[[], object]]:
-        """Transfers of large tensors that nobody waits for."""
+    def starts(self) -> dict[str, Callable[[], Callable[[], object]]]:
+        """Transfers of large tensors; they return what waits for them."""
 
-        def ours() -> None:
-            self.buffer.pp_recv(self.target, self.prev, async_with_compute_stream=True)
+        def ours() -> Callable[[], object]:
+            event = self.buffer.pp_recv(self.target, self.prev, async_with_compute_stream=True)
             self.buffer.pp_send(self.source, self.next, async_with_compute_stream=True)
+            return event.current_stream_wait
 
-        def torchs() -> None:
+        def torchs() -> Callable[[], object]:
             operations = [
                 dist.P2POp(dist.isend, self.source, self.next),
                 dist.P2POp(dist.irecv, self.target, self.prev),
             ]
-            dist.batch_isend_irecv(operations)
+            works = dist.batch_isend_irecv(operations)
+            return lambda: [work.wait() for work in works]
 
         return {"epv2": ours, "torch": torchs}

@@ -274,12 +274,17 @@ def _gemms(document: dict[str, Any], what: str) -> list[str]:
     if "gemm_us" not in document:
         return []
     alone = statistics.median(slowest(document["gemm_us"]["alone"]))
-    rows = [
-        [name, spread(slowest(samples)), f"{alone / statistics.median(slowest(samples)):.1%}"]
-        for name, samples in document["gemm_us"].items()
-    ]
-    about = f"bf16 GEMMs alone and beside transfers that last longer, microseconds of the slowest rank, {what}."
-    return ["", *_wrap(about), *table(["", "time", "of the lone speed"], rows)]
+    rows = []
+    for name, samples in document["gemm_us"].items():
+        times, moved = slowest(samples), [min(ranks) for ranks in document["gemm_moved"][name]]
+        rate = statistics.median(num_bytes / us / 1e3 for num_bytes, us in zip(moved, times, strict=True))
+        meanwhile = "" if name == "alone" else _rate(rate)
+        rows.append([name, spread(times), f"{alone / statistics.median(times):.1%}", meanwhile])
+    about = (
+        f"bf16 GEMMs alone and beside transfers, microseconds of the slowest rank, {what}; GB/s of the transfers that "
+        "ended meanwhile on the slowest."
+    )
+    return ["", *_wrap(about), *table(["", "time", "of the lone speed", "GB/s meanwhile"], rows)]
 
 
 def fsdp_text(document: dict[str, Any]) -> str:

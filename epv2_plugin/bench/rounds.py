@@ -42,10 +42,10 @@ class Rounds:
 
     def measure(
         self,
-        works: dict[str, Callable[[], object]],
+        works: dict[str, Callable[[], Any]],
         iterations: int,
         divisor: float = 1,
-        timer: Callable[[Callable[[], object]], float] | None = None,
+        timer: Callable[[Callable[[], Any]], float] | None = None,
     ) -> Samples:
         """Every work `iterations` times, in turn, after a first time that makes what is made once.
 

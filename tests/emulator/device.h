@@ -214,6 +214,28 @@ void mbarrier_arrive_expect(uint64_t* bar, uint32_t bytes);
 bool mbarrier_test(uint64_t* bar, uint32_t parity);
 void mbarrier_wait(uint64_t* bar, uint32_t parity);
 
+inline int keep(int value) { return value; }
+
+class SharedPointer {
+ public:
+  explicit SharedPointer(const void* pointer) : at_(static_cast<const uint8_t*>(pointer)) {}
+  void advance(int bytes) { at_ += bytes; }
+  bool operator==(SharedPointer other) const { return at_ == other.at_; }
+  uint64_t load_64(int offset) const { return *reinterpret_cast<const uint64_t*>(at_ + offset); }
+  template <int offset>
+  uint4 load_128() const {
+    return *reinterpret_cast<const uint4*>(at_ + offset);
+  }
+  void wait(uint32_t parity) const { mbarrier_wait(barrier(0), parity); }
+  void arrive(int offset) const { mbarrier_arrive(barrier(offset)); }
+
+ private:
+  uint64_t* barrier(int offset) const {
+    return reinterpret_cast<uint64_t*>(const_cast<uint8_t*>(at_ + offset));
+  }
+  const uint8_t* at_;
+};
+
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* bar);
 void bulk_store(void* global, const void* shared, uint32_t bytes);
 void bulk_commit();

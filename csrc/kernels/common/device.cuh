@@ -75,6 +75,54 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
   }
 }
 
+// All lanes: a value that stays in its register. The compiler works out again, at every use, what it thinks is cheap, but
+// not what it asked of another lane.
+__device__ __forceinline__ int keep(int value) { return __shfl_sync(0xffffffffu, value, threadIdx.x % 32); }
+
+// An address in shared memory, likewise, for a loop in which each instruction counts.
+class SharedPointer {
+ public:
+  __device__ explicit SharedPointer(const void* pointer) : at_(keep(static_cast<int>(shared_address(pointer)))) {}
+
+  __device__ __forceinline__ void advance(int bytes) { at_ += bytes; }
+  __device__ __forceinline__ bool operator==(SharedPointer other) const { return at_ == other.at_; }
+
+  __device__ __forceinline__ uint64_t load_64(int offset) const {
+    uint64_t value;
+    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(value) : "r"(at_ + offset) : "memory");
+    return value;
+  }
+  template <int offset>
+  __device__ __forceinline__ uint4 load_128() const {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at_), "n"(offset)
+                 : "memory");
+    return v;
+  }
+
+  // It points to an mbarrier.
+  __device__ __forceinline__ void wait(uint32_t parity) const {
+    uint32_t done;
+    do {
+      asm volatile(
+          "{\n.reg .pred p;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(at_), "r"(parity)
+          : "memory");
+    } while (done == 0);
+  }
+  __device__ __forceinline__ void arrive(int offset) const {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at_ + offset) : "memory");
+  }
+
+ private:
+  int at_;
+};
+
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(shared)),

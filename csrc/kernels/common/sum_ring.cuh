@@ -16,7 +16,7 @@ using Value = std::conditional_t<EPV2_DTYPE == 4, uint64_t, std::conditional_t<E
 constexpr int kVectors = 4;                     // of 16 bytes that a lane owns
 constexpr int kPerVector = 16 / sizeof(Value);  // values in 16 bytes
 
-enum SlotFlags : uint64_t { kFirst = 1, kLast = 2, kZero = 4, kEnd = 8 };
+enum SlotFlags { kFirst = 1, kLast = 2, kZero = 4, kEnd = 8, kRagged = 16 };  // the last is a consumer's own
 
 // One group of warps of the CTA: its first warp produces, the others consume.
 struct Ring {
@@ -134,6 +134,15 @@ __device__ __forceinline__ uint4 narrow(const Wide* in) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// A lane's vectors of a piece, from its first one on; zero where `is_there(number)` is false.
+template <int v = 0, typename IsThere>
+__device__ __forceinline__ void load_vectors(SharedPointer data, uint4* raw, IsThere is_there) {
+  if constexpr (v < kVectors) {
+    raw[v] = is_there(v) ? data.load_128<v * kWarp * 16>() : make_uint4(0, 0, 0, 0);
+    load_vectors<v + 1>(data, raw, is_there);
+  }
+}
+
 // What a consumer does beside adding: nothing.
 struct AddOnly {
   __device__ __forceinline__ Wide finish(Wide sum) const { return sum; }
@@ -144,33 +153,28 @@ struct AddOnly {
 template <typename Work = AddOnly>
 __device__ inline void consume(const Ring& ring, int consumer, int last_vectors, int num_pieces,
                                uint32_t* done = nullptr, const Work& work = {}) {
-  const int lane = threadIdx.x % kWarp, first_vector = consumer * kVectors * kWarp + lane;
-  const int full_vectors = ring.piece_bytes / 16;
+  const int lane = keep(threadIdx.x % kWarp), first_vector = keep(consumer * kVectors * kWarp + lane);
+  const int full_vectors = ring.piece_bytes / 16, to_empty = keep(8 * ring.all_slots), to_info = keep(16 * ring.all_slots);
   Wide sum[kVectors][kPerVector];
   uint32_t parity = 0;
   int piece = 0;
-  const uint8_t* const mine = ring.memory + first_vector * 16;
+  const SharedPointer first_barrier(ring.full(0)), end(ring.full(ring.slots)), first_data(ring.memory + first_vector * 16);
   // A warp whose vectors are all there, in every piece, need not look which are: that is nearly every warp.
   const int least = num_pieces == 1 ? last_vectors : min(full_vectors, last_vectors);
-  const bool whole = (consumer + 1) * kVectors * kWarp <= least;
-  for (int slot = 0, at = 0;;) {
-    mbarrier_wait(ring.full(slot), parity);
-    const uint64_t info = *ring.info(slot);
-    if (info & kEnd) return;
+  const int ragged = keep((consumer + 1) * kVectors * kWarp <= least ? 0 : kRagged);
+  for (SharedPointer barrier = first_barrier, data = first_data;;) {
+    barrier.wait(parity);
+    const uint64_t info = barrier.load_64(to_info);
+    const int flags = static_cast<int>(info);
+    if (flags & kEnd) return;
     const int vectors = piece == num_pieces - 1 ? last_vectors : full_vectors;
     uint4 raw[kVectors];
-    if (whole && !(info & kZero)) {
-#pragma unroll
-      for (int v = 0; v < kVectors; v++) raw[v] = *reinterpret_cast<const uint4*>(mine + at + v * kWarp * 16);
+    if (((flags & kZero) | ragged) == 0) {
+      load_vectors(data, raw, [](int) { return true; });
     } else {
-#pragma unroll
-      for (int v = 0; v < kVectors; v++) {
-        raw[v] = first_vector + v * kWarp < vectors && !(info & kZero)
-                     ? *reinterpret_cast<const uint4*>(mine + at + v * kWarp * 16)
-                     : make_uint4(0, 0, 0, 0);
-      }
+      load_vectors(data, raw, [&](int v) { return first_vector + v * kWarp < vectors && !(flags & kZero); });
     }
-    if (info & kFirst) {
+    if (flags & kFirst) {
 #pragma unroll
       for (int v = 0; v < kVectors; v++) widen(raw[v], sum[v]);
     } else {
@@ -186,13 +190,15 @@ __device__ inline void consume(const Ring& ring, int consumer, int last_vectors,
     // load into their slot must not overtake the reads.
     if constexpr (kPerVector * sizeof(Wide) == 16) fence_proxy_async_shared();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(ring.empty(slot));
-    at += ring.piece_bytes;
-    if (++slot == ring.slots) {
-      slot = at = 0;
+    if (lane == 0) barrier.arrive(to_empty);
+    barrier.advance(8);
+    data.advance(ring.piece_bytes);
+    if (barrier == end) {
+      barrier = first_barrier;
+      data = first_data;
       parity ^= 1;
     }
-    if (info & kLast) {
+    if (flags & kLast) {
       uint8_t* out = reinterpret_cast<uint8_t*>(info & ~uint64_t{15});
 #pragma unroll
       for (int v = 0; v < kVectors; v++) {

@@ -45,7 +45,7 @@ EPV2_KERNEL(epv2_engram_put, EngramPutArgs, 256) {
   }
   __syncthreads();
   // A signal is behind all that its context has put; other CTAs' contexts have signals of their own.
-  const uint64_t share = blockIdx.x == 0 ? kSignalUnit - (gridDim.x - 1) : 1;
+  const uint64_t share = signal_share();
   for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
     if (!failed(c)) network_signal(network(c, context), remote(c, i), signal_index(c, kSumsStaged, c.rank), share);
   }

@@ -57,6 +57,9 @@ enum Signal { kHello = 0, kAnswer = 1, kRowsSent = 2, kReturnsFree = 3, kReturne
 constexpr int kSignalKinds = 7;
 constexpr uint64_t kSignalUnit = 1024;
 
+// This CTA's part of a unit, where each CTA has its own in what the operation sends.
+__device__ __forceinline__ uint64_t signal_share() { return blockIdx.x == 0 ? kSignalUnit - (gridDim.x - 1) : 1; }
+
 // Words of `Common::error`; kErrorSet is written last.
 enum Error {
   kErrorSet = 0,

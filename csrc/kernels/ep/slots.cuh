@@ -55,7 +55,7 @@ __device__ inline bool wait_owners(const Common& c, uint32_t number, uint32_t co
 // All threads of the CTA: tell them that what this CTA sent is there. Each CTA has its share of the signal.
 __device__ inline void tell_owners(const Common& c, int context, uint32_t* scratch) {
   __syncthreads();
-  const uint64_t share = blockIdx.x == 0 ? kSignalUnit - (gridDim.x - 1) : 1;
+  const uint64_t share = signal_share();
   for (int i = threadIdx.x; i < num_remotes(c); i += blockDim.x) {
     network_signal(network(c, context), remote(c, i), signal_index(c, kReturned, c.rank), share);
   }
