@@ -595,16 +595,16 @@ def test_tensors_live_as_long_as_they_are_needed(pool: Callable[[int], Pool], ki
     pool(2).run(memory, kind)
 
 
-@given(st.integers(0, 200 << 20))
-@example(16 << 20)
-@example((64 << 20) + 1)
+@given(st.integers(0, 1 << 30))
+@example(128 << 20)
+@example((512 << 20) + 1)
 def test_pieces_are_the_whole(num_bytes: int) -> None:
     pieces = sizing.pieces_of(num_bytes)
     assert [offset for offset, _ in pieces] == [index * pieces[0][1] for index in range(len(pieces))]
     assert sum(size for _, size in pieces) == num_bytes
     assert 1 <= len(pieces) <= 8
     assert len(pieces) == 1 or all(size % (64 << 10) == 0 for _, size in pieces[:-1])
-    assert (len(pieces) > 1) == (num_bytes >= 16 << 20)
+    assert (len(pieces) > 1) == (num_bytes >= 128 << 20)
 
 
 @contextmanager

@@ -343,8 +343,9 @@ RECORD_BYTES = (
     64  # what a receiver is told of a tensor: four words of 64 bits, then one of 32 for each piece, or a seal
 )
 MOST_PIECES = 8
-# A copy of this takes as long as the calls of the driver for one more piece.
-LEAST_PIECE_BYTES = 8 << 20
+# A copy of this inside a GPU takes 48 us, more than the calls of the driver for one more piece at both ends
+# (docs/performance.md).
+LEAST_PIECE_BYTES = 64 << 20
 PIECE_ALIGNMENT = 64 << 10
 
 
