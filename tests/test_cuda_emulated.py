@@ -54,7 +54,7 @@ def compare(pool: Callable[[int], Pool], case: Case) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_any_shape(pool: Callable[[int], Pool], ranks: int) -> None:
-    @settings(max_examples=20)
+    @settings(max_examples=12)
     @given(st.composite(test_elastic.layouts)(ranks))
     def draw(case: Case) -> None:
         compare(pool, case)

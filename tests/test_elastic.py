@@ -201,7 +201,7 @@ def layouts(draw: Callable, ranks: int) -> Case:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_any_shape(pool: Callable[[int], Pool], ranks: int) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=40)
     @given(st.composite(layouts)(ranks))
     def compare(case: Case) -> None:
         check(case, pool(ranks).run(round_trip, case))

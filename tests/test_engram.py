@@ -261,7 +261,7 @@ def cases(draw: Callable, ranks: int) -> Case:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_any_table(pool: Callable[[int], Pool], ranks: int) -> None:
-    @settings(max_examples=30, phases=[Phase.generate])
+    @settings(max_examples=15, phases=[Phase.generate])
     @given(st.composite(cases)(ranks))
     def compare(case: Case) -> None:
         check(case, pool(ranks).run(exchange, case, "host"), "host")

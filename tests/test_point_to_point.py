@@ -114,7 +114,7 @@ def walk(rank: int, size: int, kind: str, slots: int, messages: list[Message]) -
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(plan=plans())
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_every_interleaving_arrives(
     pool: Callable[[int], Pool], kind: str, plan: tuple[int, int, list[Message]]
 ) -> None:
