@@ -79,21 +79,23 @@ class _Ring:
 
     def check(self) -> bool:
         """Whether what was sent arrives."""
-        self.ours(self.setup.large)
+        self.start_ours(self.setup.large)()
         return bool((self.target == self.prev).all())
 
-    def ours(self, num_bytes: int) -> None:
+    def start_ours(self, num_bytes: int) -> Callable[[], object]:
+        """Start a transfer; returns what makes the current stream wait for it."""
         event = self.buffer.pp_recv(self.target[:num_bytes], self.prev, async_with_compute_stream=True)
         self.buffer.pp_send(self.source[:num_bytes], self.next, async_with_compute_stream=True)
-        event.current_stream_wait()
+        return event.current_stream_wait
 
-    def torchs(self, num_bytes: int) -> None:
+    def start_torchs(self, num_bytes: int) -> Callable[[], object]:
+        """Likewise, by torch."""
         operations = [
             dist.P2POp(dist.isend, self.source[:num_bytes], self.next),
             dist.P2POp(dist.irecv, self.target[:num_bytes], self.prev),
         ]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+        works = dist.batch_isend_irecv(operations)
+        return lambda: [work.wait() for work in works]
 
     def copy(self, num_bytes: int) -> None:
         """Out of the previous rank's memory, by nothing but the copy; on the host, of this rank's own."""
@@ -109,9 +111,9 @@ class _Ring:
 
     def transfers(self, num_bytes: int) -> dict[str, Callable[[], object]]:
         return {
-            "epv2": lambda: self.ours(num_bytes),
+            "epv2": lambda: self.start_ours(num_bytes)(),
             "plain copy": lambda: self.copy(num_bytes),
-            "torch": lambda: self.torchs(num_bytes),
+            "torch": lambda: self.start_torchs(num_bytes)(),
         }
 
     def pings(self, num_bytes: int) -> dict[str, Callable[[], object]]:
@@ -144,18 +146,7 @@ class _Ring:
 
     def starts(self) -> dict[str, Callable[[], Callable[[], object]]]:
         """Transfers of large tensors; they return what waits for them."""
-
-        def ours() -> Callable[[], object]:
-            event = self.buffer.pp_recv(self.target, self.prev, async_with_compute_stream=True)
-            self.buffer.pp_send(self.source, self.next, async_with_compute_stream=True)
-            return event.current_stream_wait
-
-        def torchs() -> Callable[[], object]:
-            operations = [
-                dist.P2POp(dist.isend, self.source, self.next),
-                dist.P2POp(dist.irecv, self.target, self.prev),
-            ]
-            works = dist.batch_isend_irecv(operations)
-            return lambda: [work.wait() for work in works]
-
-        return {"epv2": ours, "torch": torchs}
+        return {
+            "epv2": lambda: self.start_ours(self.setup.large),
+            "torch": lambda: self.start_torchs(self.setup.large),
+        }

@@ -217,9 +217,8 @@ class Watch:
             seen = f"nothing within {seconds:g} s"
             self.give_up(CommunicationTimeout(self._runtime.rank, first.peer, phase, expected, seen))
         self._thread.join(30.0)
-        self._words = memoryview(bytearray(self._words)).cast(
-            "i"
-        )  # whoever still asks must not read memory that is gone
+        # Whoever still asks must not read memory that is gone.
+        self._words = memoryview(bytearray(self._words)).cast("i")
         if self.failure is not None and not failed_before:
             raise self.failure
 
