@@ -58,16 +58,20 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* bar, uint32_t b
                : "memory");
 }
 
-__device__ __forceinline__ bool mbarrier_test(uint64_t* bar, uint32_t parity) {
+__device__ __forceinline__ bool mbarrier_test(uint32_t bar, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{\n.reg .pred p;\n"
       "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n}"
       : "=r"(done)
-      : "r"(shared_address(bar)), "r"(parity)
+      : "r"(bar), "r"(parity)
       : "memory");
   return done != 0;
+}
+
+__device__ __forceinline__ bool mbarrier_test(uint64_t* bar, uint32_t parity) {
+  return mbarrier_test(shared_address(bar), parity);
 }
 
 __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
@@ -104,16 +108,8 @@ class SharedPointer {
 
   // It points to an mbarrier.
   __device__ __forceinline__ void wait(uint32_t parity) const {
-    uint32_t done;
-    do {
-      asm volatile(
-          "{\n.reg .pred p;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, p;\n}"
-          : "=r"(done)
-          : "r"(at_), "r"(parity)
-          : "memory");
-    } while (done == 0);
+    while (!mbarrier_test(static_cast<uint32_t>(at_), parity)) {
+    }
   }
   __device__ __forceinline__ void arrive(int offset) const {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at_ + offset) : "memory");
