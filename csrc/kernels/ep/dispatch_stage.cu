@@ -267,7 +267,7 @@ EPV2_KERNEL(epv2_dispatch_stage, DispatchStageArgs, 896) {
   const int counting_warps = min(args.counting_warps, max(kLeastCounting, (num_chunks + gridDim.x - 1) / gridDim.x));
   uint64_t* barrier = reinterpret_cast<uint64_t*>(scratch + 2);
   Team counting(kWarp * min(num_warps, counting_warps), barrier);
-  if (threadIdx.x == 0) mbarrier_init(barrier, counting.count / kWarp);
+  if (threadIdx.x == 0) mbarrier_init(barrier, counting.count);
   mbarrier_init_fence();
 
   // Peers may still be reading what the last dispatch put there.

@@ -400,8 +400,8 @@ __device__ inline bool wait_node(const Common& c, int kind, uint32_t number, boo
   return wait_ranks(c, kind, near_begin(c), near_end(c), number, check_signature, word);
 }
 
-// The first `count` threads of the CTA, which do something together. (racecheck does not see the order that a named
-// barrier makes.)
+// The first `count` threads of the CTA, which do something together. (racecheck sees neither the order that a named
+// barrier makes nor that of one arrival for a warp.)
 class Team {
  public:
   const int count;
@@ -409,7 +409,7 @@ class Team {
   // Every thread of the CTA.
   __device__ Team() : count(static_cast<int>(blockDim.x)), barrier_(nullptr) {}
 
-  // `barrier` of the shared memory takes as many arrivals as the team has warps.
+  // `barrier` of the shared memory takes as many arrivals as the team has threads.
   __device__ Team(int count, uint64_t* barrier) : count(count), barrier_(barrier) {}
 
   __device__ void sync() {
@@ -417,8 +417,7 @@ class Team {
       __syncthreads();
       return;
     }
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) mbarrier_arrive(barrier_);
+    mbarrier_arrive(barrier_);
     mbarrier_wait(barrier_, parity_);
     parity_ ^= 1;
   }
