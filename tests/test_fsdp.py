@@ -479,6 +479,26 @@ def test_slots_are_not_for_more(pool: Callable[[int], Pool]) -> None:
     pool(2).run(no_room, "emulated")
 
 
+def through_another(rank: int, size: int, kind: str) -> None:
+    """One group's memory, gathered within another, whose watch looks late: the slot is free as soon as its tensor is."""
+    device, group = device_of(kind), dist.group.WORLD
+    home, other = make_carrier(kind, 64), make_carrier(kind, 64)
+    gather = PluginAllGather({group: home})
+    with mock.patch.object(other._shards._watch, "_collect"):
+        for turn in range(5):
+            out = gather.allocate((8 * size,), dtype=torch.float32, device=device).view(size, 8)
+            own = out[rank].fill_(10 * turn + rank)
+            other.all_gather(out, own)()
+            assert out[:, 3].tolist() == [10 * turn + r for r in range(size)]
+            del out, own
+    home.close()
+    other.close()
+
+
+def test_a_slot_is_free_however_late_the_watch_looks(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(through_another, "emulated")
+
+
 def replicated(rank: int, size: int) -> None:
     from torch.distributed._composable.replicate_with_fsdp import replicate
 

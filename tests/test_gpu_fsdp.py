@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
         (test_fsdp.in_turn, 3, (2,)),
         (test_fsdp.in_turn, 4, (3,)),
         (test_fsdp.no_room, 2, ()),
+        (test_fsdp.through_another, 2, ()),
         pytest.param(test_fsdp.installed, 4, (), marks=test_fsdp.SEVERAL_GROUPS),
     ],
 )

@@ -60,17 +60,18 @@ class _Operation:
 
     Args:
         complete: puts what is left to do on the current stream, and returns `after`.
+        held: what must live until then, and no longer: it may lie in another group's slot.
     """
 
-    def __init__(self, turn: int, after: Any = None, complete: Callable[[], Any] | None = None):
-        self.turn, self.after, self._complete = turn, after, complete
+    def __init__(self, turn: int, after: Any = None, complete: Callable[[], Any] | None = None, held: Any = None):
+        self.turn, self.after, self._complete, self._held = turn, after, complete, held
 
     def finish(self, runtime: Runtime) -> None:
         """Make the current stream wait for it."""
         if self._complete is None:
             runtime.wait(self.after)
         else:
-            self.after, self._complete = self._complete(), None
+            self.after, self._complete, self._held = self._complete(), None, None
 
 
 class _Ring:
@@ -284,10 +285,10 @@ class CudaShards:
         text, own, name = text_of(shard_N.shape, shard_N.dtype), ring.own(turn), f"all-gather #{turn}"
         word, spoil, number = ring.word(turn, text), [(own, num_bytes)], ring.number(turn)
         place, pushed = own + runtime.rank * shard_N.nbytes, runtime.event()
-        keep = () if shard_N.data_ptr() == place else (shard_N,)
+        held = None if shard_N.data_ptr() == place else shard_N
         opened, opening = ring.parts.await_begun(turn + 1, f"{name}, slot", "an open slot", "gathers", spoil)
         copies = ring.parts.push(shard_N, ring.offset(turn))
-        done = Wait(runtime.rank, "", "", "gathers", keep=keep)
+        done = Wait(runtime.rank, "", "", "gathers")
         passed, gone = self._watch.note_all([opening, done])
         operations: list[Operation] = [("after", runtime.current_handle()), *opened, passed, *copies]
         operations += [*ring.parts.tell(number, word, [gone]), ("record", pushed.handle)]
@@ -305,7 +306,7 @@ class CudaShards:
             runtime.stream_ops([*waited, ("record", after.handle)])
             return after
 
-        return self._started(ring, _Operation(turn, complete=complete))
+        return self._started(ring, _Operation(turn, complete=complete, held=held))
 
     def reduce_scatter(self, out_N: torch.Tensor, parts_PN: torch.Tensor, scale: float) -> Callable[[], None]:
         """Start summing row p of every rank's parts for rank p, times `scale`; returns as `all_gather`.
