@@ -554,7 +554,7 @@ def test_bench_ep_as_ranks_of_somebody_else(tmp_path):
     [
         (
             ["pp", "--large", "5000", "--small", "100"],
-            ("large_us", "small_us"),
+            ("large_us", "in_a_row_us", "small_us"),
             ("epv2", "plain copy", "torch"),
         ),
         (
@@ -594,12 +594,14 @@ def test_report_of_gemms_beside_transfers() -> None:
         **report.circumstances("epv2 bench pp", CPU),
         "setup": {"ranks": 2, "large": 12000, "small": 64, "iterations": 1, "backend": "cuda"},
         "large_us": samples,
+        "in_a_row_us": {**samples, "epv2": [[9.0, 7.0]]},
         "small_us": samples,
         "gemm_us": {"alone": [[100.0, 95.0]], "beside epv2": [[102.0, 104.0]], "beside torch": [[125.0, 120.0]]},
         "gemm_moved": {"alone": [[0, 0]], "beside epv2": [[5200000, 9000000]], "beside torch": [[0, 2500000]]},
     }
     lines = report.pp_text(document).splitlines()
     assert any(line.split() == ["epv2", "12", "1", "75%"] for line in lines)
+    assert any(line.split() == ["epv2", "9", "1.33", "100%"] for line in lines)
     assert any(line.split() == ["beside", "epv2", "104", "96.2%", "50"] for line in lines)
     assert any(line.split() == ["beside", "torch", "125", "80.0%", "0"] for line in lines)
 

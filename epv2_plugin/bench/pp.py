@@ -17,6 +17,7 @@ from epv2_plugin.bench.ep import TIMEOUT, join
 from epv2_plugin.elastic import ElasticBuffer
 
 PINGS = 20  # there and back, in one measurement of latency
+IN_A_ROW = 8  # transfers, in one measurement of what goes through
 INFLIGHT = 4
 
 
@@ -41,6 +42,7 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
         return 1  # without leaving in order: the others are waiting for this rank
     document = rounds.document("bench pp", command, device, asdict(setup))
     document["large_us"] = all_rounds.measure(ring.transfers(setup.large), setup.iterations)
+    document["in_a_row_us"] = all_rounds.measure(ring.in_a_row(setup.large), setup.iterations, divisor=IN_A_ROW)
     document["small_us"] = all_rounds.measure(ring.pings(setup.small), setup.iterations, divisor=2 * PINGS)
     if device.type == "cuda":
         transfers = {
@@ -114,6 +116,19 @@ class _Ring:
             "epv2": lambda: self.start_ours(num_bytes)(),
             "plain copy": lambda: self.copy(num_bytes),
             "torch": lambda: self.start_torchs(num_bytes)(),
+        }
+
+    def in_a_row(self, num_bytes: int) -> dict[str, Callable[[], object]]:
+        """`IN_A_ROW` of the same, all started before the first is waited for."""
+
+        def all_of(start: Callable[[int], Callable[[], object]]) -> None:
+            for wait in [start(num_bytes) for _ in range(IN_A_ROW)]:
+                wait()
+
+        return {
+            "epv2": lambda: all_of(self.start_ours),
+            "plain copy": lambda: [self.copy(num_bytes) for _ in range(IN_A_ROW)],
+            "torch": lambda: all_of(self.start_torchs),
         }
 
     def pings(self, num_bytes: int) -> dict[str, Callable[[], object]]:

@@ -252,21 +252,28 @@ def pp_text(document: dict[str, Any]) -> str:
         f"{what}; GB/s in one direction, and its share of a plain copy's. torch = NCCL's send and receive, on the "
         "host gloo's."
     )
-    medians = {name: statistics.median(slowest(samples)) for name, samples in document["large_us"].items()}
-    rows = [
-        [
-            name,
-            spread(slowest(samples)),
-            _rate(setup["large"] / medians[name] / 1e3),
-            f"{medians['plain copy'] / medians[name]:.0%}",
-        ]
-        for name, samples in document["large_us"].items()
-    ]
-    lines += [*table(["", "time", "GB/s", "of the copy"], rows), ""]
+    lines += _shares(document["large_us"], setup["large"])
+    lines += _wrap("The same, several started before the first is waited for; microseconds of one.")
+    lines += _shares(document["in_a_row_us"], setup["large"])
     lines += _wrap(f"{setup['small']} bytes from a rank to the next and back: microseconds of one way, {what}.")
     small = document["small_us"].items()
     lines += [*table(["", "one way"], [[name, spread(slowest(samples))] for name, samples in small])]
     return "\n".join([*lines, *_gemms(document, what)])
+
+
+def _shares(samples: dict[str, list[list[float]]], num_bytes: int) -> list[str]:
+    """Times of transfers of `num_bytes`, beside that of a plain copy."""
+    medians = {name: statistics.median(slowest(each)) for name, each in samples.items()}
+    rows = [
+        [
+            name,
+            spread(slowest(samples[name])),
+            _rate(num_bytes / median / 1e3),
+            f"{medians['plain copy'] / median:.0%}",
+        ]
+        for name, median in medians.items()
+    ]
+    return [*table(["", "time", "GB/s", "of the copy"], rows), ""]
 
 
 def _gemms(document: dict[str, Any], what: str) -> list[str]:
