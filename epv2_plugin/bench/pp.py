@@ -86,8 +86,8 @@ class _Ring:
 
     def start_ours(self, num_bytes: int) -> Callable[[], object]:
         """Start a transfer; returns what makes the current stream wait for it."""
-        event = self.buffer.pp_recv(self.target[:num_bytes], self.prev, async_with_compute_stream=True)
         self.buffer.pp_send(self.source[:num_bytes], self.next, async_with_compute_stream=True)
+        event = self.buffer.pp_recv(self.target[:num_bytes], self.prev, async_with_compute_stream=True)
         return event.current_stream_wait
 
     def start_torchs(self, num_bytes: int) -> Callable[[], object]:
