@@ -480,7 +480,7 @@ def test_slots_are_not_for_more(pool: Callable[[int], Pool]) -> None:
 
 
 def through_another(rank: int, size: int, kind: str) -> None:
-    """One group's memory, gathered within another, whose watch looks late: the slot is free as soon as its tensor is."""
+    """One group's memory, gathered within another, whose watch looks late: its slot is free as soon as it is."""
     device, group = device_of(kind), dist.group.WORLD
     home, other = make_carrier(kind, 64), make_carrier(kind, 64)
     gather = PluginAllGather({group: home})

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -58,6 +59,25 @@ def test_plugin_gives_the_loss_of_one_process(train: Callable[..., list[Any]], a
 def test_what_it_is_compared_with_does_so_too(train: Callable[..., list[Any]], alone: list[Any], name: str) -> None:
     ranks, overrides, steps = STOCK_SAME_AS_ONE_PROCESS[name]
     assert _apart(train(ranks, overrides, "alltoall", steps), alone) < 1e-5
+
+
+def in_bf16_by(rank: int, size: int, name: str) -> tuple[list[float], torch.dtype]:
+    """Losses of three steps with context parallelism, with one of the reference attentions, and what that ran in."""
+    from epv2_plugin.training import reference_attention
+
+    arm, stream = _arm(size, CP[2] | BF16, "alltoall", getattr(reference_attention, name))
+    attend = reference_attention.scaled_dot_product_attention
+    with mock.patch.object(reference_attention, "scaled_dot_product_attention", side_effect=attend) as called:
+        losses = [arm.step(stream.sequences(step)).loss for step in range(3)]
+    (dtype,) = {call.args[0].dtype for call in called.call_args_list}
+    return losses, dtype
+
+
+def test_the_reference_has_another_that_rounds_otherwise(pool: Callable[[int], Pool]) -> None:
+    names = ("GatherThenAttend", "GatherThenAttendInFp32")
+    (one, narrow), (other, wide) = (pool(2).run(in_bf16_by, name, timeout=WAIT)[0] for name in names)
+    assert (narrow, wide) == (torch.bfloat16, torch.float32)
+    assert other == pytest.approx(one, rel=5e-3)
 
 
 def test_interleaved_over_four_stages(train: Callable[..., list[Any]]) -> None:

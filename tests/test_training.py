@@ -51,8 +51,8 @@ CAPACITY = {"megatron.moe_expert_capacity_factor": 2.0, "megatron.moe_pad_expert
 MTP = {"model.mtp_layers": 1}
 
 
-def _arm(size: int, overrides: dict[str, Any], dispatcher: str = "alltoall") -> tuple[Any, Any]:
-    """An arm of the small recipe and its data, on this rank."""
+def _arm(size: int, overrides: dict[str, Any], dispatcher: str = "alltoall", *attention: Any) -> tuple[Any, Any]:
+    """An arm of the small recipe, with what attention there is by default, and its data, on this rank."""
     from epv2_plugin import plugin
     from epv2_plugin.training import trainer
     from epv2_plugin.training.data import TokenStream
@@ -61,7 +61,7 @@ def _arm(size: int, overrides: dict[str, Any], dispatcher: str = "alltoall") -> 
     plugin.disable()  # what an earlier test on these ranks enabled
     recipe = load_recipe(RECIPE, {**SMALL, "train.processes": size, **EP[1], **overrides})
     trainer.setup(recipe)
-    return trainer.Arm(recipe, dispatcher), TokenStream(recipe)
+    return trainer.Arm(recipe, dispatcher, *attention), TokenStream(recipe)
 
 
 def _steps(arm: Any, stream: Any, count: int) -> list[Any]:

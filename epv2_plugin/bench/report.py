@@ -339,8 +339,8 @@ def cp_text(document: dict[str, Any]) -> str:
         rows.append([name, spread(times), _rate(others / statistics.median(times) / 1e3)])
     lines += [*table(["", "time", "GB/s"], rows), ""]
     lines += _wrap(
-        f"Attention forward and backward, a layer of several in a row: {what}; most memory of a rank beside inputs, for "
-        "one layer, the session's window included. Outputs and gradients of both were compared."
+        f"Attention forward and backward, a layer of several in a row: {what}; most memory of a rank beside inputs, "
+        "for one layer, the session's window included. Outputs and gradients of both were compared."
     )
     ours = statistics.median(slowest(document["attention_us"]["epv2"]))
     rows = []

@@ -27,6 +27,7 @@ from epv2_plugin.training.instruments import PeakMemory
 from epv2_plugin.training.launcher import INTERRUPTED
 from epv2_plugin.training.machine import machine, versions
 from epv2_plugin.training.recipe import Recipe, check_arms, parameter_count
+from epv2_plugin.training.reference_attention import GatherThenAttendInFp32
 from epv2_plugin.training.report import OURS, write_report
 from epv2_plugin.training.stages import StockTraffic, clock_of, moe_layers, skew_routing
 from epv2_plugin.training.trainer import Arm, Interrupts, leave, setup
@@ -67,10 +68,12 @@ def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, co
             for arm in measured:
                 arm.arm.release()
             try:
-                yardstick = Arm(_without_overlap(recipe), other)
+                yardstick = Arm(_without_overlap(recipe), other, GatherThenAttendInFp32)
             except ConfigError as error:  # every rank raises it
                 meta["noise"]["missing"] = str(error)
             else:
+                if yardstick.runs.get("context") == GatherThenAttendInFp32.label:
+                    meta["noise"]["also"] = "and attention runs in fp32, rounded once"
                 training.steps([_MeasuredArm(yardstick, skew)], interrupts)
     if dist.get_rank() == 0:
         training.close()

@@ -26,6 +26,7 @@ class GatherThenAttend(LocalAttention):
 
     label = "reference gather-then-attend"
     takes_context_parallel = True
+    runs_in: torch.dtype | None = None  # None = as queries come
 
     def forward(
         self,
@@ -54,13 +55,21 @@ class GatherThenAttend(LocalAttention):
             gather_from_sequence_parallel_region(t.contiguous(), group=group)
             for t in (self.complete_gradient(key_SBAD), value_SBAV)
         )
+        query, key, value = (t.permute(1, 2, 0, 3).to(self.runs_in or t.dtype) for t in (query_SBAD, key, value))
         out_BASV = scaled_dot_product_attention(
-            query_SBAD.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
+            query,
+            key,
+            value,
             attn_mask=seen,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.softmax_scale,
-            enable_gqa=query_SBAD.size(2) != key.size(2),
+            enable_gqa=query.size(1) != key.size(1),
         )
-        return out_BASV.permute(2, 0, 1, 3).flatten(2)
+        return out_BASV.permute(2, 0, 1, 3).flatten(2).to(query_SBAD.dtype)
+
+
+class GatherThenAttendInFp32(GatherThenAttend):
+    """The same in fp32, rounded once: a measure of what rounding does to losses."""
+
+    label = "reference gather-then-attend in fp32"
+    runs_in = torch.float32

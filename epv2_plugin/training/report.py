@@ -6,6 +6,7 @@ members of a pair met the same state of the machine.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -28,6 +29,7 @@ _NOISE = (
     "allgather those of each rank first"
 )
 _LEAST_NOISE = 1e-7  # what a loss in fp32 is rounded by
+_SHARED_STEPS = 4  # at the beginning
 MIN_PAIRS = 5  # fewer steps say nothing about a difference in time
 RESAMPLES = 4000
 MIB = 1 << 20
@@ -208,13 +210,14 @@ def _noise_sentence(arm: str, difference: LossDifference, run: Run, noise: LossD
 
 
 def _noise_band(run: Run) -> dict[int, float]:
-    """The largest relative difference of the two stock runs up to each step at which both have a finite loss."""
-    band, largest = {}, _LEAST_NOISE
-    for step in run.steps(run.noise or ""):
-        noise = _noise_at(run, step)
-        if math.isfinite(noise):
-            largest = band[step] = max(noise, largest)
-    return band
+    """The largest relative difference of the two stock runs up to each step at which both have a finite loss.
+
+    The first few steps share theirs: how near two losses come at a single step is luck.
+    """
+    noises = {step: _noise_at(run, step) for step in run.steps(run.noise or "")}
+    finite = {step: noise for step, noise in noises.items() if math.isfinite(noise)}
+    largest = list(itertools.accumulate(finite.values(), max, initial=_LEAST_NOISE))
+    return {step: largest[min(max(count, _SHARED_STEPS), len(finite))] for count, step in enumerate(finite, 1)}
 
 
 def paired_ratio(run: Run, arm: str, key: str | Callable[[dict[str, Any]], float] = "step_ms") -> Paired:
@@ -417,7 +420,8 @@ def _losses(run: Run) -> str:
     if "missing" in (run.meta.get("noise") or {}):
         text += [f"Rounding noise is not known: {run.meta['noise']['missing']}", ""]
     elif noise is not None:
-        text += [f"Rounding noise: {(run.meta.get('noise') or {}).get('why', _NOISE)}.", ""]
+        said = run.meta.get("noise") or {}
+        text += [f"Rounding noise: {', '.join([said.get('why', _NOISE), *filter(None, [said.get('also')])])}.", ""]
     columns = ["step", *run.arms, *(f"{arm} difference" for arm in rivals), *(["noise"] if noise is not None else [])]
     table = _table(columns, rows)
     text += ["<details><summary>Loss of every step</summary>", "", table, "", "</details>"]

@@ -126,7 +126,7 @@ class Arm:
     Attributes:
         recipe: what it was made from.
         dispatcher: the token dispatcher. With "epv2", pipeline and context parallelism run as `recipe.plugin` says;
-            with the others, Megatron's own pipeline communication and, for context parallelism, `GatherThenAttend`.
+            with the others, Megatron's own pipeline communication and, for context parallelism, `attention`.
         chunks: this rank's virtual pipeline stages, as Megatron's `DistributedDataParallel`.
         runs: what runs `expert`, `pipeline` and `context` communication, in words, where there is any.
         optimizer: Megatron's optimizer.
@@ -136,7 +136,7 @@ class Arm:
         ConfigError: see `transformer_config`.
     """
 
-    def __init__(self, recipe: Recipe, dispatcher: str):
+    def __init__(self, recipe: Recipe, dispatcher: str, attention: type[GatherThenAttend] = GatherThenAttend):
         if dispatcher == "epv2":
             plugin.enable(recipe.plugin)
         self.recipe, self.dispatcher, self.steps_done = recipe, dispatcher, 0
@@ -144,14 +144,14 @@ class Arm:
         config = transformer_config(recipe, dispatcher)
         stock = dispatcher != "epv2"
         gathers_first = recipe.degree("context") > 1 and not uses_transformer_engine() and stock
-        self.chunks = build_model(recipe, config, GatherThenAttend if gathers_first else None)
+        self.chunks = build_model(recipe, config, attention if gathers_first else None)
         self.runs = {"expert": dispatcher}
         if recipe.degree("pipeline") > 1:
             ours = not stock and plugin.status()["pipeline"] == "epv2"
             self.runs["pipeline"] = "epv2" if ours else "stock P2P"
         if recipe.degree("context") > 1:
             label = "stock" if stock else plugin.status()["context"]
-            self.runs["context"] = GatherThenAttend.label if gathers_first else label
+            self.runs["context"] = attention.label if gathers_first else label
         # Where the plugin is enabled for another arm, schedules take its communicator unless told otherwise.
         self._pipeline: dict[str, Any] = {}
         if stock and recipe.degree("pipeline") > 1:
