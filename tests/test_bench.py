@@ -564,8 +564,14 @@ def test_bench_ep_as_ranks_of_somebody_else(tmp_path):
         ),
         (
             ["fsdp", "--ranks", "2", "--parameters", "5000"],
-            ("gather_us", "reduce_us"),
-            ("all-gather, epv2", "all-gather, torch", "reduce-scatter, epv2", "reduce-scatter, torch"),
+            ("gather_us", "reduce_us", "step_us"),
+            (
+                "A training step of 4 such layers",
+                "all-gather, epv2",
+                "all-gather, torch",
+                "reduce-scatter, epv2",
+                "reduce-scatter, torch",
+            ),
         ),
     ],
 )

@@ -1,10 +1,11 @@
 """`epv2 bench fsdp` on a rank: a layer's parameter all-gather and gradient reduce-scatter as FSDP2 calls them, ours and
-its own; and GEMMs beside them.
+its own; GEMMs beside them; and training steps of a model of such layers.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -14,8 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
+from epv2_plugin import fsdp
 from epv2_plugin.bench import gemms, report, rounds
 from epv2_plugin.bench.ep import TIMEOUT, join
 from epv2_plugin.config import PluginConfig
@@ -25,6 +30,9 @@ from epv2_plugin.fsdp.collectives import PluginAllGather, PluginReduceScatter
 
 SLOTS = 2
 TOLERANCE = 1e-5  # of fp32 sums in another order, relative to the largest
+LAYERS = 4  # of the model that is trained
+TOKENS = {"cpu": 64, "cuda": 4096}  # of a rank in a step of it
+LOSS_TOLERANCE = 1e-3  # relative, of losses in bf16 after the same steps
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,13 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
         document |= gemms.beside(all_rounds, transfers, setup.iterations)
         torch.cuda.synchronize(device)
     bench.carrier.close()
+    trainings = {name: _Training(setup, device, name == "epv2") for name in ("epv2", "torch")}
+    document["step_us"] = all_rounds.measure({name: each.step for name, each in trainings.items()}, setup.iterations)
+    document["layers"], document["tokens"] = LAYERS, TOKENS[device.type]
+    losses = {name: each.end() for name, each in trainings.items()}
+    if not math.isclose(losses["epv2"], losses["torch"], rel_tol=LOSS_TOLERANCE):
+        print(f"epv2 bench fsdp: WRONG RESULT: losses {losses} of rank {all_rounds.rank}", file=sys.stderr)
+        return 1
     return all_rounds.finish(document, report.fsdp_text, json_file)
 
 
@@ -131,3 +146,54 @@ class _Bench:
             work()
 
         return call
+
+
+class _Training:
+    """A model of `LAYERS` pairs of matrices, `parameters` in each, sharded one by one over all ranks: bf16, fp32 sums.
+
+    Args:
+        ours: whether the plugin moves its parameters and gradients.
+    """
+
+    def __init__(self, setup: Setup, device: torch.device, ours: bool):
+        width = max(8, math.isqrt(setup.parameters // 8) // 8 * 8)
+        torch.manual_seed(0)
+        self._model = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
+                )
+                for _ in range(LAYERS)
+            )
+        ).to(device)
+        mesh: DeviceMesh = init_device_mesh(device.type, (setup.ranks,))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for layer in self._model:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(self._model, mesh=mesh, mp_policy=policy)
+        if ours:
+            seconds = int(TIMEOUT.total_seconds())
+            fsdp.apply(
+                self._model,
+                {
+                    "backend": setup.backend,
+                    "sm_budget": {"fsdp": setup.sms},
+                    "timeouts": {"host_seconds": seconds},
+                },
+            )
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3)
+        gen = torch.Generator(device).manual_seed(1 + dist.get_rank())
+        self._x = torch.randn(TOKENS[device.type], width, generator=gen, device=device)
+        self._loss = torch.zeros(())
+
+    def step(self) -> None:
+        """One training step."""
+        self._loss = self._model(self._x).float().square().mean()
+        self._loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def end(self) -> float:
+        """The last step's loss; the model is FSDP2's alone again."""
+        fsdp.remove(self._model)
+        return self._loss.item()
