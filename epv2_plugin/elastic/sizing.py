@@ -362,13 +362,13 @@ def ring_slot_bytes(max_tensor_bytes: int) -> int:
 
 
 class RingLayout:
-    """Where a rank keeps the tensors that it sends to others, and the words about them: offsets in its window.
+    """Where a rank keeps the tensors that come to it, and the words about them: offsets in its window.
 
-    Between nodes (`far`) there are as many rings for tensors from other nodes, and words for each slot.
+    Between nodes (`far`) there are as many rings for tensors to other nodes, and words for each slot.
 
     Attributes:
-        max_inflight: slots of a ring. slots: where rings begin, one of `ring_bytes` bytes after the other.
-        arrivals: those from other nodes, likewise.
+        max_inflight: slots of a ring. arrivals: where rings for what comes begin, of `ring_bytes` bytes each.
+        staging: those for what goes to other nodes, likewise.
         end: behind the last.
     """
 
@@ -390,11 +390,11 @@ class RingLayout:
         words = links * max_inflight if far else 0
         self._returned, self._returned_outbox = sections.take(words), sections.take(words)
         self._landed = sections.take(words)
-        self.slots = align(sections.end, RING_ALIGNMENT)
+        self.arrivals = align(sections.end, RING_ALIGNMENT)
         self.slot_bytes = ring_slot_bytes(max_tensor_bytes)
         self.ring_bytes = max_inflight * self.slot_bytes
-        self.arrivals = self.slots + num_rings * self.ring_bytes
-        self.end = self.arrivals + (num_rings * self.ring_bytes if far else 0)
+        self.staging = self.arrivals + num_rings * self.ring_bytes
+        self.end = self.staging + (num_rings * self.ring_bytes if far else 0)
 
     def record(self, rank: int, channel: int, number: int, *, outgoing: bool) -> int:
         """What is known of tensor `number` from `rank`, or (outgoing) what `rank` is going to be told."""

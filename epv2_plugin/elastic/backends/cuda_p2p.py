@@ -1,17 +1,20 @@
 """Point-to-point between GPUs, without a kernel: copy engines, words on streams, and NCCL's puts between nodes.
 
-A rank keeps a ring of slots in its window for each link (destination, channel). A send copies the tensor into the next
-slot and then writes a record into the receiver's window: number, dtype and shape, and behind them the word `ready`, a
-hash of these. The receiver's stream waits for exactly that word, copies the tensor out of the sender's slot, and tells
-the sender how many it has taken. That is the credit: the send that wants the slot again waits for it, on its stream.
-A large tensor goes so in pieces, each with a word of its own, of which one is copied out while the next is copied in.
+A rank has rings of slots in its window, one for each link (source, channel). A send copies the tensor into the next
+slot at the receiver and then writes a record there: number, dtype and shape, and behind them the word `ready`, a hash
+of these. The receiver's stream waits for exactly that word, copies the tensor out of the slot, and tells the sender how
+many it has taken. That is the credit: the send that wants the slot again waits for it, on its stream. A large tensor
+goes so in pieces, each with a word of its own, of which one is copied out while the next is copied in.
+
+What crosses a link comes first: a copy inside the sender before that would wait for the copy engine where that is busy
+with what this rank receives, and the next rank for it, and so on around a ring of ranks.
 
 Streams write words only into their own rank's memory; a copy brings them to the peer, as data. Every link has a stream
-for each direction. Where a ring lies the sender says once, through torch's store; receives that are posted before that
-are put on their stream once it has, in order.
+for each direction. The sender takes a free ring with its first send and says which, once, through torch's store;
+receives that are posted before that are put on their stream once it has, in order.
 
-To a rank of another node the tensor goes from the sender's slot to one of a ring that the receiver keeps; where that is
-he says when he first receives. Then comes the record, whose hash does not say that the tensor is there: the receiver's
+To a rank of another node the tensor goes through a slot of the sender's; which ring it comes to the receiver says when
+he first receives. Then comes the record, whose hash does not say that the tensor is there: the receiver's
 stream waits for a second word, which comes behind the network's signals (`courier.py`). A credit is a word of the slot,
 not of the link, as two of the link could come in the other order.
 """
@@ -26,7 +29,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -138,7 +141,8 @@ class _Outgoing(_Link):
     """A link to a peer.
 
     Attributes:
-        offset: of the ring in the window. slots, outboxes: addresses of its slots, and of their records.
+        offset: of the ring that tensors are copied to, in the peer's window where it is near, else in this rank's.
+        slots, outboxes: addresses of its slots, and of the records about them, in this rank's window.
         inboxes: where these go at the peer: addresses where it is near, else bytes of the window.
         taken: addresses of what the peer says it has taken, of each slot where it is not near.
         arrivals: where the ring of a receiver on another node is. next_peek: time to ask for that again.
@@ -158,7 +162,7 @@ class _Outgoing(_Link):
         super().__init__("out", peer, channel, stream, bases, layout.max_inflight)
         own, numbers = bases[rank], range(layout.max_inflight)
         self.offset = offset
-        self.slots = [own + offset + n * layout.slot_bytes for n in numbers]
+        self.slots = [bases.get(peer, own) + offset + n * layout.slot_bytes for n in numbers]
         self.outboxes = [own + layout.record(peer, channel, n, outgoing=True) for n in numbers]
         self.inboxes = [bases.get(peer, 0) + layout.record(rank, channel, n, outgoing=False) for n in numbers]
         self.taken = [own + layout.taken(peer, channel, outgoing=False)]
@@ -173,7 +177,7 @@ class _Incoming(_Link):
     """A link from a peer.
 
     Attributes:
-        ring: its address, None until it is known; in this rank's window where the peer is on another node.
+        ring: its address, None until it is known.
         records: addresses of what the peer says of each slot. words: of those that say there that a piece is here.
         taken, inbox: of a near peer, addresses of what this rank has taken, and of where the peer looks for that.
         deferred: receives that wait until the peer has said where its ring is.
@@ -311,7 +315,7 @@ class CudaPointToPoint:
             self._window = home.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
         else:
             with self.runtime.on_stream(self._stream("config", rank, 0)):
-                self.runtime.fill(self._window.peer_pointer(rank, 0), 0, self._layout.slots)
+                self.runtime.fill(self._window.peer_pointer(rank, 0), 0, self._layout.arrivals)
                 zeroed = Wait(rank, name, "zeroed words", "config")
                 self.runtime.stream_ops([self._watch.note(zeroed)])
             self._watch.finish(zeroed)
@@ -416,7 +420,7 @@ class CudaPointToPoint:
             expected = f"#{receive.number} {receive.kind.text}"
             offset = self._watch.await_post(key, link.peer, link.phase(receive.number), expected)
             with self._lock:
-                link.ring = self._bases[link.peer] + int(offset)
+                link.ring = self._bases[self.runtime.rank] + int(offset)
                 self._put_deferred()
         assert receive.after is not None
         self.runtime.wait(receive.after)
@@ -444,40 +448,47 @@ class CudaPointToPoint:
         return f"pp_set_config #{self._configured}/ring {source} {target} {channel}"
 
     def _outgoing_link(self, peer: int, channel: int) -> _Outgoing:
-        """A new link, with the next free ring, of which the receiver is told."""
-        layout, rank = self._layout, self.runtime.rank
-        self._check_rings(f"dst_rank {peer}, channel {channel}", "to", [*self._outgoing])
-        offset = layout.slots + len(self._outgoing) * layout.ring_bytes
+        """A new link: with the next free ring of a near peer, who is told, or one for what goes to other nodes."""
+        layout, rank, where = self._layout, self.runtime.rank, f"dst_rank {peer}, channel {channel}"
+        if near := peer in self._near:
+            offset = layout.arrivals + self._free_ring(peer, where) * layout.ring_bytes
+        else:
+            used = sum(not link.near for link in self._outgoing.values())
+            self._check_rings(used, where, rank, "to")
+            offset = layout.staging + used * layout.ring_bytes
         stream = self._stream("out", peer, channel)
         link = self._outgoing[peer, channel] = _Outgoing(peer, channel, stream, self._bases, rank, layout, offset)
-        if link.near:
+        if near:
             self.runtime.meeting.post(self._key(rank, peer, channel), str(offset))
         return link
 
     def _incoming_link(self, peer: int, channel: int) -> _Incoming:
         """A new link; where the sender is on another node, with the next free ring, of which he is told."""
         with self._lock:
-            ring = None if peer in self._near else self._ring_for(peer, channel)
-            stream, rank = self._stream("in", peer, channel), self.runtime.rank
-            link = _Incoming(peer, channel, stream, self._bases, rank, self._layout, ring)
+            layout, rank, ring = self._layout, self.runtime.rank, None
+            if peer not in self._near:
+                offset = (
+                    layout.arrivals + self._free_ring(rank, f"src_rank {peer}, channel {channel}") * layout.ring_bytes
+                )
+                self.runtime.meeting.post(self._key(peer, rank, channel), str(offset))
+                ring = self._bases[rank] + offset
+            stream = self._stream("in", peer, channel)
+            link = _Incoming(peer, channel, stream, self._bases, rank, layout, ring)
             self._incoming[peer, channel] = link
         return link
 
-    def _ring_for(self, peer: int, channel: int) -> int:
-        """Address of the next free ring for tensors from another node, after the sender was told."""
-        links = [link for link in self._incoming if link[0] not in self._near]
-        self._check_rings(f"src_rank {peer}, channel {channel}", "from", links)
-        offset = self._layout.arrivals + len(links) * self._layout.ring_bytes
-        self.runtime.meeting.post(self._key(peer, self.runtime.rank, channel), str(offset))
-        return self._bases[self.runtime.rank] + offset
+    def _free_ring(self, owner: int, where: str) -> int:
+        """Take the next ring for what comes to `owner`. Raises BufferSizeError where all are in use."""
+        used = self.runtime.meeting.count(f"pp_set_config #{self._configured}/rings of {owner}")
+        self._check_rings(used, where, owner, "from")
+        return used
 
-    def _check_rings(self, where: str, way: str, links: Sequence[tuple[int, int]]) -> None:
-        if (used := len(links)) >= self._num_rings:
-            names = ", ".join(f"rank {p} channel {c}" for p, c in links)
-            num_bytes = align((used + 1) * self._layout.ring_bytes, sizing.BUFFER_ALIGNMENT)
+    def _check_rings(self, used: int, where: str, owner: int, way: str) -> None:
+        if used >= (limit := self._num_rings):
+            num_bytes = align((limit + 1) * self._layout.ring_bytes, sizing.BUFFER_ALIGNMENT)
             raise BufferSizeError(
-                f"rank {self.runtime.rank}, {where}: the buffer has room for rings {way} {used} (rank, channel) pairs, "
-                f"and they are in use ({names}); {used + 1} need num_bytes = {num_bytes}"
+                f"rank {self.runtime.rank}, {where}: the buffer of rank {owner} has room for rings {way} {limit} "
+                f"(rank, channel) pairs, and they are in use; {limit + 1} need num_bytes = {num_bytes}"
             )
 
     def _send_far(self, staged: Wait, link: _Outgoing, number: int, kind: Kind, ready: int) -> None:
@@ -511,7 +522,7 @@ class CudaPointToPoint:
                 if link.deferred and link.ring is None:
                     offset = self.runtime.meeting.peek(self._key(peer, self.runtime.rank, channel))
                     if offset is not None:
-                        link.ring = self._bases[peer] + int(offset)
+                        link.ring = self._bases[self.runtime.rank] + int(offset)
                 while link.deferred and link.ring is not None:
                     self._put(link, link.ring, link.deferred.popleft())
             self._deferring = any(link.deferred for link in self._incoming.values())

@@ -734,6 +734,10 @@ class Meeting:
         """What was posted as `key`; None if nothing was."""
         return self._store.get(key).decode() if self._store.check([key]) else None
 
+    def count(self, key: str) -> int:
+        """How often any rank has called this with `key` before."""
+        return self._store.add(key, 1) - 1
+
     def agree(
         self, name: str, step: Callable[[], str], phase: str = _PHASE, meanwhile: Callable[[], None] = lambda: None
     ) -> list[str]:
