@@ -600,6 +600,7 @@ def test_report_of_gemms_beside_transfers() -> None:
         **report.circumstances("epv2 bench pp", CPU),
         "setup": {"ranks": 2, "large": 12000, "small": 64, "iterations": 1, "backend": "cuda"},
         "large_us": samples,
+        "in_a_row": 8,
         "in_a_row_us": {**samples, "epv2": [[9.0, 7.0]]},
         "small_us": samples,
         "gemm_us": {"alone": [[100.0, 95.0]], "beside epv2": [[102.0, 104.0]], "beside torch": [[125.0, 120.0]]},

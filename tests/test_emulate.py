@@ -303,7 +303,8 @@ def test_an_interrupt_reaches_the_ranks(tmp_path: Path) -> None:
 
 def test_a_recipe_has_its_ranks_play_nodes(tmp_path: Path) -> None:
     recipe = yaml.safe_load((ROOT / "recipes/deepseek_v3_tiny.yaml").read_text())
-    recipe["train"] |= {"nodes": 2, "steps": 1, "warmup_steps": 0}
+    recipe["train"] |= {"processes": 2, "nodes": 2, "steps": 1, "warmup_steps": 0}
+    recipe["plugin"]["parallel"]["expert"] = 2
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe))
     recipe["train"]["nodes"] = 3
     (tmp_path / "three.yaml").write_text(yaml.safe_dump(recipe))

@@ -537,7 +537,7 @@ def refusals(rank: int, size: int, kind: str) -> None:
     for peer, channel in links[:4]:
         buffer.pp_send(t, peer, channel=channel)
     where = rf"rank {rank}, dst_rank {links[0][0]}, channel 2: "
-    with pytest.raises(BufferSizeError, match=where + r".* 4 \(rank, channel\) pairs.* 5 need num_bytes = 6291456"):
+    with pytest.raises(BufferSizeError, match=where + r".* to 4 \(rank, channel\) pairs.* 5 need num_bytes = 6291456"):
         buffer.pp_send(t, links[0][0], channel=2)
     for peer, channel in links[:4]:
         buffer.pp_recv(t, peer, channel=channel)
@@ -559,6 +559,63 @@ def refusals(rank: int, size: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["emulated", NODES])
 def test_what_the_cuda_backend_refuses(pool: Callable[[int], Pool], kind: str) -> None:
     pool(3).run(refusals, kind)
+
+
+def after_a_refusal(rank: int, size: int, kind: str) -> None:
+    """Where a new configuration is refused, links go on as they were, and new ones share nothing with them."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2)
+    first, second = (torch.full((5,), float(10 * n + rank), device=buffer.device) for n in (1, 2))
+    into = torch.zeros(5, device=buffer.device)
+    buffer.pp_send(first, 1 - rank)
+    buffer.pp_recv(into, 1 - rank)
+    with mock.patch.dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1"), pytest.raises(UnavailableError):
+        buffer.pp_set_config(1 << 12, 2)
+    with pytest.raises(CommunicationError, match="as on this rank"):
+        buffer.pp_set_config((1 << 12) << rank, 2)
+    buffer.pp_send(first, 1 - rank)
+    buffer.pp_send(second, 1 - rank, channel=1)
+    for channel in range(2):
+        buffer.pp_recv(into, 1 - rank, channel=channel)
+        assert into.tolist() == [10.0 * (channel + 1) + 1 - rank] * 5
+    buffer.pp_flush()
+    buffer.pp_set_config(1 << 12, 2)
+    buffer.pp_send(first, 1 - rank)
+    buffer.pp_recv(into, 1 - rank)
+    assert into.tolist() == [11.0 - rank] * 5
+
+
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_a_refused_configuration_changes_nothing(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(after_a_refusal, kind)
+
+
+def fan_in(rank: int, size: int, kind: str) -> bool:
+    """Four pairs may send to one rank; whether this one came too late."""
+    buffer = make_buffer(kind, num_bytes=4 << 20, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 18, 4)  # 1 MiB for a ring
+    links, refused = [(peer, channel) for channel in range(3) for peer in range(1, size)], False
+    t = torch.zeros(3, device=buffer.device)
+    for peer, channel in links[:5]:
+        if rank == peer:
+            try:
+                buffer.pp_send(t, 0, channel=channel)
+            except BufferSizeError as error:
+                assert (
+                    f"rank {rank}, dst_rank 0, channel {channel}: the buffer of rank 0 has room for rings from 4"
+                    in str(error)
+                )
+                refused = True
+        torch.distributed.barrier()
+    if rank == 0:
+        for peer, channel in links[:4]:
+            buffer.pp_recv(t, peer, channel=channel)
+    buffer.pp_flush()
+    return refused
+
+
+def test_a_rank_has_room_for_so_many_senders(pool: Callable[[int], Pool]) -> None:
+    assert pool(3).run(fan_in, "emulated") == [False, True, False]
 
 
 def memory(rank: int, size: int, kind: str) -> None:
@@ -639,6 +696,9 @@ def test_large_tensors_arrive_in_pieces(pool: Callable[[int], Pool], kind: str) 
     pool(2).run(large_and_small, kind)
 
 
+_kept: list[Any] = []  # until the process ends
+
+
 def interrupted(rank: int, size: int, kind: str, goes_on: bool) -> str:
     """Rank 0 sends a first piece, and the others only after rank 1 has that one, or never."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=20 if goes_on else 2)
@@ -661,7 +721,9 @@ def interrupted(rank: int, size: int, kind: str, goes_on: bool) -> str:
         if rank == 0:
             runtime.stream_ops = first_piece
             buffer.pp_send(torch.ones(1 << 16), 1, async_with_compute_stream=True)
-            time.sleep(0 if goes_on else 6)
+            if not goes_on:
+                time.sleep(4)
+                _kept.append(buffer)  # nothing ends what is under way, for which closing it would wait
             return ""
         into = torch.zeros(1 << 16)
         received = buffer.pp_recv(into, 0, async_with_compute_stream=True)

@@ -270,7 +270,7 @@ def test_an_early_difference_is_not_excused_by_late_noise(tmp_path):
         return record | {"loss": record["loss"] * (1 + NOISE / 2 * (record["arm"] == "epv2"))}
 
     said = verdict_of(make_run(tmp_path / "run", change=change, noise_steps=30, **BF16))
-    assert "more than rounding noise** (3.8 times the rounding noise up to step" in said
+    assert "more than rounding noise** (3.8 times the rounding noise up to step 3)" in said
 
 
 def test_luck_at_one_step_is_no_verdict(tmp_path):

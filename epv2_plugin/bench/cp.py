@@ -44,6 +44,7 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
     document = rounds.document("bench cp", command, device, asdict(setup))
     document["gather_bytes"] = bench.key.nbytes
     document["gather_us"] = all_rounds.measure(bench.gathers(), setup.iterations)
+    document["layers"] = LAYERS
     document["attention_us"] = all_rounds.measure(bench.attentions(LAYERS), setup.iterations, divisor=LAYERS)
     document["peak_bytes"] = all_rounds.gather(bench.peaks()) if device.type == "cuda" else None
     bench.buffer.destroy()

@@ -32,7 +32,7 @@ SLOTS = 2
 TOLERANCE = 1e-5  # of fp32 sums in another order, relative to the largest
 LAYERS = 4  # of the model that is trained
 TOKENS = {"cpu": 64, "cuda": 4096}  # of a rank in a step of it
-LOSS_TOLERANCE = 1e-3  # relative, of losses in bf16 after the same steps
+LOSS_TOLERANCE = 1e-2  # of how far losses have fallen, in bf16 after the same steps
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
     trainings = {name: _Training(setup, device, name == "epv2") for name in ("epv2", "torch")}
     document["step_us"] = all_rounds.measure({name: each.step for name, each in trainings.items()}, setup.iterations)
     document["layers"], document["tokens"] = LAYERS, TOKENS[device.type]
-    losses = {name: each.end() for name, each in trainings.items()}
-    if not math.isclose(losses["epv2"], losses["torch"], rel_tol=LOSS_TOLERANCE):
-        print(f"epv2 bench fsdp: WRONG RESULT: losses {losses} of rank {all_rounds.rank}", file=sys.stderr)
+    fallen = {name: each.end() for name, each in trainings.items()}
+    if not fallen["torch"] > 0 or not math.isclose(*fallen.values(), rel_tol=LOSS_TOLERANCE):
+        print(f"epv2 bench fsdp: WRONG RESULT: losses of rank {all_rounds.rank} fell by {fallen}", file=sys.stderr)
         return 1
     return all_rounds.finish(document, report.fsdp_text, json_file)
 
@@ -181,19 +181,22 @@ class _Training:
                     "timeouts": {"host_seconds": seconds},
                 },
             )
-        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3)
+        # One whose steps do not depend on how large gradients are: a wrong one shows in the loss.
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-3)
         gen = torch.Generator(device).manual_seed(1 + dist.get_rank())
         self._x = torch.randn(TOKENS[device.type], width, generator=gen, device=device)
-        self._loss = torch.zeros(())
+        self._losses: list[torch.Tensor] = []  # the first and the last
 
     def step(self) -> None:
         """One training step."""
-        self._loss = self._model(self._x).float().square().mean()
-        self._loss.backward()
+        loss = self._model(self._x).float().square().mean()
+        loss.backward()
+        self._losses[1:] = [loss.detach()]
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def end(self) -> float:
-        """The last step's loss; the model is FSDP2's alone again."""
+        """By what share the loss has fallen; the model is FSDP2's alone again."""
         fsdp.remove(self._model)
-        return self._loss.item()
+        first, last = (loss.item() for loss in self._losses)
+        return 1 - last / first

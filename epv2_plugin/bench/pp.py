@@ -42,6 +42,7 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
         return 1  # without leaving in order: the others are waiting for this rank
     document = rounds.document("bench pp", command, device, asdict(setup))
     document["large_us"] = all_rounds.measure(ring.transfers(setup.large), setup.iterations)
+    document["in_a_row"] = IN_A_ROW
     document["in_a_row_us"] = all_rounds.measure(ring.in_a_row(setup.large), setup.iterations, divisor=IN_A_ROW)
     document["small_us"] = all_rounds.measure(ring.pings(setup.small), setup.iterations, divisor=2 * PINGS)
     if device.type == "cuda":
@@ -99,15 +100,17 @@ class _Ring:
         works = dist.batch_isend_irecv(operations)
         return lambda: [work.wait() for work in works]
 
-    def copy(self, num_bytes: int) -> None:
-        """Out of the previous rank's memory, by nothing but the copy; on the host, of this rank's own."""
+    def copy(self, num_bytes: int, count: int = 1) -> None:
+        """Out of the previous rank's memory, by nothing but copies; on the host, of this rank's own."""
         if self._runtime is None:
-            self.target[:num_bytes].copy_(self.source[:num_bytes])
+            for _ in range(count):
+                self.target[:num_bytes].copy_(self.source[:num_bytes])
             return
         current, event = self._runtime.comm_stream(), self._runtime.record()
         with self._runtime.on_stream(current):
             self._runtime.wait(event)
-            self._runtime.copy(self.target.data_ptr(), self._window.peer_pointer(self.prev, 0), num_bytes)
+            for _ in range(count):
+                self._runtime.copy(self.target.data_ptr(), self._window.peer_pointer(self.prev, 0), num_bytes)
             event = self._runtime.record()
         self._runtime.wait(event)
 
@@ -125,13 +128,9 @@ class _Ring:
             for wait in [start(num_bytes) for _ in range(IN_A_ROW)]:
                 wait()
 
-        def copies() -> None:
-            for _ in range(IN_A_ROW):
-                self.copy(num_bytes)
-
         return {
             "epv2": lambda: all_of(self.start_ours),
-            "plain copy": copies,
+            "plain copy": lambda: self.copy(num_bytes, IN_A_ROW),
             "torch": lambda: all_of(self.start_torchs),
         }
 

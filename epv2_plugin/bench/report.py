@@ -253,7 +253,7 @@ def pp_text(document: dict[str, Any]) -> str:
         "host gloo's."
     )
     lines += _shares(document["large_us"], setup["large"])
-    lines += _wrap("The same, several started before the first is waited for; microseconds of one.")
+    lines += _wrap(f"The same, {document['in_a_row']} started before the first is waited for; microseconds of one.")
     lines += _shares(document["in_a_row_us"], setup["large"])
     lines += _wrap(f"{setup['small']} bytes from a rank to the next and back: microseconds of one way, {what}.")
     small = document["small_us"].items()
@@ -349,8 +349,8 @@ def cp_text(document: dict[str, Any]) -> str:
         rows.append([name, spread(times), _rate(others / statistics.median(times) / 1e3)])
     lines += [*table(["", "time", "GB/s"], rows), ""]
     lines += _wrap(
-        f"Attention forward and backward, a layer of several in a row: {what}; most memory of a rank beside inputs, "
-        "for one layer, the session's window included. Outputs and gradients of both were compared."
+        f"Attention forward and backward, a layer of {document['layers']} in a row: {what}; most memory of a rank "
+        "beside inputs, for one layer, the session's window included. Outputs and gradients of both were compared."
     )
     ours = statistics.median(slowest(document["attention_us"]["epv2"]))
     rows = []

@@ -920,6 +920,10 @@ class ElasticBuffer:
             max_inflight: tensors on their way from one rank to another, per channel, before `pp_send` blocks (on a GPU:
                 before the stream of such sends does).
 
+        On a GPU a rank has room for what comes from four (rank, channel) pairs, or from as many as `num_bytes` of the
+        buffer has rings of `max_inflight` tensors for, and may send to as many. Who sends first takes a ring; a sender
+        that finds none is refused.
+
         Raises:
             ValueError: a value is not positive. BufferSizeError: more than the buffer's `num_bytes`.
             CommunicationError: another rank came with other values, or a peer died or did not come in time.

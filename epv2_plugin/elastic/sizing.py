@@ -350,7 +350,7 @@ PIECE_ALIGNMENT = 64 << 10
 
 
 def pieces_of(num_bytes: int) -> list[tuple[int, int]]:
-    """(offset, bytes) of what of a tensor is copied by itself: one is received while the next is staged."""
+    """(offset, bytes) of what of a tensor is copied by itself: one leaves its slot while the next comes."""
     count = min(max(1, num_bytes // LEAST_PIECE_BYTES), MOST_PIECES)
     step = align(max(1, -(-num_bytes // count)), PIECE_ALIGNMENT)
     return [(offset, min(step, num_bytes - offset)) for offset in range(0, max(1, num_bytes), step)]

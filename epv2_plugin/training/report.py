@@ -6,14 +6,13 @@ members of a pair met the same state of the machine.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -194,7 +193,7 @@ def _noise_sentence(arm: str, difference: LossDifference, run: Run, noise: LossD
     # Rounding grows as training goes on: a late difference of stock's does not excuse an early one of ours.
     band = _noise_band(run)
     ratios = {
-        step: _relative(run.loss(arm, step), run.loss(run.baseline, step)) / band[step]
+        step: _relative(run.loss(arm, step), run.loss(run.baseline, step)) / band[step].largest
         for step in run.steps(arm)
         if step in band
     }
@@ -202,22 +201,34 @@ def _noise_sentence(arm: str, difference: LossDifference, run: Run, noise: LossD
     times = ratios[at_step]
     if times <= 1:
         return f"Losses agree within rounding noise at each of {difference.steps} steps: {detail}."
-    at = f"{times:.1f} times the rounding noise up to step {at_step}"
+    at = f"{times:.1f} times the rounding noise up to step {band[at_step].up_to}"
     if times <= CHANCE:
         return f"Losses differ by {at}, which may be chance: {detail}."
     why = "" if run.meta.get("dispatch_dtype") != "fp8" else " epv2 dispatches in fp8, which rounds more."
     return f"**Losses differ by more than rounding noise** ({at}): {detail}.{why}"
 
 
-def _noise_band(run: Run) -> dict[int, float]:
-    """The largest relative difference of the two stock runs up to each step at which both have a finite loss.
+class _Noise(NamedTuple):
+    """The largest relative difference of the two stock runs up to a step."""
+
+    largest: float
+    up_to: int
+
+
+def _noise_band(run: Run) -> dict[int, _Noise]:
+    """What the losses of each step are judged by, of those at which both stock runs have a finite loss.
 
     The first few steps share theirs: how near two losses come at a single step is luck.
     """
-    noises = {step: _noise_at(run, step) for step in run.steps(run.noise or "")}
-    finite = {step: noise for step, noise in noises.items() if math.isfinite(noise)}
-    largest = list(itertools.accumulate(finite.values(), max, initial=_LEAST_NOISE))
-    return {step: largest[min(max(count, _SHARED_STEPS), len(finite))] for count, step in enumerate(finite, 1)}
+    band, largest = [], _LEAST_NOISE
+    for step in run.steps(run.noise or ""):
+        noise = _noise_at(run, step)
+        if math.isfinite(noise):
+            largest = max(noise, largest)
+            band.append(_Noise(largest, step))
+    shared = band[:_SHARED_STEPS]
+    judged = shared[-1:] * len(shared) + band[len(shared) :]
+    return {own.up_to: noise for own, noise in zip(band, judged, strict=True)}
 
 
 def paired_ratio(run: Run, arm: str, key: str | Callable[[dict[str, Any]], float] = "step_ms") -> Paired:
@@ -581,8 +592,9 @@ def _draw_differences(run: Run, axes: Any, losses: Any) -> None:
     noise = noise_difference(run)
     if noise is not None and noise.steps:
         band = _noise_band(run)
-        axes.fill_between([*band], floor, [*band.values()], color="#8a8f98", alpha=0.25, lw=0, label="rounding noise")
-        tolerance, label = [*band.values()][-1], "rounding noise of stock"
+        most = [noise.largest for noise in band.values()]
+        axes.fill_between([*band], floor, most, color="#8a8f98", alpha=0.25, lw=0, label="rounding noise")
+        tolerance, label = most[-1], "rounding noise of stock"
     else:
         tolerance, label = LOSS_TOLERANCE.get(str(run.meta.get("precision")), LOSS_TOLERANCE["fp32"]), "tolerance"
         axes.axhline(tolerance, color="#555555", lw=0.8, ls=":")

@@ -180,7 +180,7 @@ class _Incoming(_Link):
         ring: its address, None until it is known.
         records: addresses of what the peer says of each slot. words: of those that say there that a piece is here.
         taken, inbox: of a near peer, addresses of what this rank has taken, and of where the peer looks for that.
-        deferred: receives that wait until the peer has said where its ring is.
+        deferred: receives that wait until the peer has said which ring it took.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class CudaPointToPoint:
         self._watch, self._traffic, self._num_bytes = watch, traffic, num_bytes or 0
         self._window: Window | None = None
         self._streams: dict[tuple[str, int, int], Any] = {}
-        self._configured = 0
+        self._attempts = self._configured = 0  # calls of `configure`, and the last that succeeded
         self._max_inflight = 0
         self._outgoing: dict[tuple[int, int], _Outgoing] = {}
         self._incoming: dict[tuple[int, int], _Incoming] = {}
@@ -284,43 +284,46 @@ class CudaPointToPoint:
             if link.last is not None:
                 self._watch.finish(link.last)
         self._watch.drain()  # the caller's streams, too, may still wait for words that are about to be others
-        self._configured += 1
-        rank, name = self.runtime.rank, f"pp_set_config #{self._configured}"
-        values = (max_tensor_bytes, max_inflight)
+        self._attempts += 1
+        rank, size, name = self.runtime.rank, self.runtime.size, f"pp_set_config #{self._attempts}"
+        ring_bytes = max_inflight * sizing.ring_slot_bytes(max_tensor_bytes)
+        num_rings = min(max(_USUAL_RINGS, self._num_bytes // ring_bytes), (size - 1) * NUM_CHANNELS)
+        mine = f"(max_tensor_bytes, max_inflight) = {(max_tensor_bytes, max_inflight)}", f"room for {num_rings} rings"
 
         def step() -> str:
             check_connections()
-            return str(values)
+            return "\n".join(mine)
 
         phase = f"{name}, values"
-        for peer, seen in enumerate(self.runtime.meeting.agree(f"{name}/values", step, phase)):
-            if seen != str(values):
-                names = "(max_tensor_bytes, max_inflight) = "
-                raise CommunicationError(rank, peer, phase, f"{names}{values} as on this rank", f"{names}{seen}")
-        ring_bytes = max_inflight * sizing.ring_slot_bytes(max_tensor_bytes)
-        self._num_rings = min(max(_USUAL_RINGS, self._num_bytes // ring_bytes), (self.runtime.size - 1) * NUM_CHANNELS)
-        self._max_inflight = max_inflight
-        self._layout = RingLayout(
-            num_ranks=self.runtime.size,
+        for peer, text in enumerate(self.runtime.meeting.agree(f"{name}/values", step, phase)):
+            for own, seen in zip(mine, text.split("\n"), strict=True):
+                if seen != own:
+                    raise CommunicationError(rank, peer, phase, f"{own} as on this rank", seen)
+        layout = RingLayout(
+            num_ranks=size,
             num_channels=NUM_CHANNELS,
             max_inflight=max_inflight,
             max_tensor_bytes=max_tensor_bytes,
-            num_rings=self._num_rings,
+            num_rings=num_rings,
             far=far,
         )
         if courier is not None:
             courier.meet(f"{name}, end of what was sent before")
-        if self._window is None or self._window.num_bytes < self._layout.end:
+        window = self._window
+        if window is None or window.num_bytes < layout.end:
             home = self.runtime if courier is None else courier
-            self._window = home.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
+            window = home.window(align(layout.end, sizing.BUFFER_ALIGNMENT))
         else:
             with self.runtime.on_stream(self._stream("config", rank, 0)):
-                self.runtime.fill(self._window.peer_pointer(rank, 0), 0, self._layout.arrivals)
+                self.runtime.fill(window.peer_pointer(rank, 0), 0, layout.arrivals)
                 zeroed = Wait(rank, name, "zeroed words", "config")
                 self.runtime.stream_ops([self._watch.note(zeroed)])
             self._watch.finish(zeroed)
             self.runtime.meeting.agree(f"{name}/zeroed", lambda: "", f"{name}, end")
-        self._bases = {peer: self._window.peer_pointer(peer, 0) for peer in self._near}
+        # Only now: where the call was refused, links go on as they were, and new ones beside them.
+        self._configured = self._attempts
+        self._num_rings, self._max_inflight, self._layout, self._window = num_rings, max_inflight, layout, window
+        self._bases = {peer: window.peer_pointer(peer, 0) for peer in self._near}
         self._outgoing, self._incoming = {}, {}
 
     def send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool) -> _Sent:
@@ -450,12 +453,11 @@ class CudaPointToPoint:
     def _outgoing_link(self, peer: int, channel: int) -> _Outgoing:
         """A new link: with the next free ring of a near peer, who is told, or one for what goes to other nodes."""
         layout, rank, where = self._layout, self.runtime.rank, f"dst_rank {peer}, channel {channel}"
+        self._check_rings(len(self._outgoing), where, rank, "to")
         if near := peer in self._near:
             offset = layout.arrivals + self._free_ring(peer, where) * layout.ring_bytes
         else:
-            used = sum(not link.near for link in self._outgoing.values())
-            self._check_rings(used, where, rank, "to")
-            offset = layout.staging + used * layout.ring_bytes
+            offset = layout.staging + len(self._outgoing) * layout.ring_bytes
         stream = self._stream("out", peer, channel)
         link = self._outgoing[peer, channel] = _Outgoing(peer, channel, stream, self._bases, rank, layout, offset)
         if near:
