@@ -110,7 +110,7 @@ def test_ab_reports_every_arm(tmp_path: Path) -> None:
 def test_ab_in_bf16_measures_the_noise_of_stock(tmp_path: Path) -> None:
     recipe = yaml.safe_load(Path(RECIPE).read_text())
     recipe["train"] |= {"processes": 2, "precision": "bf16", "global_batch_size": 2, "micro_batch_size": 1, "steps": 3}
-    recipe["plugin"]["parallel"]["expert"] = 2
+    recipe["plugin"]["parallel"] |= {"expert": 2, "context": 2}
     recipe["model"] |= {"seq_length": 32, "num_layers": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = epv2("ab", "recipe.yaml", "--skew", "0.5", "--folder", "out", cwd=tmp_path)
@@ -124,6 +124,7 @@ def test_ab_in_bf16_measures_the_noise_of_stock(tmp_path: Path) -> None:
     assert 0 < max(apart) < 1e-2
     report = (tmp_path / "out" / "report.md").read_text()
     assert "stock's own allgather and alltoall by" in report
+    assert "and attention runs in fp32, rounded once." in report
     assert "sm_budget.expert: auto; host backend over gloo, direct mode, 0 SMs" in report
 
 
