@@ -40,7 +40,7 @@ SAME_AS_ONE_PROCESS = {
     "CP4 EP2": (4, CP[4] | EP[2], 20),
     "CP2, distributed optimizer, full recompute": (2, CP[2] | OVERLAP | FULL, 4),
     "CP2, selective recompute": (2, CP[2] | SELECTIVE, 4),
-    "PP2 VPP2 CP2 EP2, overlapped": (4, PP[2] | VPP2 | CP[2] | EP[2] | OVERLAPPED, 8),
+    "PP2 VPP2 CP2 EP2, overlapped": (4, PP[2] | VPP2 | CP[2] | EP[2] | OVERLAPPED, 20),
     "TP2 CP2": (4, CP[2] | {"plugin.parallel.tensor": 2}, 4),
 }
 STOCK_SAME_AS_ONE_PROCESS = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
@@ -83,6 +83,14 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
     return all_rounds.finish(document, report.fsdp_text, json_file)
 
 
+def _config(setup: Setup) -> PluginConfig:
+    """What ours runs with."""
+    seconds = int(TIMEOUT.total_seconds())
+    return PluginConfig.model_validate(
+        {"backend": setup.backend, "sm_budget": {"fsdp": setup.sms}, "timeouts": {"host_seconds": seconds}}
+    )
+
+
 class _Bench:
     def __init__(self, setup: Setup, device: torch.device):
         self.setup, self.device, self.group = setup, device, dist.group.WORLD
@@ -94,9 +102,7 @@ class _Bench:
         self._reduces = {"epv2": PluginReduceScatter(ours), "torch": DefaultReduceScatter()}
 
     def _carrier(self, group: dist.ProcessGroup) -> Carrier:
-        config = PluginConfig.model_validate(
-            {"sm_budget": {"fsdp": self.setup.sms}, "timeouts": {"host_seconds": int(TIMEOUT.total_seconds())}}
-        )
+        config = _config(self.setup)
         gathered, gradients = 2 * self.setup.parameters, 4 * self.setup.parameters
         if self.device.type == "cpu":
             return HostCarrier(group, SLOTS * gradients, config)
@@ -166,21 +172,13 @@ class _Training:
                 for _ in range(LAYERS)
             )
         ).to(device)
-        mesh: DeviceMesh = init_device_mesh(device.type, (setup.ranks,))
+        mesh = init_device_mesh(device.type, (setup.ranks,))
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in self._model:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(self._model, mesh=mesh, mp_policy=policy)
         if ours:
-            seconds = int(TIMEOUT.total_seconds())
-            fsdp.apply(
-                self._model,
-                {
-                    "backend": setup.backend,
-                    "sm_budget": {"fsdp": setup.sms},
-                    "timeouts": {"host_seconds": seconds},
-                },
-            )
+            fsdp.apply(self._model, _config(setup))
         # One whose steps do not depend on how large gradients are: a wrong one shows in the loss.
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-3)
         gen = torch.Generator(device).manual_seed(1 + dist.get_rank())

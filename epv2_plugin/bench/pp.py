@@ -43,7 +43,9 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
     document = rounds.document("bench pp", command, device, asdict(setup))
     document["large_us"] = all_rounds.measure(ring.transfers(setup.large), setup.iterations)
     document["in_a_row"] = IN_A_ROW
-    document["in_a_row_us"] = all_rounds.measure(ring.in_a_row(setup.large), setup.iterations, divisor=IN_A_ROW)
+    document["in_a_row_us"] = all_rounds.measure(
+        ring.transfers(setup.large, IN_A_ROW), setup.iterations, divisor=IN_A_ROW
+    )
     document["small_us"] = all_rounds.measure(ring.pings(setup.small), setup.iterations, divisor=2 * PINGS)
     if device.type == "cuda":
         transfers = {
@@ -114,23 +116,16 @@ class _Ring:
             event = self._runtime.record()
         self._runtime.wait(event)
 
-    def transfers(self, num_bytes: int) -> dict[str, Callable[[], object]]:
-        return {
-            "epv2": lambda: self.start_ours(num_bytes)(),
-            "plain copy": lambda: self.copy(num_bytes),
-            "torch": lambda: self.start_torchs(num_bytes)(),
-        }
-
-    def in_a_row(self, num_bytes: int) -> dict[str, Callable[[], object]]:
-        """`IN_A_ROW` of the same, all started before the first is waited for."""
+    def transfers(self, num_bytes: int, count: int = 1) -> dict[str, Callable[[], object]]:
+        """So many of each kind, all started before the first is waited for."""
 
         def all_of(start: Callable[[int], Callable[[], object]]) -> None:
-            for wait in [start(num_bytes) for _ in range(IN_A_ROW)]:
+            for wait in [start(num_bytes) for _ in range(count)]:
                 wait()
 
         return {
             "epv2": lambda: all_of(self.start_ours),
-            "plain copy": lambda: self.copy(num_bytes, IN_A_ROW),
+            "plain copy": lambda: self.copy(num_bytes, count),
             "torch": lambda: all_of(self.start_torchs),
         }
 

@@ -428,11 +428,12 @@ def _losses(run: Run) -> str:
     if rivals:
         header = ["arm", "steps compared", "largest relative difference", "at step", "steps not finite"]
         text += [_table(header, summary), ""]
-    if "missing" in (run.meta.get("noise") or {}):
-        text += [f"Rounding noise is not known: {run.meta['noise']['missing']}", ""]
+    said = run.meta.get("noise") or {}
+    if "missing" in said:
+        text += [f"Rounding noise is not known: {said['missing']}", ""]
     elif noise is not None:
-        said = run.meta.get("noise") or {}
-        text += [f"Rounding noise: {', '.join([said.get('why', _NOISE), *filter(None, [said.get('also')])])}.", ""]
+        also = f", {said['also']}" if "also" in said else ""
+        text += [f"Rounding noise: {said.get('why', _NOISE)}{also}.", ""]
     columns = ["step", *run.arms, *(f"{arm} difference" for arm in rivals), *(["noise"] if noise is not None else [])]
     table = _table(columns, rows)
     text += ["<details><summary>Loss of every step</summary>", "", table, "", "</details>"]

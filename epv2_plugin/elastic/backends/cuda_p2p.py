@@ -177,7 +177,7 @@ class _Incoming(_Link):
     """A link from a peer.
 
     Attributes:
-        ring: its address, None until it is known.
+        ring: where it begins in this rank's window, None until that is known.
         records: addresses of what the peer says of each slot. words: of those that say there that a piece is here.
         taken, inbox: of a near peer, addresses of what this rank has taken, and of where the peer looks for that.
         deferred: receives that wait until the peer has said which ring it took.
@@ -423,7 +423,7 @@ class CudaPointToPoint:
             expected = f"#{receive.number} {receive.kind.text}"
             offset = self._watch.await_post(key, link.peer, link.phase(receive.number), expected)
             with self._lock:
-                link.ring = self._bases[self.runtime.rank] + int(offset)
+                link.ring = int(offset)
                 self._put_deferred()
         assert receive.after is not None
         self.runtime.wait(receive.after)
@@ -455,7 +455,7 @@ class CudaPointToPoint:
         layout, rank, where = self._layout, self.runtime.rank, f"dst_rank {peer}, channel {channel}"
         self._check_rings(len(self._outgoing), where, rank, "to")
         if near := peer in self._near:
-            offset = layout.arrivals + self._free_ring(peer, where) * layout.ring_bytes
+            offset = self._free_ring(peer, where)
         else:
             offset = layout.staging + len(self._outgoing) * layout.ring_bytes
         stream = self._stream("out", peer, channel)
@@ -467,23 +467,24 @@ class CudaPointToPoint:
     def _incoming_link(self, peer: int, channel: int) -> _Incoming:
         """A new link; where the sender is on another node, with the next free ring, of which he is told."""
         with self._lock:
-            layout, rank, ring = self._layout, self.runtime.rank, None
+            rank, ring = self.runtime.rank, None
             if peer not in self._near:
-                offset = (
-                    layout.arrivals + self._free_ring(rank, f"src_rank {peer}, channel {channel}") * layout.ring_bytes
-                )
-                self.runtime.meeting.post(self._key(peer, rank, channel), str(offset))
-                ring = self._bases[rank] + offset
+                ring = self._free_ring(rank, f"src_rank {peer}, channel {channel}")
+                self.runtime.meeting.post(self._key(peer, rank, channel), str(ring))
             stream = self._stream("in", peer, channel)
-            link = _Incoming(peer, channel, stream, self._bases, rank, layout, ring)
+            link = _Incoming(peer, channel, stream, self._bases, rank, self._layout, ring)
             self._incoming[peer, channel] = link
         return link
 
     def _free_ring(self, owner: int, where: str) -> int:
-        """Take the next ring for what comes to `owner`. Raises BufferSizeError where all are in use."""
+        """Take the next ring for what comes to `owner`; where it begins in that rank's window.
+
+        Raises:
+            BufferSizeError: all are in use.
+        """
         used = self.runtime.meeting.count(f"pp_set_config #{self._configured}/rings of {owner}")
         self._check_rings(used, where, owner, "from")
-        return used
+        return self._layout.arrivals + used * self._layout.ring_bytes
 
     def _check_rings(self, used: int, where: str, owner: int, way: str) -> None:
         if used >= (limit := self._num_rings):
@@ -524,7 +525,7 @@ class CudaPointToPoint:
                 if link.deferred and link.ring is None:
                     offset = self.runtime.meeting.peek(self._key(peer, self.runtime.rank, channel))
                     if offset is not None:
-                        link.ring = self._bases[self.runtime.rank] + int(offset)
+                        link.ring = int(offset)
                 while link.deferred and link.ring is not None:
                     self._put(link, link.ring, link.deferred.popleft())
             self._deferring = any(link.deferred for link in self._incoming.values())
@@ -533,7 +534,8 @@ class CudaPointToPoint:
     def _put(self, link: _Incoming, ring: int, receive: _Receive) -> None:
         runtime, dense, number, kind = self.runtime, receive.dense, receive.number, receive.kind
         peer, index, address = link.peer, number % self._max_inflight, dense.data_ptr()
-        slot, record = ring + index * self._layout.slot_bytes, link.records[index]
+        slot = self._bases[runtime.rank] + ring + index * self._layout.slot_bytes
+        record = link.records[index]
         ready = kind.ready(number, number // self._max_inflight)
         pieces = kind.pieces if link.near else [(0, kind.num_bytes)]
         words = link.words[index][: len(pieces)]

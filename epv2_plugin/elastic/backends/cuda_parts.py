@@ -289,13 +289,12 @@ class Parts:
         key: str,
         lane: Any,
         spoil: Spoil,
-        keep: tuple[Any, ...] = (),
     ) -> tuple[list[StreamOp], Wait]:
         """The wait for every rank's part of an operation, to be noted.
 
         Args:
             text: what is expected of every rank. what: the same with the name of the call, left as `key` for a rank
-                that came with something else. keep: as in `Wait`.
+                that came with something else.
         """
         words = self._words_of(operation)
 
@@ -316,7 +315,6 @@ class Parts:
             judge=judge,
             release=[("write32", place, word) for place in words.places],
             spoil=[each for each in spoil if each[1]],
-            keep=keep,
         )
         return [("wait32_eq", place, word) for place in words.places], wait
 
