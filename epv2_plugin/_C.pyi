@@ -96,23 +96,6 @@ class Communicator:
     ) -> DeviceCommunicator:
         """What kernels need for barriers and the network (collective); `gin_connection` is "none", "full" or "rail"."""
 
-    def put(self, window: Window, puts: Sequence[tuple[int, int, int, int]], stream: int) -> None:
-        """Copy between parts of a window by the network, or a copy engine inside a node; the target gets a signal.
-
-        NCCL does all puts and waits for them in the order of the calls, on whatever streams. The first call of either
-        is collective.
-
-        Args:
-            puts: of each the rank, the byte in its part, the byte in this rank's part, and the number of bytes.
-
-        Raises:
-            Error: NCCL failed, or did not come to it in time; the communicator is left as it is. ValueError: outside
-                the window.
-        """
-
-    def await_puts(self, peer: int, count: int, stream: int) -> None:
-        """Let a stream wait for the signals of `count` more puts of `peer`. Raises as `put`."""
-
     def close(self) -> None:
         """Close what was made of it, newest first, then destroy it where it is ours. Nothing if closed."""
 

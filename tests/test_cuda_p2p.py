@@ -130,6 +130,13 @@ def test_a_full_ring_blocks_the_stream_until_one_is_taken() -> None:
     assert 0.7 < harness.run(2, p2p.blocks_until_taken, "cuda", timeout=90)[0] < 10
 
 
+def test_a_copy_to_the_host_of_what_never_comes_ends() -> None:
+    (said, spoiled, took), _ = harness.run(2, p2p.copied_to_the_host, "cuda", timeout=90)
+    assert "rank 0, waiting for rank 1 in pp_recv from rank 1, tensor #1, slot 1 of 2" in said
+    assert spoiled
+    assert took < 14
+
+
 @pytest.mark.parametrize("what", ["smaller", "same bytes", "dtype"])
 def test_wrong_shape_or_dtype_is_named_on_both_ranks(what: str) -> None:
     results = harness.outcomes(3, p2p.mismatch, "cuda", what, timeout=60)

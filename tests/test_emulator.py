@@ -434,6 +434,9 @@ WRONG_CALLS = {
     29: "network_flush: 12345 is no communicator of a network",
     30: "peer_pointer: peer 2; the LSA team has 2",
     31: "network_put: 0 bytes; must be at least 1",
+    32: "network_signal_word: offset 12 is not a multiple of 8",
+    33: r"network_signal_word: peer \d is on this node",
+    34: "network_leave: 12345 is no communicator of a network",
 }
 
 

@@ -81,6 +81,7 @@ def test_transfers_between_emulated_nodes(cluster: tuple[int, int]) -> None:
         "receives_first on cuda",
         "both_ways_at_once on cuda",
         "late_receiver on cuda",
+        "large_and_small on cuda",
         "scatters on cuda",
         "begins_late on cuda",
         "slots_changed_after_their_wait on cuda",

@@ -71,6 +71,17 @@ def test_structs_in_structs_are_packed_as_their_bytes(tmp_path):
         outer.pack(inner=b"abc")
 
 
+def test_arrays_are_packed_as_their_bytes(tmp_path):
+    path = tmp_path / "args.h"
+    path.write_text(HEADER + "struct Outer {\n  uint32_t a;\n  Second inner[2];\n  int32_t z[3];\n};\n")
+    inner, outer = (args.load(path)[name] for name in ("Second", "Outer"))
+    made = outer.from_buffer_copy(outer.pack(a=1, inner=inner.pack(a=7) + inner.pack(b=-8), z=b"\1" + bytes(11)))
+    assert (made.a, made.inner[0].a, made.inner[1].b, list(made.z)) == (1, 7, -8, [1, 0, 0])
+    assert outer.pack() == bytes(8 + 32 + 16)
+    with pytest.raises(OverflowError, match=r"Outer\.inner: 16 bytes, must be 32"):
+        outer.pack(inner=inner.pack())
+
+
 def test_structs_of_another_header_come_along(tmp_path):
     for folder, text in {"ep": HEADER, "engram": '#include "ep/args.h"\nstruct Outer {\n  Second inner;\n};\n'}.items():
         (tmp_path / folder).mkdir()
@@ -101,7 +112,8 @@ def test_wrong_values_are_refused(header):
             "type 'short' is not one of uint64_t, int64_t, uint32_t, int32_t, float, double",
         ),
         ("struct A {\n  int32_t x, y;\n};", 2, "must be 'TYPE NAME;'"),
-        ("struct A {\n  int32_t x[4];\n};", 2, "must be 'TYPE NAME;'"),
+        ("struct A {\n  int32_t x[0];\n};", 2, "must be 'TYPE NAME;', 'TYPE NAME[COUNT];'"),
+        ("struct A {\n  int32_t x[n];\n};", 2, "must be 'TYPE NAME;', 'TYPE NAME[COUNT];'"),
         ("struct A {\n  int32_t x = 4;\n};", 2, "must be 'TYPE NAME;'"),
         ("struct A {\n  int32_t x\n};", 2, "must be 'TYPE NAME;'"),
         ("struct A {\n  int32_t* x;\n};", 2, "must be 'TYPE NAME;'"),

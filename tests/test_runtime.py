@@ -322,49 +322,6 @@ print(comm.async_error()); refused(comm.properties)
     assert lines[1].startswith("Error: ncclTeamLsa: ")
 
 
-def test_puts(fakes: Fakes) -> None:
-    script = """
-comm, other = own(), own()
-window = comm.allocate(4096); window.register()
-comm.put(window, [(2, 64, 128, 1000), (3, 0, 3996, 100)], 5)
-comm.await_puts(3, 7, 5)
-refused(comm.put, window, [(2, 0, 3997, 100)], 5); refused(comm.put, window, [(2, 3997, 0, 100)], 5)
-refused(comm.put, window, [(2, 0, 0, 0)], 5); refused(other.put, window, [(2, 0, 0, 1)], 5)
-comm.close(); refused(comm.await_puts, 3, 7, 5)
-"""
-    lines, calls = fakes.run(OWN + script, FAKE_LATE="ncclGroupEnd,ncclWaitSignal")
-    inside = "must be inside the window's 4096 bytes"
-    assert lines == [
-        f"ValueError: a put of 100 bytes from 3997 to 0: {inside}",
-        f"ValueError: a put of 100 bytes from 0 to 3997: {inside}",
-        f"ValueError: a put of 0 bytes from 0 to 0: {inside}",
-        "ValueError: a window of another communicator",
-        "Error: the communicator is closed",
-    ]
-    begin = calls.index("ncclGroupStart")
-    assert calls[begin : begin + 5] == [
-        "ncclGroupStart",
-        "ncclPutSignal 1000 of type 0 from 128 to 64 of 2 signal=0 context=0 flags=0 stream=5",
-        "ncclPutSignal 100 of type 0 from 3996 to 0 of 3 signal=0 context=0 flags=0 stream=5",
-        "ncclGroupEnd",
-        "ncclWaitSignal 1: 7 of 3 signal=0 context=0 stream=5",
-    ]
-
-
-def test_puts_that_fail(fakes: Fakes) -> None:
-    script = (
-        "comm = own(0.05); window = comm.allocate(64); window.register()\nrefused(comm.put, window, [(1, 0, 0, 8)], 5)"
-    )
-    for failed in ("ncclPutSignal", "ncclGroupEnd"):
-        lines, calls = fakes.run(OWN + script, FAKE_FAIL=failed)
-        assert lines[0].startswith("Error: ncclPutSignal: invalid usage")
-        assert calls[-1] == "ncclGroupEnd"  # or NCCL would take the next call for one of the group
-    # A stream that may never end holds up what ends a communicator, so it is left.
-    lines, calls = fakes.run(OWN + script, FAKE_NEVER="ncclGroupEnd")
-    assert "ncclPutSignal: NCCL's network took nothing more within 0.05 s" in lines[0]
-    assert "ncclCommAbort" not in calls
-
-
 # ---- windows, device communicators, mapped memory --------------------------------------------------------------------
 
 
@@ -744,7 +701,6 @@ def _pretend_cuda(cuda: str, **cuda_functions: Any) -> Iterator[None]:
         "synchronize": lambda *_: None,
         "Stream": lambda *_, **__: types.SimpleNamespace(),
         "current_stream": lambda *_: types.SimpleNamespace(cuda_stream=77),
-        "ExternalStream": lambda pointer, _: types.SimpleNamespace(cuda_stream=pointer, query=lambda: True),
     }
     raw_stream = mock.patch("torch._C._cuda_getCurrentRawStream", return_value=77, create=True)
     with mock.patch.multiple("torch.cuda", **(functions | cuda_functions)), raw_stream:
@@ -766,14 +722,8 @@ def runtime_case(rank: int, size: int, cuda: str, case: str) -> Any:
         os.environ["FAKE_FAIL"] = "ncclMemAlloc"
     if case == "init fails" and rank == 1:
         os.environ["FAKE_FAIL"] = "ncclCommInitRankConfig"
-    if (
-        case.startswith("no host puts")
-        or case in ("no network", "nodes", "unequal networks", "no contexts")
-        or (case == "uneven nodes" and rank == 1)
-    ):
+    if case in ("no network", "nodes", "unequal networks", "no contexts") or (case == "uneven nodes" and rank == 1):
         os.environ["FAKE_LSA"] = "1"
-    if case == "no host puts" or (case == "no host puts on one" and rank == 1):
-        os.environ["FAKE_NO_RMA"] = "1"
     if case == "no network":
         os.environ["FAKE_NO_GIN"] = "1"
     if case == "no contexts":
@@ -784,9 +734,7 @@ def runtime_case(rank: int, size: int, cuda: str, case: str) -> Any:
         os.environ["FAKE_NO_WINDOWS"] = "1"
     pointers = {0: 4096, 1: 4096 if case.startswith("torch") else 0}
     communicator = mock.patch.object(device, "_torch_communicator", side_effect=lambda *_: pointers[rank])
-    window_type = mock.patch.object(
-        device, "_CudaWindow", lambda raw, *_: types.SimpleNamespace(raw=raw, num_bytes=raw.num_bytes)
-    )
+    window_type = mock.patch.object(device, "_CudaWindow", lambda raw, *_: raw)
     with _pretend_cuda(cuda, **changes), communicator, window_type:
         runtime = CudaRuntime(dist.group.WORLD, 1 if case == "late" else 20)
         result: Any = runtime.description
@@ -803,9 +751,6 @@ def runtime_case(rank: int, size: int, cuda: str, case: str) -> Any:
             result = _networks(runtime)
         if case.startswith("host memory"):
             result = _host_memory(runtime, case)
-        if case.startswith("no host puts"):
-            os.environ["NCCL_NUM_RMA_CTX"] = "0"
-            runtime.transport()
         if case == "unequal networks":
             runtime.network(3 + rank, 2, False)
         if case == "no contexts":
@@ -851,11 +796,11 @@ def _host_memory(runtime: CudaRuntime, case: str) -> list[Any]:
     with mock.patch.multiple("os", **changes):
         window = runtime.host_window(8192 + 4096 * (case == "host memory, sizes") * rank)
     assert len(os.listdir("/proc/self/fd")) == files
-    assert (window.raw.handle, window.num_bytes) == (0, 8192)
-    assert window.raw.lsa_pointer(rank, 5) == window.raw.pointer + 5
-    seen = [ctypes.string_at(window.raw.pointer - (1 << 48), 8192).strip(b"\0")]
+    assert (window.handle, window.num_bytes) == (0, 8192)
+    assert window.lsa_pointer(rank, 5) == window.pointer + 5
+    seen = [ctypes.string_at(window.pointer - (1 << 48), 8192).strip(b"\0")]
     dist.barrier()
-    ctypes.memset(window.raw.pointer - (1 << 48) + 8191, 65 + rank, 1)
+    ctypes.memset(window.pointer - (1 << 48) + 8191, 65 + rank, 1)
     dist.barrier()
     if case == "host memory, killed":
         if rank == 1:
@@ -865,15 +810,15 @@ def _host_memory(runtime: CudaRuntime, case: str) -> list[Any]:
         runtime.meeting.post("out of the barrier", "")
         with pytest.raises(RuntimeError):
             dist.barrier()
-        seen.append(ctypes.string_at(window.raw.lsa_pointer(1, 8191) - (1 << 48), 1))
+        seen.append(ctypes.string_at(window.lsa_pointer(1, 8191) - (1 << 48), 1))
         mapped = Path("/proc/self/maps").read_text().count("memfd:epv2-")
         runtime.close(abandon=True)
         return [*seen, mapped, Path("/proc/self/maps").read_text().count("memfd:epv2-")]
-    return seen + [ctypes.string_at(window.raw.lsa_pointer(peer, 8191) - (1 << 48), 1) for peer in range(size)]
+    return seen + [ctypes.string_at(window.lsa_pointer(peer, 8191) - (1 << 48), 1) for peer in range(size)]
 
 
 def _networks(runtime: CudaRuntime) -> list[str]:
-    """What is said of networks, of addresses on another node; a way for transfers is made."""
+    """What is said of networks, and of addresses on another node."""
     said = [str(runtime.lsa_size), str(runtime.network(3, 2, False) != 0)]
     node = range(runtime.rank, runtime.rank + 1)
     raw = types.SimpleNamespace(handle=1, num_bytes=8, pointer=0, lsa_pointer=lambda *place: place)
@@ -886,7 +831,6 @@ def _networks(runtime: CudaRuntime) -> list[str]:
         lambda: runtime.network(3, 2, True),
         lambda: runtime.network(0, 2, False),
         lambda: window.peer_pointer(1 - runtime.rank, 5),
-        lambda: runtime.transport() and None,
     ):
         try:
             call()
@@ -961,23 +905,6 @@ def test_runtime_across_nodes(fakes: Fakes, tmp_path: Path) -> None:
     for log in logs:
         created = [call for call in log if call.startswith("ncclDevComm")]
         assert created == ["ncclDevCommCreate lsa=0 contexts=2 signals=3 counters=0 connection=1", "ncclDevCommDestroy"]
-    for rank, log in enumerate(logs):
-        network = log[[i for i, call in enumerate(log) if call.startswith("ncclCommInitRankConfig")][1] :]
-        assert [call.split(" stream=")[0] for call in network if call.startswith("nccl")] == [
-            f"ncclCommInitRankConfig {rank}/2 id=7 blocking=0 policy=2",
-            "ncclMemAlloc 8",
-            "ncclCommWindowRegister 8 flags=1",
-            "ncclGroupStart",
-            f"ncclPutSignal 8 of type 0 from 0 to 0 of {rank} signal=0 context=0 flags=0",
-            "ncclGroupEnd",
-            *[
-                "ncclCommWindowDeregister",
-                "ncclMemFree",
-                "ncclCommFinalize",
-                "ncclCommDestroy",
-            ],  # before that of kernels
-            *["ncclDevCommDestroy", "ncclCommWindowDeregister", "ncclMemFree", "ncclCommFinalize", "ncclCommDestroy"],
-        ]
 
 
 def test_host_memory_of_a_node(fakes: Fakes, tmp_path: Path) -> None:
@@ -1038,19 +965,6 @@ def test_host_memory_is_refused_on_every_rank(
     for rank, log in enumerate(logs):  # what was made before is given back
         made = sum(call.startswith("cuMemHostRegister") for call in log) - (case == "none" and rank == 1)
         assert log.count("cuMemHostUnregister") == made
-
-
-@pytest.mark.parametrize("case", ["no host puts", "no host puts on one"])
-def test_transport_that_nccl_has_not(fakes: Fakes, tmp_path: Path, case: str) -> None:
-    results, logs = _ranks(fakes, case, tmp_path)
-    for rank, result in enumerate(results):
-        assert result.error_type == "UnavailableError"
-        first = r"rank 1 of the group can't take part: " if rank == 0 and case.endswith("one") else ""
-        message = (
-            r"the ranks of this group are on 2 nodes of 1, .* hostRmaSupport = 0\).* \(NCCL_NUM_RMA_CTX=0\); NCCL_DEBUG"
-        )
-        assert re.match(first + message, result.error), result.error
-        assert logs[rank].count("ncclCommAbort") == 1
 
 
 @pytest.mark.parametrize(

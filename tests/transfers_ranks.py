@@ -14,6 +14,7 @@ WORKS = (
     p2p.receives_first,
     p2p.both_ways_at_once,
     p2p.late_receiver,
+    p2p.large_and_small,
     sessions.scatters,
     sessions.begins_late,
     sessions.slots_changed_after_their_wait,

@@ -126,8 +126,6 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("lsa_barriers") = 0, py::arg("gin_contexts") = 0, py::arg("gin_signals") = 0,
           py::arg("gin_counters") = 0, py::arg("gin_connection") = "none", Unlocked())
-      .def("put", &Communicator::put, py::arg("window"), py::arg("puts"), py::arg("stream"), Unlocked())
-      .def("await_puts", &Communicator::await_puts, py::arg("peer"), py::arg("count"), py::arg("stream"), Unlocked())
       .def("close", &Communicator::close, Unlocked())
       .def("abort", &Communicator::abort, Unlocked())
       .def("forget", &Communicator::forget, Unlocked());

@@ -85,7 +85,7 @@ void Communicator::require_open() const {
   if (comm_ == nullptr) throw Error("the communicator is closed");
 }
 
-void Communicator::settle(ncclResult_t result, const char* call, bool stuck) {
+void Communicator::settle(ncclResult_t result, const char* call) {
   const Nccl& api = nccl_api();
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_seconds_);
   auto pause = std::chrono::microseconds(20);
@@ -94,12 +94,9 @@ void Communicator::settle(ncclResult_t result, const char* call, bool stuck) {
   if (result == ncclSuccess && comm_ != nullptr) result = ncclInProgress;
   while (result == ncclInProgress) {
     if (std::chrono::steady_clock::now() > deadline) {
-      if (owned_ && !stuck) abort_locked();
-      throw TimedOut(std::string(call) +
-                     (stuck ? ": NCCL's network took nothing more within " + seconds_text(timeout_seconds_) +
-                                  "; a rank of another node has died, or NCCL's progress has failed (NCCL_DEBUG=WARN)"
-                            : ": not every rank came within " + seconds_text(timeout_seconds_) +
-                                  "; a rank has died, or makes other calls"));
+      if (owned_) abort_locked();
+      throw TimedOut(std::string(call) + ": not every rank came within " + seconds_text(timeout_seconds_) +
+                     "; a rank has died, or makes other calls");
     }
     std::this_thread::sleep_for(pause);
     pause = std::min(pause * 2, std::chrono::microseconds(5000));
@@ -164,41 +161,6 @@ std::shared_ptr<DeviceCommunicator> Communicator::device_communicator(const nccl
     throw;
   }
   return made;
-}
-
-void Communicator::put(const Window& window, const std::vector<PutOperation>& puts, uintptr_t stream) {
-  Lock lock(mutex_);
-  require_open();
-  if (window.communicator_.get() != this) throw std::invalid_argument("a window of another communicator");
-  const auto handle = reinterpret_cast<ncclWindow_t>(window.handle());
-  for (const auto& [peer, to, from, num_bytes] : puts)
-    if (num_bytes < 1 || num_bytes > window.num_bytes_ || std::max(to, from) > window.num_bytes_ - num_bytes)
-      throw std::invalid_argument("a put of " + std::to_string(num_bytes) + " bytes from " + std::to_string(from) +
-                                  " to " + std::to_string(to) + ": must be inside the window's " +
-                                  std::to_string(window.num_bytes_) + " bytes");
-  driver_api().require_context();
-  const Nccl& api = nccl_api();
-  api.check(api.ncclGroupStart(), "ncclGroupStart");
-  ncclResult_t failed = ncclSuccess;
-  for (const auto& [peer, to, from, num_bytes] : puts) {
-    const ncclResult_t result =
-        api.ncclPutSignal(static_cast<const char*>(window.memory_) + from, num_bytes, ncclInt8, peer, handle, to, 0, 0, 0,
-                          comm_, reinterpret_cast<cudaStream_t>(stream));
-    if (result != ncclSuccess && result != ncclInProgress && failed == ncclSuccess) failed = result;
-  }
-  const ncclResult_t ended = api.ncclGroupEnd();
-  api.check(failed, "ncclPutSignal", comm_);
-  settle(ended, "ncclPutSignal", true);
-}
-
-void Communicator::await_puts(int peer, int count, uintptr_t stream) {
-  Lock lock(mutex_);
-  require_open();
-  driver_api().require_context();
-  ncclWaitSignalDesc_t wanted = {};
-  wanted.opCnt = count;
-  wanted.peer = peer;
-  settle(nccl_api().ncclWaitSignal(1, &wanted, comm_, reinterpret_cast<cudaStream_t>(stream)), "ncclWaitSignal", true);
 }
 
 void Communicator::drop(Resource* resource) {

@@ -8,7 +8,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "nccl_api.h"
@@ -33,9 +32,6 @@ struct Properties {
   ncclTeam_t lsa;
 };
 
-// A rank, a byte in its part of a window, a byte in this rank's part, and how many bytes from there to there.
-using PutOperation = std::tuple<int, size_t, size_t, size_t>;
-
 class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
   static std::shared_ptr<Communicator> borrow(uintptr_t pointer, double timeout_seconds);
@@ -51,11 +47,6 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::shared_ptr<Window> allocate(size_t num_bytes);
   std::shared_ptr<DeviceCommunicator> device_communicator(const ncclDevCommRequirements_t& requirements);
 
-  // Put and wait for puts on a stream: NCCL does all of them in the order of the calls, on whatever streams. The first
-  // call is collective.
-  void put(const Window& window, const std::vector<PutOperation>& puts, uintptr_t stream);
-  void await_puts(int peer, int count, uintptr_t stream);
-
   void close();
   void abort();
   void forget();
@@ -70,9 +61,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Throw Error if closed.
   void require_open() const;
   // Take the result of a call that may go on in the background; returns when it is done. Throws TimedOut, after having
-  // aborted the communicator where it is ours: then nothing of the call is running any more. But `stuck` = NCCL would
-  // wait for a stream that may never end, and so it is left.
-  void settle(ncclResult_t result, const char* call, bool stuck = false);
+  // aborted the communicator where it is ours: then nothing of the call is running any more.
+  void settle(ncclResult_t result, const char* call);
   void drop(Resource* resource);
   // Release all resources, newest first; returns the first failure's text.
   std::string release_resources(void (Resource::*how)());

@@ -15,7 +15,7 @@ namespace epv2 {
   X(ncclGetErrorString) X(ncclGetLastError) X(ncclGetUniqueId) X(ncclCommInitRankConfig) X(ncclCommFinalize)         \
   X(ncclCommDestroy) X(ncclCommAbort) X(ncclCommGetAsyncError) X(ncclCommQueryProperties) X(ncclMemAlloc)            \
   X(ncclMemFree) X(ncclCommWindowRegister) X(ncclCommWindowDeregister) X(ncclGetLsaDevicePointer)                    \
-  X(ncclDevCommCreate) X(ncclDevCommDestroy) X(ncclGroupStart) X(ncclGroupEnd) X(ncclPutSignal) X(ncclWaitSignal)
+  X(ncclDevCommCreate) X(ncclDevCommDestroy)
 
 struct Nccl {
   std::string path, version;

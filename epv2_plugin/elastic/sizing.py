@@ -339,9 +339,7 @@ class WindowLayout:
 
 
 RING_ALIGNMENT = 256  # bytes; slots of a ring, and the tensors behind a session's words, begin at multiples of it
-RECORD_BYTES = (
-    64  # what a receiver is told of a tensor: four words of 64 bits, then one of 32 for each piece, or a seal
-)
+RECORD_BYTES = 64  # what a receiver is told of a tensor: four words of 64 bits, then one of 32 for each piece
 MOST_PIECES = 8
 # A copy of this inside a GPU takes 48 us, more than the calls of the driver for one more piece at both ends
 # (docs/performance.md).
@@ -364,7 +362,7 @@ def ring_slot_bytes(max_tensor_bytes: int) -> int:
 class RingLayout:
     """Where a rank keeps the tensors that come to it, and the words about them: offsets in its window.
 
-    Between nodes (`far`) there are as many rings for tensors to other nodes, and words for each slot.
+    Between nodes (`far`) there are as many rings for tensors on their way to other nodes.
 
     Attributes:
         max_inflight: slots of a ring. arrivals: where rings for what comes begin, of `ring_bytes` bytes each.
@@ -383,13 +381,11 @@ class RingLayout:
         far: bool = False,
     ):
         self._channels, self.max_inflight = num_channels, max_inflight
-        records, links = RECORD_BYTES * num_ranks * num_channels * max_inflight, 4 * num_ranks * num_channels
+        records, links = RECORD_BYTES * num_ranks * num_channels * max_inflight, 8 * num_ranks * num_channels
         sections = _Sections(0)
         self._inbox, self._outbox = sections.take(records), sections.take(records)
         self._taken, self._taken_outbox = sections.take(links), sections.take(links)
-        words = links * max_inflight if far else 0
-        self._returned, self._returned_outbox = sections.take(words), sections.take(words)
-        self._landed = sections.take(words)
+        self._landed = sections.take(links if far else 0)
         self.arrivals = align(sections.end, RING_ALIGNMENT)
         self.slot_bytes = ring_slot_bytes(max_tensor_bytes)
         self.ring_bytes = max_inflight * self.slot_bytes
@@ -401,16 +397,12 @@ class RingLayout:
         return (self._outbox if outgoing else self._inbox) + RECORD_BYTES * self._slot(rank, channel, number)
 
     def taken(self, rank: int, channel: int, *, outgoing: bool) -> int:
-        """How many tensors `rank` has taken, or (outgoing) is going to be told that this rank has."""
-        return (self._taken_outbox if outgoing else self._taken) + 4 * (rank * self._channels + channel)
+        """How many tensors `rank` has taken, or (outgoing) is going to be told that this rank has; 64 bits."""
+        return (self._taken_outbox if outgoing else self._taken) + 8 * (rank * self._channels + channel)
 
-    def returned(self, rank: int, channel: int, number: int, *, outgoing: bool) -> int:
-        """How often `rank`, of another node, has taken a tensor out of this one's slot, or (outgoing) likewise."""
-        return (self._returned_outbox if outgoing else self._returned) + 4 * self._slot(rank, channel, number)
-
-    def landed(self, rank: int, channel: int, number: int) -> int:
-        """What says that a tensor from `rank`, of another node, is here."""
-        return self._landed + 4 * self._slot(rank, channel, number)
+    def landed(self, rank: int, channel: int) -> int:
+        """How many tensors of `rank`, of another node, are here; 64 bits."""
+        return self._landed + 8 * (rank * self._channels + channel)
 
     def _slot(self, rank: int, channel: int, number: int) -> int:
         return (rank * self._channels + channel) * self.max_inflight + number % self.max_inflight
@@ -425,40 +417,38 @@ class SessionLayout:
     """Where all-gather sessions keep their words and tensors: offsets in the window.
 
     Attributes:
-        begun: word of each rank: the session it has begun. Between nodes (`far`) two rows more, of ranks of other
-            nodes: even sessions and odd ones. begun_outbox: this rank's, likewise, for the others to get.
-        tensors: where gathered tensors begin. incoming: as much, for what other nodes add to sums; none in one node.
-        end: behind the last.
+        begun: words of the ranks: the session that each has begun. Between nodes (`far`) as many of 64 bits behind
+            them, which ranks of other nodes raise. begun_outbox: this rank's, for the others to get.
+        row_bytes: of such words of all ranks. tensors: where gathered tensors begin. incoming: as much, for what is on
+            its way between nodes; none in one node. end: behind the last.
     """
 
     def __init__(self, *, num_ranks: int, max_operations: int, max_session_bytes: int, far: bool = False):
-        self._num_ranks = num_ranks
+        self._far_words = align(4 * num_ranks, 8)
+        self.row_bytes = self._far_words + 8 * num_ranks if far else 4 * num_ranks
         sections = _Sections(0)
-        rows = 3 if far else 1
-        self.begun, self.begun_outbox = sections.take(4 * num_ranks * rows), sections.take(4 * rows)
-        self._arrived, self._outbox = sections.take(4 * num_ranks * max_operations), sections.take(4 * max_operations)
-        seals = 8 * num_ranks * max_operations if far else 0
-        self._seals, self._seal_outbox = sections.take(seals), sections.take(seals)
-        self._sent = sections.take(seals // 2)
+        self.begun, self.begun_outbox = sections.take(self.row_bytes), sections.take(4)
+        self._arrived = sections.take(self.row_bytes * max_operations)
+        self._outbox = sections.take(4 * max_operations)
         self.tensors = align(sections.end, RING_ALIGNMENT)
         self.incoming = align(self.tensors + max_session_bytes, RING_ALIGNMENT)
         self.end = self.incoming + max_session_bytes if far else self.tensors + max_session_bytes
 
+    def begun_far(self, rank: int) -> int:
+        """How many sessions `rank`, of another node, has begun; 64 bits."""
+        return self.begun + self._far_words + 8 * rank
+
     def arrived(self, operation: int, rank: int) -> int:
         """What says that `rank`'s part of an operation is here."""
-        return self._arrived + 4 * (operation * self._num_ranks + rank)
+        return self._arrived + operation * self.row_bytes + 4 * rank
+
+    def landed(self, operation: int, rank: int) -> int:
+        """How often `rank`, of another node, has brought its part of an operation; 64 bits, in one row with those."""
+        return self.arrived(operation, 0) + self._far_words + 8 * rank
 
     def outbox(self, operation: int) -> int:
-        """The same word for the others to get."""
+        """What the others are told of this rank's part."""
         return self._outbox + 4 * operation
-
-    def seal(self, operation: int, rank: int, *, outgoing: bool) -> int:
-        """What says that `rank`, of another node, has sent its part, or (outgoing) what it is going to be told."""
-        return (self._seal_outbox if outgoing else self._seals) + 8 * (operation * self._num_ranks + rank)
-
-    def sent(self, operation: int, rank: int) -> int:
-        """What says that this rank's part has gone to `rank`, of another node."""
-        return self._sent + 4 * (operation * self._num_ranks + rank)
 
 
 # ---- Engram on the cuda backend -------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Arguments of kernels: a C++ header owns each struct, Python reads it, and kernels are compiled against that reading.
 
-A header (`csrc/kernels/*/args.h`) holds structs of `uint64_t int64_t uint32_t int32_t float double` and of structs
-above them, one field a line, and comments after `//`; `#include "FOLDER/args.h"` takes the structs of another.
-Anything else is an error: a kernel might not skip what this parser skipped.
+A header (`csrc/kernels/*/args.h`) holds structs of `uint64_t int64_t uint32_t int32_t float double`, of structs above
+them and of arrays of these, one field a line, and comments after `//`; `#include "FOLDER/args.h"` takes the structs of
+another. Anything else is an error: a kernel might not skip what this parser skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
-_Field: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
+_Field: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure | ctypes.Array[Any]"
 
 TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
     "uint64_t": ctypes.c_uint64,
@@ -35,7 +35,7 @@ _CODES: dict[type[_Field], str] = {
     ctypes.c_double: "d",
 }
 _HEAD = re.compile(r"struct\s+([A-Za-z]\w*)\s*\{")
-_FIELD = re.compile(r"(\w+)\s+([A-Za-z]\w*)\s*;")
+_FIELD = re.compile(r"(\w+)\s+([A-Za-z]\w*)\s*(?:\[([1-9]\d*)\])?\s*;")
 _OUTSIDE = re.compile(r"#pragma once|#include\s+<[\w./]+>")
 _INCLUDE = re.compile(r'#include\s+"([\w./]+)"')
 
@@ -64,7 +64,7 @@ class Arguments(ctypes.Structure):
 
     @classmethod
     def pack(cls, **values: Any) -> bytes:
-        """The struct's bytes; fields that are not given are zero, a struct inside it is given as its own bytes.
+        """The struct's bytes; fields that are not given are zero, a struct or array in it is given as its own bytes.
 
         A launch needs about thirty fields, and setting them one by one takes longer than the launch.
 
@@ -159,14 +159,15 @@ def load(path: Path) -> dict[str, type[Arguments]]:
         else:
             field = _FIELD.fullmatch(text)
             if field is None:
-                raise fail(f"must be 'TYPE NAME;' or '}};' in struct {name}")
+                raise fail(f"must be 'TYPE NAME;', 'TYPE NAME[COUNT];' or '}};' in struct {name}")
             if field[1] not in TYPES and field[1] not in structs:
                 raise fail(f"type {field[1]!r} is not one of {', '.join([*TYPES, *structs])}")
             if field[2] in fields:
                 raise fail(f"field {field[2]} of struct {name} is there already")
             if keyword.iskeyword(field[2]):
                 raise fail(f"{field[2]!r} is a word of Python's and can't be set as a field")
-            fields[field[2]] = TYPES[field[1]] if field[1] in TYPES else structs[field[1]]
+            kind: type[Any] = TYPES[field[1]] if field[1] in TYPES else structs[field[1]]
+            fields[field[2]] = kind * int(field[3]) if field[3] else kind
     if name:
         raise HeaderError(f"{path}:{begun}: struct {name} is not closed by '}};'")
     return structs

@@ -168,6 +168,7 @@ def _engram_kernels(**defines: str) -> EngramKernels:
 ENGRAM_IN_NODE = _engram_kernels()
 ENGRAM_BETWEEN_NODES = _engram_kernels(EPV2_NODES="1")
 ENGRAM_PUT = _engram("put", "EngramPutArgs", EPV2_NODES="1")
+SEND = Kernel("epv2_send", "transfers/send.cu", "SendArgs")
 SM_COPY = Kernel("epv2_sm_copy", "bench/sm_copy.cu", "SmCopyArgs")
 
 KERNELS: tuple[Kernel, ...] = (
@@ -180,5 +181,6 @@ KERNELS: tuple[Kernel, ...] = (
     *ENGRAM_IN_NODE.all(),
     *ENGRAM_BETWEEN_NODES.all(),
     ENGRAM_PUT,
+    SEND,
     SM_COPY,
 )

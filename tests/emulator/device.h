@@ -269,9 +269,11 @@ void network_put(Network network, int peer, uint64_t window, uint64_t to, uint64
 void network_get(Network network, int peer, uint64_t window, uint64_t to, uint64_t from, uint32_t bytes);
 void network_put_value(Network network, int peer, uint64_t window, uint64_t to, uint64_t value);
 void network_signal(Network network, int peer, uint32_t signal, uint64_t value);
+void network_signal_word(Network network, int peer, uint64_t window, uint64_t word, uint64_t value);
 uint64_t network_signal_value(Network network, uint32_t signal);
 void network_flush(Network network);
 void network_abandon(Network network);
+void network_leave(Network network);
 
 namespace emulator {
 

@@ -142,129 +142,79 @@ class Stream:
                 self.error = error
 
 
-class EmulatedTransport:
-    """Puts through memory that all ranks share, done by a thread in pieces, in any order, late: as late as is allowed.
-
-    Raises RuntimeError where more puts are under way than NCCL takes without a wait; ValueError for what is not in a
-    window, or a rank of this node.
+class LateNetwork:
+    """Carries on what kernels have left to the network: in pieces, in any order, late. A signal comes behind all that
+    was given before it on its way: to the same peer in the same context.
     """
 
-    def __init__(self, runtime: EmulatedRuntime, signals: list[torch.Tensor], pauses: random.Random):
-        self._runtime, self._pauses = runtime, pauses
-        rank, size = runtime.rank, runtime.size
-        # [target][source]: puts of `source` that have landed
-        self._memory = signals
-        self._signals = [(ctypes.c_uint64 * size).from_address(each.data_ptr()) for each in signals]
-        self._awaited = [0] * size
-        self._under_way = [0] * size
-        self._first = rank // runtime.lsa_size * runtime.lsa_size
-        self._windows: list[int] = []
-        self.stream = runtime.new_stream()
-        self._puts: list[_Put] = []
+    def __init__(self, pauses: random.Random):
+        self._pauses = pauses
+        self._messages: list[_Message] = []  # in the order in which they were given
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="emulated network", daemon=True)
         self._thread.start()
 
-    def window(self, num_bytes: int) -> Window:
-        window = self._runtime.window(num_bytes)
-        self._windows.append(window.handle)
-        return window
-
-    def put(self, window: Window, puts: Sequence[tuple[int, int, int, int]]) -> None:
-        if window.handle not in self._windows:
-            raise ValueError("a put between windows that are none of this transport")
-        for peer, target, source, num_bytes in puts:
-            self._check_peer(peer)
-            if num_bytes < 1 or min(target, source) < 0 or max(target, source) + num_bytes > window.num_bytes:
-                raise ValueError(f"put of {num_bytes} bytes from {source} to {target}: not in {window.num_bytes} bytes")
-            with self._changed:
-                self._under_way[peer] += 1
-                if self._under_way[peer] >= 32:
-                    raise RuntimeError(f"{self._under_way[peer]} puts to rank {peer} are under way: NCCL would wait")
-        rank = self._runtime.rank
-        made = [
-            _Put(p, window.mappings[p].data_ptr() + to, window.mappings[rank].data_ptr() + own, n)
-            for p, to, own, n in puts
-        ]
-
-        def run() -> None:
-            for put in made:  # its source is read when the network likes, which may be late
-                put.held_until = time.monotonic() + self._pauses.choice([0, 0, 5e-3])
-            with self._changed:
-                self._puts += made
-                self._changed.notify_all()
-            for put in made:
-                self._runtime.await_emulated(put.read.is_set, f"rank {rank}: a put was not done")
-
-        with self._runtime.on_stream(self.stream):
-            self._runtime.do(run)
-
-    def await_puts(self, peer: int, count: int) -> None:
-        self._check_peer(peer)
-        if count < 1:
-            raise ValueError(f"count = {count}: must be positive")
-        self._awaited[peer] += count
-        wanted, rank = self._awaited[peer], self._runtime.rank
-        here = self._signals[rank]
-        what = f"rank {rank}: {wanted} signals of rank {peer} expected"
-        with self._runtime.on_stream(self.stream):
-            self._runtime.do(lambda: self._runtime.await_emulated(lambda: here[peer] >= wanted, what))
+    def take(self, message: _Message) -> None:
+        """One more."""
+        with self._changed:
+            message.held_until = time.monotonic() + self._pauses.choice([0, 0, 5e-3])
+            self._messages.append(message)
+            self._changed.notify_all()
 
     def close(self, abandon: bool) -> None:
+        """End once all is delivered; `abandon`: what is not is lost."""
         with self._changed:
             self._closing = True
             if abandon:
-                self._puts.clear()
+                self._messages.clear()
             self._changed.notify_all()
         self._thread.join(10)
 
-    def _check_peer(self, peer: int) -> None:
-        if not 0 <= peer < self._runtime.size or self._first <= peer < self._first + self._runtime.lsa_size:
-            raise ValueError(f"rank {peer}: must be on another node than ranks from {self._first}")
-
     def _run(self) -> None:
-        """Read and deliver pieces of what is under way, one by one as they are drawn."""
         while True:
             with self._changed:
-                while not self._puts and not self._closing:
+                while not self._messages and not self._closing:
                     self._changed.wait()
-                if not self._puts:
+                if not self._messages:
                     return
-                puts = [*self._puts]
-            put = self._pauses.choice(puts)
-            if time.monotonic() <= put.held_until:
-                pass
-            elif not put.read.is_set():
-                put.held_until = time.monotonic() + self._pauses.choice([0, 0, 5e-3])
-                put.content = ctypes.string_at(put.source, put.num_bytes)
-                put.pieces = [*range(0, put.num_bytes, put.step)]
-                put.read.set()
+                message = self._pauses.choice(self._messages)
+                if message.is_signal:  # what is before it instead, if there is anything
+                    message = next(each for each in self._messages if each.way == message.way)
+            if time.monotonic() > message.held_until and message.advance(self._pauses):
                 with self._changed:
-                    self._under_way[put.peer] -= 1
-            elif put.pieces:
-                begin = put.pieces.pop(self._pauses.randrange(len(put.pieces)))
-                piece = put.content[begin : begin + put.step]
-                ctypes.memmove(put.target + begin, piece, len(piece))
-            with self._changed:
-                # Signals in order: of the puts to a rank those that have landed, up to the first that has not.
-                for peer in {each.peer for each in self._puts}:
-                    while first := next((each for each in self._puts if each.peer == peer), None):
-                        if first.pieces or not first.read.is_set():
-                            break
-                        self._puts.remove(first)
-                        self._signals[peer][self._runtime.rank] += 1
+                    if message in self._messages:
+                        self._messages.remove(message)
             time.sleep(self._pauses.random() * 4e-4)
 
 
-class _Put:
-    """A put under way: `read` once its source was, `pieces` (where they begin) that have not landed yet."""
+class _Message:
+    """A put, a value or a signal under way; see `CarryOn` in scheduler.cc."""
 
-    def __init__(self, peer: int, target: int, source: int, num_bytes: int):
-        self.peer, self.target, self.source, self.num_bytes = peer, target, source, num_bytes
-        self.step = max(8, num_bytes // 3 // 8 * 8)
-        self.read, self.content, self.pieces = threading.Event(), b"", [0]
-        self.held_until = 0.0
+    def __init__(
+        self, kind: int, way: tuple[int, int], target: int, source: int, num_bytes: int, read: int, value: int
+    ):
+        self.is_signal, self.way, self.held_until = kind == 3, way, 0.0
+        self._target, self._source, self._num_bytes, self._value = target, source, num_bytes, value
+        self._is_put = kind == 0
+        self._content = ctypes.string_at(source, num_bytes) if read else None
+        self._step = max(8, num_bytes // 3 // 8 * 8)
+        self._pieces = [*range(0, num_bytes, self._step)]  # where those begin that have not landed
+
+    def advance(self, pauses: random.Random) -> bool:
+        """One step; whether it was the last."""
+        if not self._is_put:
+            word = ctypes.c_uint64.from_address(self._target)
+            word.value = word.value + self._value if self.is_signal else self._value
+            return True
+        if self._content is None:  # its source is read when the network likes, which may be late
+            self._content = ctypes.string_at(self._source, self._num_bytes)
+            self.held_until = time.monotonic() + pauses.choice([0, 0, 5e-3])
+            return False
+        begin = self._pieces.pop(pauses.randrange(len(self._pieces)))
+        piece = self._content[begin : begin + self._step]
+        ctypes.memmove(self._target + begin, piece, len(piece))
+        return not self._pieces
 
 
 class EmulatedRuntime:
@@ -302,7 +252,7 @@ class EmulatedRuntime:
         self._random = random.Random(f"{seed}/{self.rank}")
         self._windows: list[Window] = []
         self._signals: dict[int, list[torch.Tensor]] = {}  # by handle of the network
-        self._transports: list[EmulatedTransport] = []
+        self._late: LateNetwork | None = None
         self._mapped: list[Mapped] = []
         self._streams: list[Stream] = []
         self._events: weakref.WeakValueDictionary[int, Event] = weakref.WeakValueDictionary()
@@ -345,12 +295,6 @@ class EmulatedRuntime:
         shape = (num_contexts, num_signals, int(rail))
         _scheduler().epv2_emulator_network(handle, _addresses(parts), *shape, self.size, self.rank, self.lsa_size)
         return handle
-
-    def transport(self) -> EmulatedTransport:
-        """Collective. A way for the host to ranks of other nodes."""
-        signals = self._share(8 * self.size, "transports", None)
-        self._transports.append(EmulatedTransport(self, signals, random.Random(self._random.getrandbits(64))))
-        return self._transports[-1]
 
     def _share(self, num_bytes: int, what: str, wish: object) -> list[torch.Tensor]:
         """Zeroed memory of every rank (uint8), by rank, if all have the same wish."""
@@ -414,11 +358,18 @@ class EmulatedRuntime:
             with _one_kernel:
                 _scheduler().epv2_emulator_limit_seconds(ctypes.c_double(self._limit_seconds))
                 shape = (ctas, threads, shared_bytes, seed)
+                _launching[:] = [self]
                 failed = library[f"{kernel.name}_launch"](memory, *shape, message, MESSAGE_BYTES)
             if failed:
                 raise RuntimeError(f"rank {self.rank}: {_with_lines(message.value.decode(errors='replace'))}")
 
         self._put(run, stream or self.current_stream())
+
+    def carry_on(self, message: _Message) -> None:
+        """Deliver what a kernel has left to the network."""
+        if self._late is None:
+            self._late = LateNetwork(random.Random(self._random.getrandbits(64)))
+        self._late.take(message)
 
     def reseed(self, seed: int) -> None:
         """Schedule what follows as `seed` says."""
@@ -564,14 +515,27 @@ class EmulatedRuntime:
         self._closing = abandon
         for stream in self._streams:
             stream.close()
-        for transport in self._transports:
-            transport.close(abandon)
+        if self._late is not None:
+            self._late.close(abandon)
         for handle in [*(window.handle for window in self._windows), *self._signals]:
             _scheduler().epv2_emulator_forget(handle)
         self._windows, self._signals, self._streams = [], {}, []
 
 
 _one_kernel = threading.Lock()  # the scheduler has one set of fibers
+_launching: list[EmulatedRuntime] = []  # whose kernel runs
+_CARRY_ON = ctypes.CFUNCTYPE(
+    None,
+    *(ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t),
+    *(ctypes.c_uint64, ctypes.c_int, ctypes.c_uint64),
+)
+
+
+@_CARRY_ON
+def _carry_on(kind: int, way: int, peer: int, target: int, source: int, num_bytes: int, read: int, value: int) -> None:
+    _launching[0].carry_on(_Message(kind, (way, peer), target, source, num_bytes, read, value))
+
+
 _handles = iter(range(0x7001, 1 << 30))
 
 
@@ -636,7 +600,9 @@ def _scheduler() -> ctypes.CDLL:
     library.epv2_emulator_window.argtypes = [number, address, number, *[ctypes.c_int] * 3]
     library.epv2_emulator_network.argtypes = [number, address, *[ctypes.c_int] * 6]
     library.epv2_emulator_forget.argtypes = [number]
-    for function in ("window", "network", "forget", "limit_seconds"):
+    library.epv2_emulator_carry_on.argtypes = [_CARRY_ON]
+    library.epv2_emulator_carry_on(_carry_on)
+    for function in ("window", "network", "forget", "limit_seconds", "carry_on"):
         getattr(library, f"epv2_emulator_{function}").restype = None
     return library
 

@@ -102,6 +102,11 @@ struct Mbarrier {
   std::vector<Fiber*> waiters;
 };
 
+// Of a message that its kernel has left: kind as in Message, communicator and context, peer, target, source, bytes of a
+// put, whether its source was read (and is gone after the call), value.
+using CarryOn = void (*)(int, uint64_t, int, uint8_t*, const uint8_t*, uint64_t, int, uint64_t);
+CarryOn carry_on = nullptr;
+
 // A window, or the signals of a network, as this process sees them.
 struct Symmetric {
   std::vector<uint8_t*> parts;  // by rank
@@ -142,6 +147,8 @@ struct Message {
   uint64_t value = 0;
   size_t begin = 0, end = 0;  // bytes of a put or get that are not yet written
   std::vector<uint8_t> data;  // of a put that was read
+  bool to_word = false;       // a signal that raises a word of a window
+  bool left = false;          // may be under way when its kernel ends
 
   bool same_way(const Message& other) const {
     return communicator == other.communicator && context == other.context && peer == other.peer;
@@ -412,6 +419,7 @@ void advance_message(size_t index) {
       if (const Message& earlier = run.messages[other]; (earlier.kind == Kind::put || earlier.kind == Kind::value) &&
                                                         earlier.number < message.number && earlier.same_way(message))
         return advance_message(other);
+  if (message.to_word && run.alive > 0) return;  // what earlier kernels have left must come before it
   run.progress = true;
   if (message.kind == Kind::put && !message.transfer->done) {
     message.data.assign(message.source, message.source + message.end);
@@ -1013,6 +1021,21 @@ void prepare(int ctas, int threads) {
   }
 }
 
+// Give what may be under way when a kernel ends to whoever carries it on, in the order in which it was sent.
+void hand_over_what_is_left() {
+  std::sort(run.messages.begin(), run.messages.end(),
+            [](const Message& a, const Message& b) { return a.number < b.number; });
+  for (const Message& message : run.messages) {
+    if (!message.left) continue;
+    const bool is_put = message.kind == Message::Kind::put, was_read = is_put && message.transfer->done;
+    const uint8_t* source = was_read ? message.data.data() : message.source;
+    const uint64_t way = message.communicator << 16 | static_cast<uint64_t>(message.context);
+    carry_on(static_cast<int>(message.kind), way, message.peer, message.target + message.begin,
+             is_put ? source + message.begin : nullptr, message.end - message.begin, was_read, message.value);
+  }
+  std::erase_if(run.messages, [](const Message& message) { return message.left; });
+}
+
 }  // namespace
 
 // Notes who calls, for messages; first in every function that kernels call.
@@ -1155,6 +1178,8 @@ int launch(const char* name, Body body, const void* args, uint64_t args_bytes, i
   sigaction(SIGSEGV, &action, &old_segv);
   sigaction(SIGBUS, &action, &old_bus);
   if (_setjmp(run.abort) == 0) schedule();
+  run.alive = 0;
+  if (carry_on != nullptr) hand_over_what_is_left();
   while (!run.messages.empty()) advance_a_message();  // after an error, too: peers need not wait for what was sent
   active = 0;
   sigaction(SIGSEGV, &old_segv, nullptr);
@@ -1464,6 +1489,20 @@ void network_signal(Network network, int peer, uint32_t signal, uint64_t value) 
   send(network, peer, std::move(message));
 }
 
+void network_signal_word(Network network, int peer, uint64_t window, uint64_t word, uint64_t value) {
+  EPV2_PLACE();
+  yield_one_in(8);
+  check_network_peer("network_signal_word", network, peer);
+  if (word % 8 != 0)
+    fail("network_signal_word: offset %llu is not a multiple of 8", static_cast<unsigned long long>(word));
+  Message message;
+  message.kind = Message::Kind::signal;
+  message.to_word = true;
+  message.target = window_part("network_signal_word", window, peer, word, 8);
+  message.value = value;
+  send(network, peer, std::move(message));
+}
+
 uint64_t network_signal_value(Network network, uint32_t signal) {
   EPV2_PLACE();
   yield_one_in(4);
@@ -1510,6 +1549,21 @@ void network_abandon(Network network) {
       transfer->flushed = true;
 }
 
+void network_leave(Network network) {
+  EPV2_PLACE();
+  yield_one_in(8);
+  find_communicator("network_leave", network);
+  const Fiber& fiber = *run.current;
+  const Cta& cta = *fiber.cta;
+  for (const auto& transfer : cta.transfers)  // as for a flush
+    if (!transfer->is_get && transfer->communicator == network.communicator && transfer->context == network.context &&
+        cta.order->knows(fiber.thread, static_cast<uint16_t>(transfer->thread), transfer->issued))
+      transfer->flushed = true;
+  for (Message& message : run.messages)
+    message.left |= message.communicator == network.communicator && message.context == network.context &&
+                    message.kind != Message::Kind::get;
+}
+
 }  // namespace epv2
 
 // For runtime.py.
@@ -1530,6 +1584,8 @@ extern "C" void epv2_emulator_forget(uint64_t handle) {
   epv2::emulator::windows.erase(handle);
   epv2::emulator::communicators.erase(handle);
 }
+
+extern "C" void epv2_emulator_carry_on(epv2::emulator::CarryOn carry_on) { epv2::emulator::carry_on = carry_on; }
 
 extern "C" void epv2_emulator_limit_seconds(double seconds) { epv2::emulator::limit_seconds = seconds; }
 

@@ -1,6 +1,6 @@
 // A stand-in for libnccl.so.2 on machines without a GPU: FAKE_NCCL_VERSION, FAKE_RANK, FAKE_RANKS, FAKE_LSA,
-// FAKE_NO_WINDOWS, FAKE_NO_GIN, FAKE_NO_RMA and FAKE_CONTEXTS choose what it claims to be. One communicator, windows in
-// host memory, no peers.
+// FAKE_NO_WINDOWS, FAKE_NO_GIN and FAKE_CONTEXTS choose what it claims to be. One communicator, windows in host memory,
+// no peers.
 #include <nccl.h>
 #include <nccl_device.h>
 
@@ -87,7 +87,7 @@ ncclResult_t ncclCommQueryProperties(ncclComm_t, ncclCommProperties_t* propertie
   properties->deviceApiSupport = !*setting("FAKE_NO_WINDOWS");
   properties->ginType = *setting("FAKE_NO_GIN") ? NCCL_GIN_TYPE_NONE : NCCL_GIN_TYPE_PROXY;
   properties->railedGinType = NCCL_GIN_TYPE_NONE;
-  properties->hostRmaSupport = !*setting("FAKE_NO_RMA");
+  properties->hostRmaSupport = true;
   return answer("ncclCommQueryProperties");
 }
 
@@ -147,34 +147,6 @@ ncclResult_t ncclDevCommCreate(ncclComm_t, const ncclDevCommRequirements_t* want
 ncclResult_t ncclDevCommDestroy(ncclComm_t, const ncclDevComm_t* device) {
   note("ncclDevCommDestroy%s", device->rank == 5 ? "" : " OF ANOTHER");
   return answer("ncclDevCommDestroy");
-}
-
-ncclResult_t ncclGroupStart() {
-  note("ncclGroupStart");
-  return answer("ncclGroupStart");
-}
-
-ncclResult_t ncclGroupEnd() {
-  note("ncclGroupEnd");
-  return answer("ncclGroupEnd");
-}
-
-ncclResult_t ncclPutSignal(const void* from, size_t count, ncclDataType_t type, int peer, ncclWindow_t, size_t offset,
-                           int signal, int context, unsigned flags, ncclComm_t, cudaStream_t stream) {
-  size_t begin = 0, inside = 0;
-  for (const auto& [memory, size] : allocations)
-    if (from >= memory && from < static_cast<char*>(memory) + size)
-      begin = reinterpret_cast<size_t>(memory), inside = static_cast<const char*>(from) - static_cast<char*>(memory);
-  note("ncclPutSignal %zu of type %d from %zu%s to %zu of %d signal=%d context=%d flags=%u stream=%zu", count, type,
-       inside, begin ? "" : " OF UNKNOWN MEMORY", offset, peer, signal, context, flags,
-       reinterpret_cast<size_t>(stream));
-  return answer("ncclPutSignal");
-}
-
-ncclResult_t ncclWaitSignal(int count, ncclWaitSignalDesc_t* wanted, ncclComm_t, cudaStream_t stream) {
-  note("ncclWaitSignal %d: %d of %d signal=%d context=%d stream=%zu", count, wanted->opCnt, wanted->peer, wanted->sigIdx,
-       wanted->ctx, reinterpret_cast<size_t>(stream));
-  return answer("ncclWaitSignal");
 }
 
 }  // extern "C"

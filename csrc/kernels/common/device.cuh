@@ -264,6 +264,15 @@ static __device__ __noinline__ void network_signal(Network network, int peer, ui
                 kReleased);
 }
 
+// Likewise to a word of 64 bits in the peer's window, at a multiple of 8 bytes: a stream can wait for it.
+static __device__ __noinline__ void network_signal_word(Network network, int peer, uint64_t window, uint64_t word,
+                                                        uint64_t value) {
+  const NetworkPeer at(network, peer);
+  release_system();
+  at.gin.signal(at.team, at.index, ncclGin_StrongVASignalAdd{reinterpret_cast<ncclWindow_t>(window), word, value},
+                ncclCoopThread{}, ncclGin_None{}, kReleased, kReleased);
+}
+
 // This rank's signal. What was put before it was added to may be read then.
 static __device__ __noinline__ uint64_t network_signal_value(Network network, uint32_t signal) {
   return ncclGin(NetworkPeer::communicator(network), network.context).readSignal(signal);
@@ -278,6 +287,10 @@ __device__ __forceinline__ void network_flush(Network network) {
 
 // One thread, instead of a flush, where what was put need not arrive as it was.
 __device__ __forceinline__ void network_abandon(Network) {}
+
+// One thread, instead of a flush, where nobody writes to the sources before the peers have said that all is there: the
+// kernel may end while the network is at work.
+__device__ __forceinline__ void network_leave(Network) {}
 
 // ---- time -----------------------------------------------------------------------------------------------------
 

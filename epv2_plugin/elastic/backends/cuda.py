@@ -26,11 +26,11 @@ import torch
 from epv2_plugin.elastic import model, network, sizing
 from epv2_plugin.elastic.backends import kernel_errors
 from epv2_plugin.elastic.backends.base import Received, Traffic
-from epv2_plugin.elastic.backends.courier import Courier
 from epv2_plugin.elastic.backends.cuda_engram import CudaEngram
 from epv2_plugin.elastic.backends.cuda_p2p import CudaPointToPoint
 from epv2_plugin.elastic.backends.cuda_sessions import CudaSessions
 from epv2_plugin.elastic.backends.device import Runtime, node_of
+from epv2_plugin.elastic.backends.sender import Sender
 from epv2_plugin.elastic.backends.watch import Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
 from epv2_plugin.elastic.event import Event
@@ -288,8 +288,9 @@ class CudaBackend:
             # Memory must not go while other nodes still put something there, if only words that nobody waits for. Whose
             # buffer is garbage can't wait for others.
             failed = self._failure or self._watch.failure
-            if "_courier" in self.__dict__ and seconds is None and failed is None:
-                self._courier.meet("the end of the buffer")
+            if "_sender" in self.__dict__ and seconds is None and failed is None:
+                self._watch.drain()  # what waits may have something to send behind
+                self._sender.meet("the end of the buffer")
         except BaseException as error:
             self._watch.give_up(error)
             raise
@@ -930,16 +931,16 @@ class CudaBackend:
         return Watch(self.runtime, self._host_timeout)
 
     @cached_property
-    def _courier(self) -> Courier:
-        return Courier(self.runtime, self._watch)
+    def _sender(self) -> Sender:
+        return Sender(self.runtime, self._watch)
 
     @cached_property
     def point_to_point(self) -> CudaPointToPoint:
-        return CudaPointToPoint(self.runtime, self._watch, self.traffic, self._given_bytes, lambda: self._courier)
+        return CudaPointToPoint(self.runtime, self._watch, self.traffic, self._given_bytes, lambda: self._sender)
 
     @cached_property
     def sessions(self) -> CudaSessions:
-        return CudaSessions(self.runtime, self._watch, self.traffic, self._refused, lambda: self._courier)
+        return CudaSessions(self.runtime, self._watch, self.traffic, self._refused, lambda: self._sender)
 
     @cached_property
     def engram(self) -> CudaEngram:

@@ -1,4 +1,4 @@
-"""Point-to-point between GPUs, without a kernel: copy engines, words on streams, and NCCL's puts between nodes.
+"""Point-to-point between GPUs: copy engines and words on streams; between nodes, puts of NCCL's GIN.
 
 A rank has rings of slots in its window, one for each link (source, channel). A send copies the tensor into the next
 slot at the receiver and then writes a record there: number, dtype and shape, and behind them the word `ready`, a hash
@@ -13,10 +13,9 @@ Streams write words only into their own rank's memory; a copy brings them to the
 for each direction. The sender takes a free ring with its first send and says which, once, through torch's store;
 receives that are posted before that are put on their stream once it has, in order.
 
-To a rank of another node the tensor goes through a slot of the sender's; which ring it comes to the receiver says when
-he first receives. Then comes the record, whose hash does not say that the tensor is there: the receiver's
-stream waits for a second word, which comes behind the network's signals (`courier.py`). A credit is a word of the slot,
-not of the link, as two of the link could come in the other order.
+Inside a node there is no kernel. To a rank of another node the tensor goes through a slot of the sender's, from where
+the network brings it, and the record, into the slot there (`sender.py`). Then it raises a word of the link, for which
+the receiver's stream waits first: before that any part of both may be missing. A credit is such a word, too.
 """
 
 from __future__ import annotations
@@ -26,28 +25,27 @@ import math
 import os
 import struct
 import threading
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic, describe_kind
-from epv2_plugin.elastic.backends.courier import SEAL_BYTES, Courier
 from epv2_plugin.elastic.backends.device import CopyOp, Event, OrderOp, Put, Runtime, StreamOp, Window, node_of
+from epv2_plugin.elastic.backends.sender import Sender
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
 from epv2_plugin.elastic.sizing import RingLayout, align
 
 _HEADER_BYTES = 32  # words of 64 bits: number, what, and two of dimensions
 _DIMENSION_BYTES = 16
+_FAR_WORD_BYTES = 8  # behind the header in a record that the network brings: `ready`, and nothing
+_RINGS = "rings"  # of a sender
 _TOO_LONG = 1 << 16  # in `what`: the dimensions do not fit
 _DTYPES = sorted(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
-_PEEK_SECONDS = 0.02  # between two questions to the store that all ranks ask
 _USUAL_RINGS = 4  # two peers, activations and gradients to each
 # Without the variable CUDA has 8 queues, and the streams of four waiting links hold all others (docs/performance.md).
 _LEAST_CONNECTIONS, _ENOUGH_CONNECTIONS = 10, 32
@@ -140,12 +138,15 @@ class _Link:
 class _Outgoing(_Link):
     """A link to a peer.
 
+    Args:
+        ring: where the peer keeps what comes. staging: in this rank's window, what goes to a peer that is not near.
+
     Attributes:
-        offset: of the ring that tensors are copied to, in the peer's window where it is near, else in this rank's.
-        slots, outboxes: addresses of its slots, and of the records about them, in this rank's window.
-        inboxes: where these go at the peer: addresses where it is near, else bytes of the window.
-        taken: addresses of what the peer says it has taken, of each slot where it is not near.
-        arrivals: where the ring of a receiver on another node is. next_peek: time to ask for that again.
+        slots, outboxes: addresses of the slots that tensors are copied to, and of the records about them in this rank's
+            window. inboxes: where these go at the peer: addresses where it is near, else bytes of its window.
+        ways, records: of a peer that is not near: each slot, as (byte there, byte here), and what brings the record.
+        landed: there, of how many tensors have come; a byte of its window.
+        taken: address of how many the peer says it has taken.
         recent: what lies in its slots, oldest first.
     """
 
@@ -157,19 +158,21 @@ class _Outgoing(_Link):
         bases: dict[int, int],
         rank: int,
         layout: RingLayout,
-        offset: int,
+        ring: int,
+        staging: int,
     ):
         super().__init__("out", peer, channel, stream, bases, layout.max_inflight)
         own, numbers = bases[rank], range(layout.max_inflight)
-        self.offset = offset
-        self.slots = [bases.get(peer, own) + offset + n * layout.slot_bytes for n in numbers]
-        self.outboxes = [own + layout.record(peer, channel, n, outgoing=True) for n in numbers]
+        steps = [n * layout.slot_bytes for n in numbers]
+        records = [layout.record(peer, channel, n, outgoing=True) for n in numbers]
+        self.slots = [(bases[peer] + ring if self.near else own + staging) + step for step in steps]
+        self.outboxes = [own + record for record in records]
         self.inboxes = [bases.get(peer, 0) + layout.record(rank, channel, n, outgoing=False) for n in numbers]
-        self.taken = [own + layout.taken(peer, channel, outgoing=False)]
-        if not self.near:
-            self.taken = [own + layout.returned(peer, channel, n, outgoing=False) for n in numbers]
-        self.arrivals: int | None = None
-        self.next_peek = 0.0
+        self.ways = [(ring + step, staging + step) for step in steps]
+        num_bytes = _HEADER_BYTES + _FAR_WORD_BYTES
+        self.records: list[Put] = [(peer, to, own, num_bytes) for to, own in zip(self.inboxes, records, strict=True)]
+        self.landed = layout.landed(rank, channel)
+        self.taken = own + layout.taken(peer, channel, outgoing=False)
         self.recent: deque[Kind] = deque()
 
 
@@ -179,7 +182,9 @@ class _Incoming(_Link):
     Attributes:
         ring: where it begins in this rank's window, None until that is known.
         records: addresses of what the peer says of each slot. words: of those that say there that a piece is here.
-        taken, inbox: of a near peer, addresses of what this rank has taken, and of where the peer looks for that.
+        landed: of a peer that is not near, address of how many tensors are here.
+        taken, inbox: addresses of what this rank has taken, and of where a near peer looks for that. returned: the same
+            at one that is not near, as a byte of its window.
         deferred: receives that wait until the peer has said which ring it took.
     """
 
@@ -191,16 +196,17 @@ class _Incoming(_Link):
         bases: dict[int, int],
         rank: int,
         layout: RingLayout,
-        ring: int | None,
     ):
         super().__init__("in", peer, channel, stream, bases, layout.max_inflight)
-        self.ring = ring
+        self.ring: int | None = None
         numbers = range(layout.max_inflight)
         self.records = [bases[rank] + layout.record(peer, channel, n, outgoing=False) for n in numbers]
         pieces = range(sizing.MOST_PIECES)
         self.words = [[record + _HEADER_BYTES + 4 * piece for piece in pieces] for record in self.records]
+        self.landed = bases[rank] + layout.landed(peer, channel)
         self.taken = bases[rank] + layout.taken(peer, channel, outgoing=True)
-        self.inbox = bases.get(peer, 0) + layout.taken(rank, channel, outgoing=False)
+        self.returned = layout.taken(rank, channel, outgoing=False)
+        self.inbox = bases.get(peer, 0) + self.returned
         self.deferred: deque[_Receive] = deque()
         self.last: Wait | None = None
 
@@ -247,7 +253,7 @@ class CudaPointToPoint:
     Args:
         runtime: the device. watch: ends waits for what never comes. traffic: counts what was sent.
         num_bytes: that the buffer was made with: room for more rings than the usual four; None = these.
-        courier: makes the way to other nodes, or gives it (collective); asked where there are any.
+        sender: makes the way to other nodes, or gives it (collective); asked where there are any.
     """
 
     def __init__(
@@ -256,10 +262,10 @@ class CudaPointToPoint:
         watch: Watch,
         traffic: Traffic,
         num_bytes: int | None,
-        courier: Callable[[], Courier],
+        sender: Callable[[], Sender],
     ):
         self.runtime = runtime
-        self._courier = courier
+        self._sender = sender
         self._near = node_of(runtime)
         self._watch, self._traffic, self._num_bytes = watch, traffic, num_bytes or 0
         self._window: Window | None = None
@@ -275,7 +281,7 @@ class CudaPointToPoint:
 
     def configure(self, max_tensor_bytes: int, max_inflight: int) -> None:
         far = len(self._near) < self.runtime.size
-        courier = self._courier() if far else None
+        sender = self._sender() if far else None
         self.flush()
         for link in self._incoming.values():
             if link.deferred:
@@ -307,12 +313,11 @@ class CudaPointToPoint:
             num_rings=num_rings,
             far=far,
         )
-        if courier is not None:
-            courier.meet(f"{name}, end of what was sent before")
+        if sender is not None:
+            sender.meet(f"{name}, end of what was sent before")
         window = self._window
         if window is None or window.num_bytes < layout.end:
-            home = self.runtime if courier is None else courier
-            window = home.window(align(layout.end, sizing.BUFFER_ALIGNMENT))
+            window = self.runtime.window(align(layout.end, sizing.BUFFER_ALIGNMENT))
         else:
             with self.runtime.on_stream(self._stream("config", rank, 0)):
                 self.runtime.fill(window.peer_pointer(rank, 0), 0, layout.arrivals)
@@ -320,6 +325,8 @@ class CudaPointToPoint:
                 self.runtime.stream_ops([self._watch.note(zeroed)])
             self._watch.finish(zeroed)
             self.runtime.meeting.agree(f"{name}/zeroed", lambda: "", f"{name}, end")
+        if sender is not None:
+            sender.enroll(_RINGS, window)
         # Only now: where the call was refused, links go on as they were, and new ones beside them.
         self._configured = self._attempts
         self._num_rings, self._max_inflight, self._layout, self._window = num_rings, max_inflight, layout, window
@@ -355,8 +362,7 @@ class CudaPointToPoint:
             last = offset + num_bytes == kind.num_bytes
             if copy and last:
                 operations.append(("before", current))
-            if link.near:
-                operations.append(("write32", outbox + end - 4, ready))
+            operations.append(("write32", outbox + end - 4, ready))
             if last:
                 operations.append(passed)
             if link.near:
@@ -365,7 +371,8 @@ class CudaPointToPoint:
         # One call: under MPS each call of the driver takes longer than the copy of a small tensor.
         runtime.stream_ops(operations, link.stream)
         if not link.near:
-            self._send_far(wait, link, number, kind, ready)
+            data = [(peer, *link.ways[index], kind.num_bytes)] if kind.num_bytes else []
+            self._sender().send(_RINGS, [*data, link.records[index]], [(peer, link.landed)], link.stream)
         link.number += 1
         self._traffic.sent_bytes += kind.num_bytes
         self._traffic.undeduplicated_bytes += kind.num_bytes
@@ -394,12 +401,13 @@ class CudaPointToPoint:
         self._put_deferred()
         waits = []
         for link in self._outgoing.values():
-            recent = list(enumerate(link.recent, link.number - len(link.recent)))
-            for number, kind in recent[-1:] if link.near else recent:
-                wait = Wait(link.peer, link.phase(number), f"rank {link.peer} to take {kind.text}", link.lane)
-                taken = self._taken_wait(wait, link, number)
-                self.runtime.stream_ops([taken, self._watch.note(wait)], link.stream)
-                waits.append(wait)
+            if not link.recent:
+                continue
+            number, kind = link.number - 1, link.recent[-1]
+            wait = Wait(link.peer, link.phase(number), f"rank {link.peer} to take {kind.text}", link.lane)
+            taken = self._taken_wait(wait, link, number)
+            self.runtime.stream_ops([taken, self._watch.note(wait)], link.stream)
+            waits.append(wait)
         for wait in waits:
             self._watch.finish(wait)
 
@@ -437,11 +445,6 @@ class CudaPointToPoint:
             raise RuntimeError(f"{call} can't be captured into a CUDA graph: tensors have numbers, which would repeat")
         self._put_deferred()
 
-    @property
-    def _registered(self) -> Window:
-        assert self._window is not None
-        return self._window
-
     def _stream(self, *key: Any) -> Any:
         if key not in self._streams:
             self._streams[key] = self.runtime.new_stream()
@@ -451,28 +454,21 @@ class CudaPointToPoint:
         return f"pp_set_config #{self._configured}/ring {source} {target} {channel}"
 
     def _outgoing_link(self, peer: int, channel: int) -> _Outgoing:
-        """A new link: with the next free ring of a near peer, who is told, or one for what goes to other nodes."""
+        """A new link, with the next free ring of the peer, who is told."""
         layout, rank, where = self._layout, self.runtime.rank, f"dst_rank {peer}, channel {channel}"
         self._check_rings(len(self._outgoing), where, rank, "to")
-        if near := peer in self._near:
-            offset = self._free_ring(peer, where)
-        else:
-            offset = layout.staging + len(self._outgoing) * layout.ring_bytes
+        ring, staging = self._free_ring(peer, where), layout.staging + len(self._outgoing) * layout.ring_bytes
         stream = self._stream("out", peer, channel)
-        link = self._outgoing[peer, channel] = _Outgoing(peer, channel, stream, self._bases, rank, layout, offset)
-        if near:
-            self.runtime.meeting.post(self._key(rank, peer, channel), str(offset))
+        link = self._outgoing[peer, channel] = _Outgoing(
+            peer, channel, stream, self._bases, rank, layout, ring, staging
+        )
+        self.runtime.meeting.post(self._key(rank, peer, channel), str(ring))
         return link
 
     def _incoming_link(self, peer: int, channel: int) -> _Incoming:
-        """A new link; where the sender is on another node, with the next free ring, of which he is told."""
         with self._lock:
-            rank, ring = self.runtime.rank, None
-            if peer not in self._near:
-                ring = self._free_ring(rank, f"src_rank {peer}, channel {channel}")
-                self.runtime.meeting.post(self._key(peer, rank, channel), str(ring))
             stream = self._stream("in", peer, channel)
-            link = _Incoming(peer, channel, stream, self._bases, rank, self._layout, ring)
+            link = _Incoming(peer, channel, stream, self._bases, self.runtime.rank, self._layout)
             self._incoming[peer, channel] = link
         return link
 
@@ -493,28 +489,6 @@ class CudaPointToPoint:
                 f"rank {self.runtime.rank}, {where}: the buffer of rank {owner} has room for rings {way} {limit} "
                 f"(rank, channel) pairs, and they are in use; {limit + 1} need num_bytes = {num_bytes}"
             )
-
-    def _send_far(self, staged: Wait, link: _Outgoing, number: int, kind: Kind, ready: int) -> None:
-        """Put a tensor, and the record behind it, into another node once they are staged and it is known where."""
-        rank, peer, index = self.runtime.rank, link.peer, number % self._max_inflight
-        inside = index * self._layout.slot_bytes
-        outbox = link.outboxes[index] - self._bases[rank]
-        key = self._key(rank, peer, link.channel)
-
-        def puts() -> list[Put] | None:
-            if link.arrivals is None:
-                if time.monotonic() < link.next_peek:
-                    return None
-                link.next_peek = time.monotonic() + _PEEK_SECONDS
-                if (offset := self.runtime.meeting.peek(key)) is None:
-                    return None
-                link.arrivals = int(offset)
-            data = [(peer, link.arrivals + inside, link.offset + inside, kind.num_bytes)] if kind.num_bytes else []
-            return [*data, (peer, link.inboxes[index], outbox, _HEADER_BYTES + SEAL_BYTES)]
-
-        done = Wait(peer, link.phase(number), f"{kind.text} to reach rank {peer}", ("put", peer, link.channel))
-        seal = (link.outboxes[index] + _HEADER_BYTES, ready)
-        self._courier().send(staged, done, self._registered, puts, seal)
 
     def _put_deferred(self) -> bool:
         """Put receives on their streams whose rings are known by now; whether none is left."""
@@ -544,7 +518,8 @@ class CudaPointToPoint:
             first, *others = struct.unpack_from(f"<{len(pieces)}I", seen, _HEADER_BYTES)
             if first != ready:
                 return (peer, header_text(seen) if same_turn(first, ready) else "")
-            return None if all(other == ready for other in others) else (peer, "")
+            # Of the network a record says nothing but what comes: it may be here alone.
+            return None if link.near and all(other == ready for other in others) else (peer, "")
 
         # What is copied then must not look like a result, nor what was copied before.
         spoil = [(slot, kind.num_bytes)] if kind.num_bytes else []
@@ -566,9 +541,10 @@ class CudaPointToPoint:
             operations.append(("after", runtime.current_handle()))
         else:
             operations.append(("await", receive.before.handle))
+        count = number + 1 & 0xFFFFFFFF
         if not link.near:
-            landed = self._bases[runtime.rank] + self._layout.landed(peer, link.channel, number)
-            wait, words = self._expect_far(link, wait, words[0], ready, landed), [landed]
+            operations.append(("wait32_geq", link.landed, count))
+            wait.release = [("write32", link.landed, count), *wait.release]
         for piece, (offset, num_bytes) in enumerate(pieces):
             operations.append(("wait32_eq", words[piece], ready))
             if num_bytes:
@@ -576,44 +552,23 @@ class CudaPointToPoint:
         passed = self._watch.note(wait)
         after = runtime.event()
         operations.append(("record", after.handle))
-        if link.near:
-            operations += [("write32", link.taken, number + 1 & 0xFFFFFFFF), passed]
+        if not link.near:
+            operations.append(passed)
+        else:
+            operations += [("write32", link.taken, count), passed]
             if len(pieces) > 1:  # a smaller tensor leaves these as they are, and some turn has the same words again
                 operations += [("write32", word, 0) for word in words[1:]]
             operations.append(("copy", link.inbox, link.taken, 4))
         runtime.stream_ops(operations, link.stream)
-        receive.after, link.last = after, wait  # only now: another thread may wait for it at once
         if not link.near:
-            self._return_far(link, wait, passed, number, kind)
-
-    def _expect_far(self, link: _Incoming, seen: Wait, word: int, ready: int, landed: int) -> Wait:
-        """Let the link's stream wait for a record of another node; returns the wait for what it seals."""
-
-        def judge(words: bytes) -> tuple[int, str] | None:
-            return None if struct.unpack("<I", words) == (ready,) else (link.peer, "")
-
-        # Of its own: `seen` may have passed as soon as it is noted.
-        wait = replace(seen, look=(landed, 4), judge=judge, release=[("write32", landed, ready)])
-        with self.runtime.on_stream(link.stream):
-            self._courier().expect(seen, word, ready, landed)
-        return wait
-
-    def _return_far(self, link: _Incoming, taken: Wait, passed: StreamOp, number: int, kind: Kind) -> None:
-        """Tell a rank of another node that a tensor was taken, with what marks that `taken` has passed."""
-        rank, peer, channel, layout = self.runtime.rank, link.peer, link.channel, self._layout
-        outbox = layout.returned(peer, channel, number, outgoing=True)
-        inbox = layout.returned(rank, channel, number, outgoing=False)
-        self.runtime.stream_ops([("write32", self._bases[rank] + outbox, self._turn(number)), passed], link.stream)
-        expected = f"rank {peer} to know that {kind.text} was taken"
-        done = Wait(peer, taken.phase, expected, ("put", "in", peer, channel))
-        self._courier().send(taken, done, self._registered, lambda: [(peer, inbox, outbox, 4)])
-        self._traffic.network_bytes += kind.num_bytes
-        self._traffic.direct_network_bytes += kind.num_bytes
+            self._sender().send(_RINGS, [], [(peer, link.returned)], link.stream)
+            self._traffic.network_bytes += kind.num_bytes
+            self._traffic.direct_network_bytes += kind.num_bytes
+        receive.after, link.last = after, wait  # only now: another thread may wait for it at once
 
     def _taken_wait(self, wait: Wait, link: _Outgoing, number: int) -> StreamOp:
         """The wait until a peer has taken a tensor, with what `wait` must know to end it."""
-        address, peer = link.taken[number % len(link.taken)], link.peer
-        count = number + 1 & 0xFFFFFFFF if link.near else self._turn(number)
+        address, peer, count = link.taken, link.peer, number + 1 & 0xFFFFFFFF
 
         def judge(words: bytes) -> tuple[int, str] | None:
             (seen,) = struct.unpack("<I", words)
@@ -621,10 +576,6 @@ class CudaPointToPoint:
 
         wait.look, wait.judge, wait.release = (address, 4), judge, [("write32", address, count)]
         return ("wait32_geq", address, count)
-
-    def _turn(self, number: int) -> int:
-        """How often its slot has been used with this tensor."""
-        return number // self._max_inflight + 1 & 0xFFFFFFFF
 
 
 def check_connections() -> None:

@@ -1,6 +1,8 @@
 """Parts of tensors in the windows of all ranks, and the words about them: what sessions and shards share.
 
-Streams write words only into their own rank's memory; a copy brings them to the peers, as data.
+Streams write words only into their own rank's memory; a copy brings them to the peers, as data. Between nodes parts
+come through the network (`sender.py`), with the same words, and are there once a second word, of 64 bits, has been
+raised: it counts how often.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import torch
 
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import Traffic, describe_kind
-from epv2_plugin.elastic.backends.courier import SEAL_BYTES, Courier
 from epv2_plugin.elastic.backends.cuda_p2p import same_turn
 from epv2_plugin.elastic.backends.device import CopyOp, OrderOp, Runtime, StreamOp, Window, node_of
+from epv2_plugin.elastic.backends.sender import Sender
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.sizing import LaunchShape, SessionLayout
 from epv2_plugin.jit import Kernel, args, kernels
@@ -71,7 +73,7 @@ class Parts:
     Args:
         runtime: the device. watch: ends waits for what never comes. traffic: counts what crossed to other ranks.
         window, layout: the same on every rank. name: of the window, in texts that ranks leave for each other.
-        courier: brings parts to other nodes; None = there is one node.
+        sender: brings parts to other nodes, in the window that it calls `name`; None = there is one node.
 
     Attributes:
         bases: where the windows of this node's ranks begin.
@@ -85,9 +87,11 @@ class Parts:
         window: Window,
         layout: SessionLayout,
         name: str,
-        courier: Courier | None = None,
+        sender: Sender | None = None,
     ):
-        self._runtime, self._watch, self._traffic, self._courier = runtime, watch, traffic, courier
+        self._runtime, self._watch, self._traffic, self._sender = runtime, watch, traffic, sender
+        if sender is not None:
+            sender.enroll(name, window)
         self._window, self._layout, self._name = window, layout, name
         self._peers = [peer for peer in range(runtime.size) if peer != runtime.rank]
         self._node = node_of(runtime)
@@ -98,62 +102,59 @@ class Parts:
         turns = [(runtime.rank + step) % runtime.size for step in range(1, runtime.size)]
         self._others = [self.bases[peer] for peer in turns if peer in self._node]
         self._words: dict[int, _Words] = {}
+        self._sent: dict[int, int] = {}  # by operation: how often it was
         self._sums: dict[tuple[torch.dtype, int, int], _Sum] = {}
 
     def begin(self, count: int, stream: Any, ahead: Sequence[Operation] = (), behind: Sequence[Operation] = ()) -> None:
-        """Tell every rank that this one has begun `count`, a number that only grows; with what else goes to the stream
-        in the same call.
-
-        Between nodes everybody has begun the one before, and this stream has waited for that.
-        """
-        runtime, value = self._runtime, count & 0xFFFFFFFF
+        """Tell every rank that this one has begun `count`, a number that only grows, between nodes by one; with what
+        else goes to the stream in the same call."""
+        runtime = self._runtime
         own = self.bases[runtime.rank] + self._layout.begun_outbox
         inbox = self._layout.begun + 4 * runtime.rank
         told: list[CopyOp] = [("copy", base + inbox, own, 4) for base in self._others]
-        operations = [*ahead, ("write32", own, value), *told]
-        if self._courier is None:
-            runtime.stream_ops([*operations, *behind], stream)
-            return
-        outbox = self._layout.begun_outbox + 4 * (1 + count % 2)
-        inbox = self._begun(runtime.rank, count, far=True)
-        staged = Wait(runtime.rank, "", "", "begin")
-        written: StreamOp = ("write32", self.bases[runtime.rank] + outbox, value)
-        runtime.stream_ops([*operations, written, self._watch.note(staged), *behind], stream)
-        for peer in self._far:
-            self._send(staged, peer, f"begin #{count}", [(inbox, outbox, 4)])
+        runtime.stream_ops([*ahead, ("write32", own, count & 0xFFFFFFFF), *told, *behind], stream)
+        if self._sender is not None:
+            word = self._layout.begun_far(runtime.rank)
+            self._sender.send(self._name, (), [(peer, word) for peer in self._far], stream)
 
-    def _begun(self, rank: int, count: int, *, far: bool) -> int:
-        """Where a rank says that it has begun. From other nodes the words for two counts may come in any order."""
-        row = 1 + count % 2 if far else 0
-        return self._layout.begun + 4 * (row * self._runtime.size + rank)
+    def await_all(self, phase: str, expected: str, lane: Any) -> list[tuple[list[StreamOp], Wait]]:
+        """The waits until all that other nodes send for the operations so far is here, each to be noted behind it."""
+        waits = []
+        for operation in self._sent:
+            landed, has_landed = self._await_landed(operation)
 
-    def _send(
-        self,
-        staged: Wait,
-        peer: int,
-        phase: str,
-        pieces: Sequence[tuple[int, int, int]],
-        seal: tuple[int, int] | None = None,
-        behind: Sequence[StreamOp] = (),
-    ) -> None:
-        """Send pieces (byte there, byte here, number of bytes) to a rank of another node."""
-        assert self._courier is not None
-        puts = [(peer, *piece) for piece in pieces]
-        done = Wait(peer, f"{self._name}, {phase}", f"parts to reach rank {peer}", ("put", peer))
-        self._courier.send(staged, done, self._window, lambda: puts, seal, behind)
+            def judge(seen: bytes, has_landed: Callable[[int, bytes], bool] = has_landed) -> tuple[int, str] | None:
+                return next(((peer, "") for peer in self._far if not has_landed(peer, seen)), None)
+
+            look = (self._words_of(operation).arrived, self._layout.row_bytes)
+            waits.append((landed, Wait(self._far[0], phase, expected, lane, look, judge, _released(landed))))
+        return waits
+
+    def _await_landed(self, operation: int) -> tuple[list[StreamOp], Callable[[int, bytes], bool]]:
+        """The waits for the last parts of an operation from other nodes, and what tells of a rank, by a row of words,
+        whether its own is here."""
+        own, layout, count = self.bases[self._runtime.rank], self._layout, self._sent.get(operation, 0) & 0xFFFFFFFF
+
+        def has_landed(peer: int, row: bytes) -> bool:
+            (seen,) = struct.unpack_from("<I", row, layout.landed(operation, peer) - layout.arrived(operation, 0))
+            return (seen - count) & 0xFFFFFFFF < 1 << 31
+
+        return [("wait32_geq", own + layout.landed(operation, peer), count) for peer in self._far], has_landed
 
     def await_begun(
         self, count: int, phase: str, expected: str, lane: Any, spoil: Spoil
     ) -> tuple[list[StreamOp], Wait]:
         """The wait until every rank has begun `count`, to be noted."""
-        own = self.bases[self._runtime.rank]
-        places = {peer: self._begun(peer, count, far=peer not in self._node) for peer in self._peers}
+        own, layout = self.bases[self._runtime.rank], self._layout
+        places = {
+            peer: layout.begun + 4 * peer if peer in self._node else layout.begun_far(peer) for peer in self._peers
+        }
         count &= 0xFFFFFFFF
         operations: list[StreamOp] = [("wait32_geq", own + place, count) for place in places.values()]
 
         def judge(words: bytes) -> tuple[int, str] | None:
             for peer, place in places.items():
-                (begun,) = struct.unpack_from("<I", words, place - self._layout.begun)
+                (begun,) = struct.unpack_from("<I", words, place - layout.begun)
                 if (begun - count) & 0xFFFFFFFF >= 1 << 31:
                     return peer, ""
             return None
@@ -163,9 +164,9 @@ class Parts:
             phase,
             expected,
             lane,
-            look=(own + self._layout.begun, (3 if self._far else 1) * 4 * self._runtime.size),
+            look=(own + layout.begun, layout.row_bytes),
             judge=judge,
-            release=[("write32", address, value) for _, address, value in operations],
+            release=_released(operations),
             spoil=[each for each in spoil if each[1]],
         )
         return operations, wait
@@ -203,81 +204,21 @@ class Parts:
         words = self._words_of(operation)
         return [("write32", words.outbox, word), *passed, *words.told]
 
-    def send(
-        self,
-        operation: int,
-        word: int,
-        stream: Any,
-        lane: Any,
-        pieces: Callable[[int], Sequence[tuple[int, int, int]]],
-    ) -> None:
-        """Say so to ranks of other nodes, behind what the stream has, and bring them their pieces.
+    def send(self, operation: int, stream: Any, pieces: Callable[[int], Sequence[tuple[int, int, int]]]) -> None:
+        """Bring ranks of other nodes their pieces, and say that they have them, behind `tell` on the stream.
 
         Args:
-            pieces: what to bring to a rank: (byte there, byte here, number of bytes).
+            pieces: what to bring to a rank: (byte there, byte here, number of bytes). Nobody writes to it before all
+                ranks have begun the next session.
         """
-        if self._courier is None:
+        if self._sender is None:
             return
-        staged = Wait(self._runtime.rank, "", "", ("staged", lane))
-        self._runtime.stream_ops([self._watch.note(staged)], stream)
-        own = self.bases[self._runtime.rank]
-        for peer in self._far:
-            outgoing = self._layout.seal(operation, peer, outgoing=True)
-            seal = (self._layout.seal(operation, self._runtime.rank, outgoing=False), outgoing, SEAL_BYTES)
-            sent = [piece for piece in pieces(peer) if piece[2]]
-            gone: StreamOp = ("write32", own + self._layout.sent(operation, peer), word)
-            self._send(staged, peer, f"operation #{operation}", [*sent, seal], (own + outgoing, word), [gone])
-
-    def await_sent(self, operation: int, word: int, phase: str, lane: Any) -> tuple[list[StreamOp], Wait]:
-        """The wait until this rank's part of an operation may be written again: it has gone to all other nodes."""
-        own = self.bases[self._runtime.rank]
-        places = {peer: own + self._layout.sent(operation, peer) for peer in self._far}
-        first = own + self._layout.sent(operation, 0)
-
-        def judge(words: bytes) -> tuple[int, str] | None:
-            gone = struct.unpack(f"<{self._runtime.size}I", words)
-            return next(((peer, "") for peer in self._far if gone[peer] != word), None)
-
-        wait = Wait(
-            self._far[0],
-            phase,
-            "this rank's part to be sent",
-            lane,
-            look=(first, 4 * self._runtime.size),
-            judge=judge,
-            release=[("write32", place, word) for place in places.values()],
-        )
-        operations: list[StreamOp] = [("wait32_eq", place, word) for place in places.values()]
-        return operations, wait
-
-    def expect(self, operation: int, word: int, phase: str, text: str, what: str, key: str) -> None:
-        """Let what comes from other nodes for an operation be seen, so that `await_arrived` may end.
-
-        Arguments as there. The current stream is one that does nothing else.
-        """
-        own = self.bases[self._runtime.rank]
-        for peer in self._far:
-            seal = own + self._layout.seal(operation, peer, outgoing=False)
-            seen = Wait(
-                peer,
-                phase,
-                f"{text} as on this rank",
-                "expected",
-                look=(seal, SEAL_BYTES),
-                judge=self._judge_seal(peer, word, what, key),
-                release=[("write32", seal, word)],
-            )
-            assert self._courier is not None
-            self._courier.expect(seen, seal, word, own + self._layout.arrived(operation, peer))
-
-    def _judge_seal(self, peer: int, word: int, what: str, key: str) -> Callable[[bytes], tuple[int, str] | None]:
-        def judge(words: bytes) -> tuple[int, str] | None:
-            (seen,) = struct.unpack_from("<I", words)
-            if seen == word:
-                return None
-            return peer, self._refusal(peer, what, key) if same_turn(seen, word) else ""
-
-        return judge
+        self._sent[operation] = self._sent.get(operation, 0) + 1
+        rank, layout = self._runtime.rank, self._layout
+        told = (layout.arrived(operation, rank), layout.outbox(operation), 4)
+        puts = [(peer, *piece) for peer in self._far for piece in [*pieces(peer), told] if piece[2]]
+        words = [(peer, layout.landed(operation, rank)) for peer in self._far]
+        self._sender.send(self._name, puts, words, stream)
 
     def await_arrived(
         self,
@@ -290,20 +231,23 @@ class Parts:
         lane: Any,
         spoil: Spoil,
     ) -> tuple[list[StreamOp], Wait]:
-        """The wait for every rank's part of an operation, to be noted.
+        """The wait for every rank's part of an operation that this one has told and sent, to be noted.
 
         Args:
             text: what is expected of every rank. what: the same with the name of the call, left as `key` for a rank
                 that came with something else.
         """
-        words = self._words_of(operation)
+        words, size = self._words_of(operation), self._runtime.size
+        landed, has_landed = self._await_landed(operation)
+        operations = [*landed, *[("wait32_eq", place, word) for place in words.places]]
 
         def judge(seen: bytes) -> tuple[int, str] | None:
-            arrived = struct.unpack(f"<{self._runtime.size}I", seen)
+            arrived = struct.unpack_from(f"<{size}I", seen)
             missing = [peer for peer in self._peers if arrived[peer] != word]
             for peer in missing:
                 if same_turn(arrived[peer], word):
                     return peer, self._refusal(peer, what, key)
+            missing += [peer for peer in self._far if not has_landed(peer, seen)]
             return (missing[0], "") if missing else None
 
         wait = Wait(
@@ -311,12 +255,12 @@ class Parts:
             phase,
             f"{text} as on this rank",
             lane,
-            look=(words.arrived, 4 * self._runtime.size),
+            look=(words.arrived, self._layout.row_bytes),
             judge=judge,
-            release=[("write32", place, word) for place in words.places],
+            release=_released(operations),
             spoil=[each for each in spoil if each[1]],
         )
-        return [("wait32_eq", place, word) for place in words.places], wait
+        return operations, wait
 
     def _refusal(self, peer: int, what: str, key: str) -> str:
         """What a rank that came with something else says that it is, to which this one says `what`."""
@@ -367,7 +311,8 @@ class Parts:
         return _Sum(kernel, struct_type, packed, ctas, shape)
 
     def incoming(self, rank: int, offset: int, num_bytes: int) -> int:
-        """Where in this rank's node a rank of another one brings what it adds to a sum of the tensor at `offset`."""
+        """Where, for the tensor at `offset`, a rank of another node brings what it adds to a sum, and this rank keeps
+        what it sends of a gathered one: the caller gets that, too, and may write to it."""
         return self._layout.incoming + offset - self._layout.tensors + rank * num_bytes
 
     def count(self, num_bytes: int) -> None:
@@ -376,3 +321,8 @@ class Parts:
         self._traffic.undeduplicated_bytes += len(self._peers) * num_bytes
         self._traffic.network_bytes += len(self._far) * num_bytes
         self._traffic.direct_network_bytes += len(self._far) * num_bytes
+
+
+def _released(waits: Sequence[StreamOp]) -> list[StreamOp]:
+    """What ends them."""
+    return [("write32", address, value) for _, address, value in waits]

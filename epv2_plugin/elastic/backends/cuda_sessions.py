@@ -6,7 +6,8 @@ waits for these words on his stream. A reduce-scatter copies its tensors into th
 word, and one kernel sums what belongs to this rank from all windows, in rank order.
 
 A session overwrites the one before. So a rank tells everybody when it begins one, in the order of its current stream,
-behind all that it has still read and copied in the last; and nobody copies before all have begun.
+behind all that it has still read and copied in the last; and nobody copies before all have begun. Between nodes it has
+then also got all of the last one: who is told may write again to what it sent.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import torch
 
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import SessionState, Traffic
-from epv2_plugin.elastic.backends.courier import Courier
 from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word
 from epv2_plugin.elastic.backends.cuda_parts import Operation, Parts, prepare_sums, text_of
 from epv2_plugin.elastic.backends.device import CopyOp, Runtime, Window
+from epv2_plugin.elastic.backends.sender import Sender
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import CommunicationError
 from epv2_plugin.elastic.sizing import SessionLayout, align, session_bytes
@@ -37,15 +38,15 @@ class CudaSessions(SessionState):
 
     Args:
         runtime: the device. watch: ends waits for what never comes. traffic: counts what crossed to other ranks.
-        courier: makes the way to other nodes, or gives it (collective); asked where there are any.
+        sender: makes the way to other nodes, or gives it (collective); asked where there are any.
 
     Attributes:
         refused: collective calls that never got here; all ranks must have refused as many.
     """
 
-    def __init__(self, runtime: Runtime, watch: Watch, traffic: Traffic, refused: int, courier: Callable[[], Courier]):
+    def __init__(self, runtime: Runtime, watch: Watch, traffic: Traffic, refused: int, sender: Callable[[], Sender]):
         super().__init__()
-        self._courier = courier
+        self._sender = sender
         self.refused = refused
         self._runtime, self._watch, self._traffic = runtime, watch, traffic
         self._window: Window | None = None
@@ -58,14 +59,13 @@ class CudaSessions(SessionState):
     # ---- base.Sessions ----------------------------------------------------------------------------------------------
 
     def configure(self, max_session_bytes: int, max_operations: int, num_sms: int) -> None:
-        courier = self._courier() if self._runtime.lsa_size < self._runtime.size else None
+        sender = self._sender() if self._runtime.lsa_size < self._runtime.size else None
         self._check_active(False, "agrs_set_config")
         self._watch.check()
         self._configured += 1
         rank, name = self._runtime.rank, f"agrs_set_config #{self._configured}"
         if not self._streams:
-            keys = ["gather", "scatter", *(["expected"] if courier is not None else [])]
-            self._streams = {key: self._runtime.new_stream() for key in keys}
+            self._streams = {key: self._runtime.new_stream() for key in ("gather", "scatter")}
             with self._runtime.on_stream(self._streams["scatter"]):
                 self._scatter = self._runtime.current_handle()
         # What was put on them uses the window that is given up.
@@ -92,13 +92,12 @@ class CudaSessions(SessionState):
             num_ranks=self._runtime.size,
             max_operations=max_operations,
             max_session_bytes=max_session_bytes,
-            far=courier is not None,
+            far=sender is not None,
         )
-        if courier is not None:
-            courier.meet(f"{name}, end of what was sent before")
+        if sender is not None:
+            sender.meet(f"{name}, end of what was sent before")
         if self._window is None or self._window.num_bytes < self._layout.end:
-            home = self._runtime if courier is None else courier
-            self._window = home.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
+            self._window = self._runtime.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
             self._typed.clear()
         else:
             with self._runtime.on_stream(self._streams["gather"]):
@@ -107,7 +106,7 @@ class CudaSessions(SessionState):
                 self._runtime.stream_ops([self._watch.note(zeroed)])
             self._watch.finish(zeroed)
             self._runtime.meeting.agree(f"{name}/zeroed", lambda: "", f"{name}, end")
-        self._parts = Parts(self._runtime, self._watch, self._traffic, self._window, self._layout, name, courier)
+        self._parts = Parts(self._runtime, self._watch, self._traffic, self._window, self._layout, name, sender)
         self._bases = self._parts.bases
         self._max_bytes, self._max_operations, self._session = max_session_bytes, max_operations, 0
         self._num_sms = min(num_sms or sizing.REDUCE_SCATTER_SMS, self._runtime.num_sms)
@@ -123,12 +122,12 @@ class CudaSessions(SessionState):
             )
         self._session += 1
         self._begun_on.clear()
-        gather, ahead = self._streams["gather"], [("after", runtime.current_handle()), ("after", self._scatter)]
+        gather = self._streams["gather"]
+        ahead: list[Operation] = [("after", runtime.current_handle()), ("after", self._scatter)]
         if self._session > 1 and len(self._bases) < runtime.size:
             phase, last = f"session #{self._session}, begin", self._session - 1
-            begun, wait = self._parts.await_begun(last, phase, f"the begin of session #{last}", "gather", ())
-            runtime.stream_ops([*ahead, *begun, self._watch.note(wait)], gather)
-            ahead = []
+            for landed, wait in self._parts.await_all(phase, f"all of session #{last}", "gather"):
+                ahead += [*landed, self._watch.note(wait)]
         self._parts.begin(self._session, gather, ahead, [("before", self._scatter)])
 
     def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -164,19 +163,27 @@ class CudaSessions(SessionState):
             gathered.append(whole)
             offsets.append(offset)
         text, word = self._identity("all_gather", kinds, number, offsets)
-        own = [(offset + runtime.rank * n, n) for offset, n in zip(offsets, kinds.num_bytes, strict=True)]
-        base = self._bases[runtime.rank]
+        base, rank = self._bases[runtime.rank], runtime.rank
         spoil = [(base + offset, runtime.size * n) for offset, n in zip(offsets, kinds.num_bytes, strict=True)]
         stream, pushed = self._streams["gather"], runtime.event()
         begun, waits = self._await_begin("gather", f"all_gather #{number}", spoil)
         copies = [copy for tensor, at in zip(tensors, offsets, strict=True) for copy in self._parts.push(tensor, at)]
+        own: list[tuple[int, int, int]] = []  # of this rank's parts: where they go, where from, bytes
+        if len(self._bases) < runtime.size:
+            own = [
+                (offset + rank * n, self._parts.incoming(rank, offset, n), n)
+                for offset, n in zip(offsets, kinds.num_bytes, strict=True)
+            ]
+            copies += [
+                ("copy", base + at, tensor.data_ptr(), n) for tensor, (_, at, n) in zip(tensors, own, strict=True) if n
+            ]
         done = Wait(runtime.rank, "", "", "gather", keep=(*tensors,))
         *passed, gone = self._watch.note_all([*waits, done])
         operations: list[Operation] = [("after", runtime.current_handle()), *begun, *passed, *copies]
         operations += [*self._parts.tell(number, word, [gone]), ("record", pushed.handle)]
         # One call: each takes longer than what it puts on the stream.
         runtime.stream_ops(operations, stream)
-        self._parts.send(number, word, stream, "gather", lambda _: [(place, place, n) for place, n in own])
+        self._parts.send(number, stream, lambda _: own)
         self._parts.count(sum(kinds.num_bytes))
         copied = keep or out is not None
         kept = gathered
@@ -192,17 +199,9 @@ class CudaSessions(SessionState):
                 runtime.wait(waited)
                 return
             lane = ("current", runtime.current_handle())
-            # Not before: a session may be given up with gathers that nobody waits for, and they may not come.
-            self._expect("all_gather", number, text, word)
             names = self._names("all_gather", number, text)
             arrived, arrival = self._parts.await_arrived(number, word, *names, lane, spoil)
-            operations: list[Operation] = [("await", pushed.handle), *arrived]
-            if len(self._bases) < runtime.size:
-                sent, departure = self._parts.await_sent(number, word, names[0], lane)
-                here, gone = self._watch.note_all([arrival, departure])
-                operations += [here, *sent, gone]
-            else:
-                operations.append(self._watch.note(arrival))
+            operations: list[Operation] = [("await", pushed.handle), *arrived, self._watch.note(arrival)]
             event = runtime.event()
             if not copied:
                 runtime.stream_ops([*operations, ("record", event.handle)])
@@ -244,21 +243,18 @@ class CudaSessions(SessionState):
             if num_bytes
         ]
         names = self._names("reduce_scatter", number, text)
-        arrived, arrival = self._parts.await_arrived(number, word, *names, "scatter", spoil)
-        ahead: list[Operation] = [("after", runtime.current_handle()), *begun]
-        told = [*copies, *self._parts.tell(number, word)]
+        operations: list[Operation] = [("after", runtime.current_handle()), *begun, *self._watch.note_all(waits)]
+        operations += [*copies, *self._parts.tell(number, word)]
         if len(self._bases) < runtime.size:
-            runtime.stream_ops([*ahead, *self._watch.note_all(waits), *told], stream)
-            self._parts.send(number, word, stream, "scatter", pieces)
-            runtime.stream_ops([*arrived, self._watch.note(arrival)], stream)
-        else:
-            *passed, here = self._watch.note_all([*waits, arrival])
-            runtime.stream_ops([*ahead, *passed, *told, *arrived, here], stream)
+            runtime.stream_ops(operations, stream)
+            operations = []
+            self._parts.send(number, stream, pieces)
+        arrived, arrival = self._parts.await_arrived(number, word, *names, "scatter", spoil)
+        runtime.stream_ops([*operations, *arrived, self._watch.note(arrival)], stream)
         for offset, target in zip(offsets, reduced, strict=True):
             self._parts.sum(offset, target, scale, self._num_sms, stream)
         summed = Wait(rank, "", "", "scatter", keep=(*tensors, *reduced))
         runtime.stream_ops([self._watch.note(summed), ("record", done.handle)], stream)
-        self._expect("reduce_scatter", number, text, word)
         self._parts.count(sum(out.nbytes for out in reduced))
 
         def wait() -> None:
@@ -307,16 +303,6 @@ class CudaSessions(SessionState):
         phase = f"{call} of session #{session}, begin"
         begun, wait = self._parts.await_begun(session, phase, f"the begin of session #{session}", lane, spoil)
         return begun, [wait]
-
-    def _expect(self, call: str, number: int, text: str, word: int) -> None:
-        """Let what comes from other nodes for an operation be seen.
-
-        After the wait for everybody's begin: that one, the older, names who is missing.
-        """
-        if "expected" not in self._streams:
-            return
-        with self._runtime.on_stream(self._streams["expected"]):
-            self._parts.expect(number, word, *self._names(call, number, text))
 
     def _names(self, call: str, number: int, text: str) -> tuple[str, str, str, str]:
         """How an operation is called in messages: phase, text, what and key of `Parts.await_arrived`."""

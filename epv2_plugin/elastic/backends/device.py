@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import glob
 import importlib
-import logging
 import os
 import secrets
 import sys
@@ -29,8 +28,6 @@ from epv2_plugin.jit import Kernel, compiler
 
 if TYPE_CHECKING:
     from epv2_plugin import _C
-
-logger = logging.getLogger("epv2_plugin")
 
 
 class Window(Protocol):
@@ -79,34 +76,6 @@ class Event(Protocol):
     def handle(self) -> int: ...
 
 
-class Transport(Protocol):
-    """Puts between windows of ranks on different nodes, by the network alone, and their signals.
-
-    All is done in the order of one stream: nothing behind a put to a rank that died is any more. A put has one signal
-    for its target. That comes behind the data of this put and of all that the same rank has put there before; without
-    having waited for it, nothing is known of the data but that aligned words of 8 bytes come whole: those of one put,
-    and of several, come in any order. Fewer than 32 puts to a rank may be under way, or the call waits for the network.
-
-    Attributes:
-        stream: that one, for words that others wait for.
-    """
-
-    @property
-    def stream(self) -> Any: ...
-
-    def window(self, num_bytes: int) -> Window:
-        """Zeroed memory that peers reach (collective), for puts, too."""
-
-    def put(self, window: Window, puts: Sequence[Put]) -> None:
-        """Copy from this rank's part of a window to the parts of ranks of other nodes.
-
-        What comes behind it on the stream may write to the source again; the target may not have the data yet.
-        """
-
-    def await_puts(self, peer: int, count: int) -> None:
-        """Wait for the signals of `count` puts of `peer` more; their data is there then."""
-
-
 class Runtime(Protocol):
     """The device of one rank of a group. "Collective" = every rank calls it, in the same order.
 
@@ -147,13 +116,6 @@ class Runtime(Protocol):
         Raises:
             UnavailableError: NCCL has no such connections, or not so many contexts. ValueError: ranks ask for different
                 things, or for less than one.
-        """
-
-    def transport(self) -> Transport:
-        """A way for the host to ranks of other nodes (collective). Kept until `close`.
-
-        Raises:
-            UnavailableError: NCCL has none.
         """
 
     def mapped(self, num_bytes: int) -> Mapped:
@@ -228,8 +190,6 @@ CopyOp = tuple[str, int, int, int]  # ("copy", target, source, number of bytes),
 OrderOp = tuple[str, int]
 
 _PHASE = "creation of the buffer"
-_REST_SECONDS = 5.0  # for a put of which nobody knows whether the other side is gone
-_left: list[CudaRuntime] = []  # what can't be closed, as a stream still uses it
 _runtimes_made: dict[str, int] = {}
 _functions: dict[tuple[Kernel, int], _C.Function] = {}
 
@@ -262,19 +222,18 @@ class _HostMemory:
 class _CudaWindow:
     def __init__(self, raw: _C.Window | _HostMemory, node: range, rank: int, device: torch.device):
         self.handle, self.num_bytes = raw.handle, raw.num_bytes
-        self.raw: Any = raw  # puts take that of a GPU only
-        self._node, self._rank, self._device = node, rank, device
+        self._raw, self._node, self._rank, self._device = raw, node, rank, device
         self.tensor = self.part(0, raw.num_bytes)
 
     def part(self, offset: int, num_bytes: int) -> torch.Tensor:
-        return torch.as_tensor(_DeviceBytes(self.raw.pointer + offset, num_bytes, self.raw), device=self._device)
+        return torch.as_tensor(_DeviceBytes(self._raw.pointer + offset, num_bytes, self._raw), device=self._device)
 
     def peer_pointer(self, rank: int, offset: int) -> int:
         if rank not in self._node:
             raise ValueError(f"rank {rank} is on another node: this one has ranks {self._node[0]} to {self._node[-1]}")
         if rank == self._rank:  # NCCL maps it a second time, elsewhere; who compares addresses has those of tensors
-            return self.raw.pointer + offset
-        return self.raw.lsa_pointer(rank - self._node[0], offset)
+            return self._raw.pointer + offset
+        return self._raw.lsa_pointer(rank - self._node[0], offset)
 
 
 class _CudaMapped:
@@ -283,36 +242,6 @@ class _CudaMapped:
         memory = (ctypes.c_uint8 * raw.num_bytes).from_address(raw.host_pointer)
         memory.owner = raw  # type: ignore[attr-defined]  # the tensor keeps `memory` alive, and that the mapping
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
-
-
-class _CudaTransport:
-    """See `Transport`.
-
-    Attributes:
-        communicator: one of its own, with one context for puts.
-    """
-
-    def __init__(self, runtime: CudaRuntime, communicator: _C.Communicator, stream: torch.cuda.Stream):
-        self.communicator, self.stream, self._runtime = communicator, stream, runtime
-
-    def window(self, num_bytes: int) -> _CudaWindow:
-        return self._runtime.window_of(self.communicator, num_bytes)
-
-    def put(self, window: Window, puts: Sequence[Put]) -> None:
-        assert isinstance(window, _CudaWindow)
-        self.communicator.put(window.raw, puts, self.stream.cuda_stream)
-
-    def await_puts(self, peer: int, count: int) -> None:
-        self.communicator.await_puts(peer, count, self.stream.cuda_stream)
-
-    def rests(self) -> bool:
-        """Whether its stream comes to an end soon."""
-        deadline = time.monotonic() + _REST_SECONDS
-        while not self.stream.query():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        return True
 
 
 class CudaRuntime:
@@ -342,8 +271,6 @@ class CudaRuntime:
         self._mapped: list[_C.Mapped | _C.SharedMapped] = []
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._own_streams: list[_C.Stream] = []
-        self._transports: list[_CudaTransport] = []
-        self._transports_made = 0
         self._communicator: _C.Communicator | None = None
         states = self.meeting.agree("state", self._start)
         if len(versions := {state.split()[0] for state in states}) > 1:
@@ -379,7 +306,10 @@ class CudaRuntime:
     def _join(self) -> str:
         """Make a communicator where torch has none, see what it reaches; "INDEX/SIZE" of the node, device, machine."""
         if self._communicator is None:
-            self._communicator = self._own_communicator("id")
+            found = self.meeting.agree("id", lambda: self._library.unique_id().hex() if self.rank == 0 else "")
+            self._communicator = self._library.Communicator.create(
+                bytes.fromhex(found[0]), self.rank, self.size, True, self._timeout
+            )
         properties = self._communicator.properties()
         self._check_reach(properties)
         self.lsa_size: int = properties["lsa_size"]
@@ -400,10 +330,6 @@ class CudaRuntime:
         }
         device = torch.cuda.get_device_properties(self.device).uuid
         return f"{properties['lsa_rank']}/{self.lsa_size} {device} {machine_name()}"
-
-    def _own_communicator(self, name: str) -> _C.Communicator:
-        found = self.meeting.agree(name, lambda: self._library.unique_id().hex() if self.rank == 0 else "")
-        return self._library.Communicator.create(bytes.fromhex(found[0]), self.rank, self.size, True, self._timeout)
 
     def _check_reach(self, properties: dict[str, Any]) -> None:
         if not properties["device_api_support"]:
@@ -434,16 +360,12 @@ class CudaRuntime:
             )
 
     def window(self, num_bytes: int) -> _CudaWindow:
-        assert self._communicator is not None
-        return self.window_of(self._communicator, num_bytes)
-
-    def window_of(self, communicator: _C.Communicator, num_bytes: int) -> _CudaWindow:
-        """A window for what one of the communicators of this group does."""
         _refuse_capture("a window of symmetric memory")
         made: list[_C.Window] = []
 
         def allocate() -> str:
-            made.append(communicator.allocate(num_bytes))
+            assert self._communicator is not None
+            made.append(self._communicator.allocate(num_bytes))
             return str(num_bytes)
 
         # NCCL's registration waits for all ranks, without an end where the communicator is torch's. So make sure first
@@ -555,43 +477,6 @@ class CudaRuntime:
             raise UnavailableError(f"NCCL gave {made.gin_contexts} contexts of the {num_contexts} asked for")
         return made.pointer
 
-    def transport(self) -> _CudaTransport:
-        _refuse_capture("a network")
-        made: list[_C.Communicator] = []
-
-        def join() -> str:
-            made.append(self._own_communicator(f"transport {self._transports_made}/id"))
-            properties = made[0].properties()
-            if properties["lsa_size"] != self.lsa_size:
-                raise UnavailableError(
-                    f"NCCL finds nodes of {properties['lsa_size']} ranks for transfers, and found {self.lsa_size} for "
-                    "the communicator of this group: NCCL's environment must be the same for both"
-                )
-            if not properties["host_rma_support"]:
-                contexts = os.environ.get("NCCL_NUM_RMA_CTX", "(unset)")
-                raise UnavailableError(
-                    f"the ranks of this group are on {self.size // self.lsa_size} nodes of {self.lsa_size}, and NCCL "
-                    "has no host RMA between them (ncclCommQueryProperties: hostRmaSupport = 0), which transfers need. "
-                    "That takes InfiniBand or RoCE with GPUDirect RDMA, or a plugin (NCCL_RMA_PLUGIN), a driver for "
-                    f"CUDA 12.5 or newer, and a context (NCCL_NUM_RMA_CTX={contexts}); NCCL_DEBUG=INFO says what is "
-                    'missing. Or put the group inside a node, or use backend "host"'
-                )
-            return ""
-
-        self._transports_made += 1
-        try:
-            self.meeting.agree(f"transport {self._transports_made}", join)
-            # NCCL prepares itself in the first put, together with all ranks: one from a rank to itself.
-            stream = self.new_stream()
-            window = self.window_of(made[0], 8).raw
-            made[0].put(window, [(self.rank, 0, 0, 8)], stream.cuda_stream)
-        except BaseException:
-            for communicator in made:
-                communicator.abort()
-            raise
-        self._transports.append(_CudaTransport(self, made[0], stream))
-        return self._transports[-1]
-
     def mapped(self, num_bytes: int) -> _CudaMapped:
         _refuse_capture("mapped host memory")
         raw = self._library.Mapped(num_bytes)
@@ -681,23 +566,11 @@ class CudaRuntime:
         self._closed = True
         assert self._communicator is not None
         if abandon:
-            if not all(transport.rests() for transport in self._transports):
-                logger.warning(
-                    "epv2: rank %d leaves its buffers to the end of the process: a put to another node does not end, "
-                    "and whoever waits for the device, or for NCCL, would wait for it",
-                    self.rank,
-                )
-                _left.append(self)
-                return
-            for transport in self._transports:
-                transport.communicator.abort()
             self._communicator.abort()
         with contextlib.ExitStack() as steps:  # a step that fails must not keep the others from happening
             for mapped in self._mapped:
                 steps.callback(mapped.close)
             steps.callback(self._release_communicator)
-            for transport in self._transports:
-                steps.callback(transport.communicator.close)
             for stream in self._own_streams:
                 steps.callback(stream.close)
             steps.callback(torch.cuda.synchronize, self.device)

@@ -5,12 +5,18 @@ mapped host memory when it has passed. A thread, awake only while something is u
 takes no call of the driver. Where a wait is old it looks further: has another rank given up, has something else come,
 is the time over? Then this rank gives up, too: it notes why, tells the others through torch's store, spoils the data
 that would look like a result, and writes what the streams wait for into its own memory, so that nothing hangs.
+
+The driver holds up copies, fills and events of all threads while one copies between the device and pageable memory on
+the legacy stream, torch's default, and so for ever where that stream waits for what never comes: `x.cpu()` of a tensor
+to be received. Words it still writes. So this thread gives it nothing else; what needs more is the scout's, and where
+he does not answer this one goes on without (measured, docs/performance.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import threading
 import time
 from collections import deque
@@ -25,10 +31,10 @@ from epv2_plugin.elastic.errors import CommunicationError, CommunicationTimeout
 
 _WORDS = 4096  # waits under way
 _TICK = 0.02  # seconds between two looks at the words
-_BRISK, _LAZY = 5e-5, 1e-3  # the same while there are errands, just after one was done and later
 _PATIENCE = 0.5  # seconds before a wait is looked into, and between two such looks
 _NOTICE_SECONDS = 1.25  # in which the others see a notice, before streams go on here as if all were well
-_READ_SECONDS = 5.0
+_SCOUT_SECONDS = 2.0
+_SPOILED_BYTES = 2048  # of each piece of memory that are spoiled where the device can't be asked to fill it
 _LOOK_BYTES = 64  # that a wait looks at, at most, for each rank
 _FAILED = "failed"  # key of what the first rank to give up has to say
 
@@ -44,7 +50,6 @@ class Wait:
         judge: of these words: None if they end the wait, else (peer that is missing, what came of it or "").
         release: writes that end it. spoil: memory (address, bytes) to fill with 0xFF before.
         keep: what must live until it has passed.
-        network: only the network ends it, and after a failure perhaps nothing: then it counts as passed.
         done: it has passed. spoiled: see `spoil`.
     """
 
@@ -57,7 +62,6 @@ class Wait:
     release: Sequence[StreamOp] = ()
     spoil: Sequence[tuple[int, int]] = ()
     keep: tuple[Any, ...] = ()
-    network: bool = False
     done: bool = False
     spoiled: bool = False
     word: int = -1
@@ -87,12 +91,11 @@ class Watch:
         self._stream = runtime.new_stream()
         self._waits: list[Wait] = []
         self._chores: list[Callable[[], bool]] = []
-        self._errands: list[tuple[Wait, Callable[[], bool]]] = []
-        self._pause = _LAZY
         self._changed = threading.Condition()
         self._closing = self._idle = False
         self._next_look = self._release_from = 0.0
         self._looks = 0
+        self._scout = _Scout(runtime)
         self._thread = threading.Thread(target=self._run, name="epv2 watch", daemon=True)
         self._thread.start()
 
@@ -125,35 +128,21 @@ class Watch:
 
     def finish(self, wait: Wait) -> None:
         """Let the host wait, too. Raises CommunicationError where it does not pass."""
-        begin = time.monotonic()
-        next_look = begin + _PATIENCE
         while True:
             self.check()
             if wait.done:
                 return
             with self._changed:
                 self._collect()
-            if wait.done:
-                continue
-            # The thread looks into it only once the network has something to do for it.
-            if wait.network and (now := time.monotonic()) > next_look:
-                next_look = now + _PATIENCE
-                self.heed(wait.peer, wait.phase, wait.expected)
-                if now - begin > self.timeout_seconds:
-                    where = (self._runtime.rank, wait.peer, wait.phase, wait.expected)
-                    self.give_up(CommunicationTimeout(*where, self._nothing))
-            time.sleep(2e-4)
+            if not wait.done:
+                time.sleep(2e-4)
 
     def drain(self) -> None:
-        """Let the host wait for everything noted, and the errands behind. Raises CommunicationError where it does not
-        pass."""
+        """Let the host wait for everything noted. Raises CommunicationError where it does not pass."""
         with self._changed:
             waits = list(self._waits)
         for wait in waits:
             self.finish(wait)
-        while any(wait.done for wait, _ in self._errands):
-            self.check()
-            time.sleep(2e-4)
 
     def heed(self, peer: int, phase: str, expected: str) -> None:
         """Raise CommunicationError where another rank has given up; the arguments say what this one waits for."""
@@ -162,20 +151,11 @@ class Watch:
         self.check()
 
     def repeat(self, chore: Callable[[], bool]) -> None:
-        """Let the thread call `chore` now and then until it returns True."""
+        """Let a thread call `chore` now and then until it returns True."""
         with self._changed:
             if chore not in self._chores:
                 self._chores.append(chore)
                 self._changed.notify_all()
-
-    def then(self, wait: Wait, errand: Callable[[], bool]) -> None:
-        """Let the thread do an errand soon after a noted wait has passed, again and again until it returns True.
-
-        None is done any more once this rank gave up.
-        """
-        with self._changed:
-            self._errands.append((wait, errand))
-            self._changed.notify_all()
 
     def await_post(self, key: str, peer: int, phase: str, expected: str) -> str:
         """What `peer` posts as `key`; the host waits. Raises CommunicationError where it does not come."""
@@ -217,6 +197,7 @@ class Watch:
             seen = f"nothing within {seconds:g} s"
             self.give_up(CommunicationTimeout(self._runtime.rank, first.peer, phase, expected, seen))
         self._thread.join(30.0)
+        self._scout.close()
         # Whoever still asks must not read memory that is gone.
         self._words = memoryview(bytearray(self._words)).cast("i")
         if self.failure is not None and not failed_before:
@@ -245,49 +226,38 @@ class Watch:
         while True:
             with self._changed:
                 self._collect()
-                while not (self._waits or self._errands or self._chores or self._closing):
+                while not (self._waits or self._chores or self._closing):
                     self._idle = True
                     self._changed.wait()
                 self._idle = False
-                if self._closing and not (self._waits or self._errands):
+                if self._closing and not self._waits:
                     return
-                self._changed.wait(self._pause if self._errands else _TICK)
+                self._changed.wait(_TICK)
                 self._collect()
                 heads = list({wait.lane: wait for wait in reversed(self._waits)}.values())
-                chores = list(self._chores)
             try:
                 if self.failure is not None:
                     self._chores.clear()
-                    self._let_go()
                     if time.monotonic() > self._release_from:
                         self._release(heads)
                     continue
-                self._run_errands()
-                for chore in chores:
-                    with self._changed:  # before the call: what comes up during it asks for another
-                        self._chores.remove(chore)
-                    if not chore():
-                        self.repeat(chore)
+                if self._chores:
+                    self._scout.send(self._do_chores, 0)
                 if time.monotonic() > self._next_look:
                     self._look_into(heads)
                     self._next_look = time.monotonic() + _PATIENCE
             except Exception as error:  # of the driver: whoever asks next must know
                 self._give_up(error, tell=True)
 
-    def _let_go(self) -> None:
-        with self._changed:
-            self._errands.clear()
-            for wait in self._waits:
-                if wait.network:
-                    self._words[wait.word] = 1
-
-    def _run_errands(self) -> None:
-        with self._changed:
-            due = [each for each in self._errands if each[0].done]
-        done = [each for each in due if each[1]()]
-        with self._changed:
-            self._errands = [each for each in self._errands if each not in done]
-        self._pause = _BRISK if done else min(2 * self._pause, _LAZY)
+    def _do_chores(self) -> None:
+        with self._changed:  # before the calls: what comes up during them asks for another
+            chores, self._chores = self._chores, []
+        try:
+            for chore in chores:
+                if not chore():
+                    self.repeat(chore)
+        except Exception as error:  # of the driver: whoever asks next must know
+            self._give_up(error, tell=True)
 
     def _look_into(self, heads: list[Wait]) -> None:
         now = time.monotonic()
@@ -316,26 +286,43 @@ class Watch:
     def _read(self, address: int, num_bytes: int) -> bytes:
         """Own memory as it is now, past whatever other streams wait for; zeros if the device does not answer."""
         self._looks += 1
-        words = self._scratch.tensor[:4].view(torch.int32)
-        with self._runtime.on_stream(self._stream):
-            self._runtime.copy(self._scratch.pointer + 8, address, num_bytes)
-            self._runtime.stream_ops([("write32", self._scratch.pointer, self._looks)])
-        deadline = time.monotonic() + _READ_SECONDS
-        while int(words[0]) != self._looks:
+        number, words = self._looks, self._scratch.tensor[:4].view(torch.int32)
+
+        def copy() -> None:
+            with self._runtime.on_stream(self._stream):
+                self._runtime.copy(self._scratch.pointer + 8, address, num_bytes)
+                self._runtime.stream_ops([("write32", self._scratch.pointer, number)])
+
+        deadline = time.monotonic() + _SCOUT_SECONDS
+        if not self._scout.send(copy, _SCOUT_SECONDS):
+            return bytes(num_bytes)
+        while int(words[0]) != number:
             if time.monotonic() > deadline:
                 return bytes(num_bytes)
             time.sleep(1e-4)
         return self._scratch.tensor[8 : 8 + num_bytes].numpy().tobytes()
 
     def _release(self, heads: list[Wait]) -> None:
-        with self._runtime.on_stream(self._stream):
-            for wait in heads:
-                for address, num_bytes in wait.spoil:
+        for wait in heads:
+            # Not at once: what its stream still copied before the wait would come after the fill.
+            if wait.release and wait.spoiled:
+                self._runtime.stream_ops(wait.release, self._stream)
+        spoil = [part for wait in heads if not wait.spoiled for part in wait.spoil]
+
+        def fill() -> None:
+            with self._runtime.on_stream(self._stream):
+                for address, num_bytes in spoil:
                     self._runtime.fill(address, 0xFF, num_bytes)
-                # Not at once: what its stream still copied before the wait would come after the fill.
-                if wait.release and wait.spoiled:
-                    self._runtime.stream_ops(wait.release)
-                wait.spoiled = True
+
+        if spoil and not self._scout.send(fill, _SCOUT_SECONDS):
+            ones = [
+                ("write32", address + at, 0xFFFFFFFF)
+                for address, num_bytes in spoil
+                for at in range(-address % 4, min(num_bytes, _SPOILED_BYTES) - 3, 4)
+            ]
+            self._runtime.stream_ops(ones, self._stream)
+        for wait in heads:
+            wait.spoiled = True
 
     # ---- giving up --------------------------------------------------------------------------------------------------
 
@@ -370,3 +357,42 @@ class Watch:
         else:
             seen = f"that rank {notice['rank']} gave up: {notice['text']}"
         return CommunicationError(rank, peer, phase, expected, seen)
+
+
+class _Scout:
+    """A thread for calls of the driver that may not return."""
+
+    def __init__(self, runtime: Runtime):
+        self._runtime = runtime
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._rests = threading.Event()
+        self._rests.set()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="epv2 scout", daemon=True)
+        self._thread.start()
+
+    def send(self, work: Callable[[], None], seconds: float) -> bool:
+        """Let it do `work`, unless it is still at work; whether it was done within `seconds`. Raises what that did."""
+        if not self._rests.wait(seconds):
+            return False
+        self._rests.clear()
+        self._work.put(work)
+        done = self._rests.wait(seconds)
+        if done and (error := self._error) is not None:
+            self._error = None
+            raise error
+        return done
+
+    def close(self) -> None:
+        """End it, once it has nothing to do."""
+        self._work.put(None)
+        self._thread.join(_SCOUT_SECONDS)
+
+    def _run(self) -> None:
+        self._runtime.adopt_thread()
+        while (work := self._work.get()) is not None:
+            try:
+                work()
+            except Exception as error:
+                self._error = error
+            self._rests.set()

@@ -45,6 +45,9 @@ EPV2_KERNEL(network, NetworkArgs, 64) {
       case 29: epv2::network_flush({12345, 0, 1}); break;
       case 30: epv2::peer_pointer(args.window, 0, args.lsa_size); break;
       case 31: epv2::network_put(network, across, args.window, 0, 0, 0); break;
+      case 32: epv2::network_signal_word(network, across, args.window, 12, 1); break;
+      case 33: epv2::network_signal_word(network, args.rank ^ 1, args.window, 16, 1); break;
+      case 34: epv2::network_leave({12345, 0, 1}); break;
       default: break;
     }
     return;
