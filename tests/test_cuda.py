@@ -125,9 +125,9 @@ class Exact:
         return self.x[rank] * (self.idx[rank] >= 0).sum(1, keepdim=True)
 
 
-def long_run(rank: int, size: int, iterations: int) -> None:
+def long_run(rank: int, size: int, iterations: int, **options: Any) -> None:
     """Random routings, one after the other, in every mode that keeps rows as they are."""
-    made = cuda_buffer(rank, num_bytes=BYTES)
+    made = cuda_buffer(rank, **{"num_bytes": BYTES, **options})
     for i in range(iterations):
         data = Exact(size, 1 + 97 * i % 211, 256, 8 * size, 1 + i % 8, i)
         rows, _, _, handle, event = made.dispatch(
@@ -153,10 +153,10 @@ def test_a_thousand_routings(ranks: int) -> None:
     harness.run(ranks, long_run, 1000, timeout=400)
 
 
-def replayed(rank: int, size: int, replays: int) -> None:
+def replayed(rank: int, size: int, replays: int, **options: Any) -> None:
     """Dispatch and combine in a CUDA graph; new tokens and routings at every replay."""
     tokens, hidden, topk = 192, 512, 4
-    made = cuda_buffer(rank, num_max_tokens_per_rank=tokens, hidden=hidden, num_topk=topk)
+    made = cuda_buffer(rank, num_max_tokens_per_rank=tokens, hidden=hidden, num_topk=topk, **options)
     first = Exact(size, tokens, hidden, 8 * size, topk, 0)
     x, idx = first.x[rank].clone(), first.idx[rank].clone()
 
@@ -232,12 +232,12 @@ def test_no_kernel_exceeds_the_budget(num_sms: int) -> None:
         assert all(ctas <= num_sms for _, ctas in launches), launches
 
 
-def missing(rank: int, size: int, how: str) -> str:
-    """What rank 0 and 2 say when rank 1 is killed, or does something else than to call."""
-    made = cuda_buffer(rank, seconds=4, num_bytes=BYTES)
+def missing(rank: int, size: int, how: str, **options: Any) -> str:
+    """What the others say when rank 1 is killed, or does something else than to call."""
+    made = cuda_buffer(rank, seconds=4, **{"num_bytes": BYTES, **options})
     data = Exact(size, 64, 256, 8 * size, 2, 1)
-    options = {"num_experts": 8 * size, "num_max_tokens_per_rank": 64, "num_sms": 4}
-    made.dispatch(data.x[rank], data.idx[rank], **options)
+    routing: dict[str, Any] = {"num_experts": 8 * size, "num_max_tokens_per_rank": 64, "num_sms": 4}
+    made.dispatch(data.x[rank], data.idx[rank], **routing)
     made.barrier(with_cpu_sync=True)
     if rank == 1 and how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -246,7 +246,8 @@ def missing(rank: int, size: int, how: str) -> str:
         return "never called"
     begin = time.monotonic()
     try:
-        made.dispatch(data.x[rank], data.idx[rank], **options)
+        made.dispatch(data.x[rank], data.idx[rank], **routing)
+        made.barrier(with_cpu_sync=True)
     except CommunicationError as error:
         assert time.monotonic() - begin < 14
         return str(error)

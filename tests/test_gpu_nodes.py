@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
-from tests import harness
+from epv2_plugin import environment
+from epv2_plugin.emulation.cluster import Cluster
+from tests import harness, test_cuda
 from tests.test_runtime import ROOT
 
 CLUSTERS = [(2, 1), (2, 2), (2, 4), (4, 2)]  # nodes x ranks of each
@@ -71,6 +74,35 @@ def test_tables_between_emulated_nodes(cluster: tuple[int, int]) -> None:
 @pytest.mark.parametrize("mode", ["direct", "hybrid"])
 def test_twenty_seeds_of_chaos(mode: str) -> None:
     run((2, 2), "cuda", mode, range(1, 21), 25)  # 500 random cases
+
+
+def on_a_node(rank: int, size: int, mode: str, work: Callable[..., Any], *args: Any) -> Any:
+    """`work` of tests/test_cuda.py on one of two nodes. `epv2 emulate` ends all ranks when one is killed."""
+    cluster = Cluster(2, size // 2, environment.find_gpus()["devices"])
+    os.environ.update(cluster.environment(rank, environment.find_loopback()["path"], None, os.environ))
+    return work(rank, size, *args, num_bytes=256 << 20, allow_hybrid_mode=mode == "hybrid")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["direct", "hybrid"])
+def test_graph_replays(mode: str) -> None:
+    harness.run(4, on_a_node, mode, test_cuda.replayed, 40, timeout=200)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["direct", "hybrid"])
+def test_one_routing_after_the_other(mode: str) -> None:
+    harness.run(4, on_a_node, mode, test_cuda.long_run, 500, timeout=300)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["direct", "hybrid"])
+@pytest.mark.parametrize("how", ["never calls", "killed"])
+def test_every_rank_reports_a_missing_one(mode: str, how: str) -> None:
+    results = harness.outcomes(4, on_a_node, mode, test_cuda.missing, how, timeout=120)
+    for rank in (0, 2, 3):
+        assert results[rank].error == "", results[rank].error
+        assert f"rank {rank}, waiting for rank" in results[rank].value
 
 
 @pytest.mark.gpu
