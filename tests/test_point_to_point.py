@@ -532,17 +532,17 @@ def copied_to_the_host(rank: int, size: int, kind: str) -> tuple[str, bool, floa
         time.sleep(15)
         return "", False, 0
     buffer.pp_recv(into, 1)
-    runtime, over = buffer.runtime, threading.Event()
+    over = threading.Event()
     if kind != "cuda":
         for name in ("copy", "fill"):
-            call = getattr(runtime, name)
+            call = getattr(buffer.runtime, name)
 
             def held(*arguments: Any, call: Callable[..., None] = call) -> None:
                 if threading.current_thread() is not threading.main_thread():
                     over.wait()
                 call(*arguments)
 
-            setattr(runtime, name, held)
+            setattr(buffer.runtime, name, held)
     event = buffer.pp_recv(into, 1, async_with_compute_stream=True)
     begin = time.monotonic()
     try:
