@@ -403,6 +403,8 @@ def late_peer(rank: int, size: int) -> float:
     # The first product loads cuBLAS' kernels. A driver may wait for the device then, whose fetch waits for the peer.
     assert float((matrix @ matrix)[0, 0]) == 64
     settle(buffer, buffer.engram_fetch(index))
+    buffer.engram_write(torch.full((4, 8), float(rank), device="cuda"))  # or the fetch would read before it waits
+    settle(buffer)
     if rank == 1:
         time.sleep(2)
     begin = time.monotonic()

@@ -2,7 +2,8 @@
 // same row one reads it, from the owner's memory; the others copy what that one has written.
 //
 // Which entry reads depends on timing, what is written does not. No other rank does anything for a fetch but to say that
-// its rows are ready to be read.
+// its rows are ready to be read. In one node, where none has changed since the last fetch, that is waited for behind the
+// reads.
 //
 // Between nodes (EPV2_NODES) a row of another node lands behind this rank's part of the table, by a get of one thread, and
 // is copied from there. A CTA has a tile of entries under way, so nothing that a fetch needs grows with its entries.
@@ -84,10 +85,8 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
     peers[p] = reinterpret_cast<uint8_t* const*>(args.parts)[p - near_begin(c)];
   }
   if (threadIdx.x < kCounters) pulled[threadIdx.x] = 0;
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.num_slots; i += gridDim.x * blockDim.x) {
-    reinterpret_cast<uint32_t*>(args.slots)[i] = kEmpty;
-  }
-  if (!grid_sync(c, scratch) || !wait_everybody(c, flag, number, count, true, scratch)) {
+  const auto wait = [&] { return wait_everybody(c, flag, number, count, true, scratch); };
+  if (args.settled != 0 ? agree_failed(c, scratch) : !wait()) {
     poison_outputs(args);
     return;
   }
@@ -165,11 +164,15 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
     atomicAdd(reinterpret_cast<unsigned long long*>(args.counters) + threadIdx.x,
               static_cast<unsigned long long>(pulled[threadIdx.x]));
   }
+  if (args.settled != 0) wait();
   if (!grid_sync(c, scratch)) {
     poison_outputs(args);
     return;
   }
   if (blockIdx.x == 0) finish_fetch(args, flag, number, scratch);
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.num_slots; i += gridDim.x * blockDim.x) {
+    reinterpret_cast<uint32_t*>(args.slots)[i] = kEmpty;
+  }
   for (int first = begin; first < end; first += kThreads) {
     const int entry = first + threadIdx.x;
     if (entry < end) sources[threadIdx.x] = leaders[entry] == entry ? kSkip : leaders[entry];

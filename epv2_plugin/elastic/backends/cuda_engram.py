@@ -1,10 +1,11 @@
 """Engram on GPUs: a table in windows of symmetric memory, or in page-locked host memory, by csrc/kernels/engram.
 
 A fetch is one kernel: it waits until every rank has come to the same fetch, reads each distinct row once, from where it
-lies, and writes it to every entry that asked for it. A write or update waits until no rank reads the rows any more. A
-reduce is four: each rank groups its entries by row and sums them into its window, then each owner does the same with
-what all ranks have there for it. The host waits in between, as it does not know how much comes. Between nodes the
-network gets rows of a fetch, and a fifth kernel of a reduce puts sums.
+lies, and writes it to every entry that asked for it. Inside a node, where no row has changed since the last fetch, it
+reads first and waits then, so that ranks that disagree, or are gone, are noticed as ever. A write or update waits until
+no rank reads the rows any more. A reduce is four: each rank groups its entries by row and sums them into its window,
+then each owner does the same with what all ranks have there for it. The host waits in between, as it does not know how
+much comes. Between nodes the network gets rows of a fetch, and a fifth kernel of a reduce puts sums.
 
 Operations of all kinds have numbers of their own, apart from those of dispatch and combine; flags and error record are
 as csrc/kernels/ep/protocol.cuh says.
@@ -102,6 +103,8 @@ class CudaEngram:
         self._place: EngramTableLayout | None = None  # of what is in it
         # int64 [ranks of the node]: where their parts lie, of each table so far, as graphs go on reading theirs.
         self._parts: list[torch.Tensor] = []
+        self._slots: torch.Tensor | None = None  # int32, all ones: a fetch's hash table
+        self._settled = (-1, 0)  # changes and refused calls before the last fetch
         self._staging: Window | None = None
         self._failure: BaseException | None = None
         self._tag = 0  # with which a kernel tells the host that its words are there
@@ -255,7 +258,13 @@ class CudaEngram:
             scales = None
             if table.scale_dtype is not None:
                 scales = torch.empty(num_entries, table.scale_columns, dtype=table.scale_dtype, device=device)
-            scratch = torch.empty(num_slots + num_entries, dtype=torch.int32, device=device)
+            leaders = torch.empty(num_entries, dtype=torch.int32, device=device)
+            # A graph has a hash table of its own, which it empties itself, and may be replayed after other changes.
+            now, capturing = (self._changes, self.refused), self._runtime.is_capturing()
+            # Between nodes a get from a rank that is gone has no end.
+            settled = self._settled == now and not capturing and not self._between_nodes
+            if (slots := self._slots) is None or slots.numel() < num_slots or capturing:
+                slots = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
             self._launch(
                 self._kernels.fetch,
                 "fetch",
@@ -265,8 +274,8 @@ class CudaEngram:
                 indices=indices_N.data_ptr(),
                 out=data.data_ptr(),
                 out_scales=0 if scales is None else scales.data_ptr(),
-                slots=scratch.data_ptr(),
-                leaders=scratch.data_ptr() + 4 * num_slots,
+                slots=slots.data_ptr(),
+                leaders=leaders.data_ptr(),
                 counters=control.counters.data_ptr(),
                 host_counters=control.host_counters.pointer,
                 table_rows=table.rows,
@@ -274,11 +283,14 @@ class CudaEngram:
                 num_slots=num_slots,
                 landing_offset=self._place.landing,
                 tile=self._place.tile(self._num_sms),
+                settled=int(settled),
                 data_bytes=layout.data_bytes,
                 scale_bytes=layout.scale_bytes,
                 scale_offset=layout.scale_offset,
                 row_stride=layout.stride,
             )
+            if not capturing:
+                self._settled, self._slots = now, slots
             event = place.end((data, scales))
 
         def hook() -> tuple[torch.Tensor, torch.Tensor | None]:
