@@ -76,6 +76,17 @@ __device__ inline void signal_all(const Common& c, int flag, uint32_t number, bo
   }
 }
 
+// One warp: raise a flag at all ranks of this node, while the others of its CTA go on.
+__device__ inline void signal_node_by_warp(const Common& c, int flag, uint32_t number) {
+  const int lane = threadIdx.x % kWarp;
+  if (lane == 0) write_record(c, number);
+  __syncwarp();
+  if (failed(c)) return;
+  for (int p = near_begin(c) + lane; p < near_end(c); p += kWarp) {
+    raise_flag(c, flag, c.rank, number, c.signature, p);
+  }
+}
+
 // All threads of the CTA: wait until all ranks have raised a flag to `number`, which is the `count`-th time; false = this
 // rank gave up. `call`: as above, with the same signature.
 __device__ inline bool wait_everybody(const Common& c, int flag, uint32_t number, uint32_t count, bool call,

@@ -41,19 +41,20 @@ __device__ void poison_outputs(const EngramFetchArgs& args) {
   poison(args.out_scales, static_cast<uint64_t>(args.num_entries) * args.scale_bytes);
 }
 
-// All threads of one CTA, once no CTA reads a peer's rows any more: say so, and end the operation.
-__device__ void finish_fetch(const EngramFetchArgs& args, int flag, uint32_t number, uint32_t* scratch) {
+// One CTA, once no CTA reads a peer's rows any more: say so, and end the operation. In one node its first warps do that
+// while the others go on.
+__device__ void finish_fetch(const EngramFetchArgs& args, uint32_t number) {
   const Common& c = args.common;
-  // Whoever gave up on this rank had said before that its rows are ready: here nothing was missing.
-  for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) {
-    if (peer_failed(c, p)) give_up(c, kPeerFailed, p, flag, number, number);
+  if constexpr (kNodes) {
+    signal_all(c, kFetchDone, number, false);
+  } else if (threadIdx.x < kWarp) {
+    signal_node_by_warp(c, kFetchDone, number);
   }
-  if (agree_failed(c, scratch)) return;
-  signal_all(c, kFetchDone, number, false);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kCounters; i++) {
-      reinterpret_cast<uint64_t*>(args.host_counters)[i] = reinterpret_cast<const uint64_t*>(args.counters)[i];
-    }
+  const int other = threadIdx.x - kWarp;
+  if (other >= 0 && other < kCounters) {
+    reinterpret_cast<uint64_t*>(args.host_counters)[other] = reinterpret_cast<const uint64_t*>(args.counters)[other];
+  }
+  if (other == kWarp) {
     ++*state_word(c, kFetches);
     finish_operation(c, kLastFetch, number);
   }
@@ -79,14 +80,17 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
   const int begin = static_cast<int>(entries * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(entries * (blockIdx.x + 1) / gridDim.x);
 
-  if (blockIdx.x == 0) signal_all(c, flag, number, true);
+  if (blockIdx.x == 0 && args.settled == 0) signal_all(c, flag, number, true);
   int64_t index = begin + static_cast<int>(threadIdx.x) < end ? indices[begin + threadIdx.x] : -1;
   for (int p = near_begin(c) + threadIdx.x; p < near_end(c); p += blockDim.x) {
     peers[p] = reinterpret_cast<uint8_t* const*>(args.parts)[p - near_begin(c)];
   }
   if (threadIdx.x < kCounters) pulled[threadIdx.x] = 0;
-  const auto wait = [&] { return wait_everybody(c, flag, number, count, true, scratch); };
-  if (args.settled != 0 ? agree_failed(c, scratch) : !wait()) {
+  if (args.settled != 0) {
+    __syncthreads();
+    // The last warp, which is the first to have no entries of its own.
+    if (blockIdx.x == 0 && threadIdx.x / kWarp == blockDim.x / kWarp - 1) signal_node_by_warp(c, flag, number);
+  } else if (!wait_everybody(c, flag, number, count, true, scratch)) {
     poison_outputs(args);
     return;
   }
@@ -164,12 +168,18 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
     atomicAdd(reinterpret_cast<unsigned long long*>(args.counters) + threadIdx.x,
               static_cast<unsigned long long>(pulled[threadIdx.x]));
   }
-  if (args.settled != 0) wait();
+  if (blockIdx.x == 0) {
+    for (int p = threadIdx.x; p < c.num_ranks; p += blockDim.x) {
+      if (args.settled != 0) wait_flag(c, flag, p, number, true);
+      // Whoever gave up on this rank had said before that its rows are ready: here nothing was missing.
+      if (peer_failed(c, p)) give_up(c, kPeerFailed, p, flag, number, number);
+    }
+  }
   if (!grid_sync(c, scratch)) {
     poison_outputs(args);
     return;
   }
-  if (blockIdx.x == 0) finish_fetch(args, flag, number, scratch);
+  if (blockIdx.x == 0) finish_fetch(args, number);
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.num_slots; i += gridDim.x * blockDim.x) {
     reinterpret_cast<uint32_t*>(args.slots)[i] = kEmpty;
   }
