@@ -12,6 +12,7 @@ import pytest
 
 from epv2_plugin.config import ConfigError
 from epv2_plugin.training import report
+from epv2_plugin.training.ab import losses_differ
 from epv2_plugin.training.report import Run, loss_difference, paired_ratio, write_report
 
 META = {
@@ -374,3 +375,12 @@ def test_only_equal_losses_are_drawn_as_equal(tmp_path: Path, apart: list[float]
 
     run = Run(make_run(tmp_path / "run", steps=2, change=change))
     assert report.place_of_zero(run) == pytest.approx(floor)
+
+
+def test_losses_that_differ_ask_for_a_yardstick():
+    base = [5.0, 4.0, 3.0]
+    assert not losses_differ([base, [5.0, 4.0, 3.00002]], "fp32")
+    assert losses_differ([base, base, [5.0, 4.0002, 3.0]], "fp32")
+    assert losses_differ([base, [5.0, 4.0002]], "fp32")  # stopped early
+    assert not losses_differ([base, [5.0, 4.0002, 3.0]], "bf16")
+    assert not losses_differ([base], "fp32")
