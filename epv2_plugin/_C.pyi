@@ -109,8 +109,11 @@ class Communicator:
 class Window:
     """Symmetric memory: `num_bytes` at `pointer` on this rank, reachable from the others through `handle`."""
 
-    def register(self) -> None:
+    def register(self, ordered: bool = False) -> None:
         """Make it reachable (collective, the same size on all ranks). A failure closes the window.
+
+        Args:
+            ordered: signals of GIN's may go to words of it, and then come behind the data of earlier puts.
 
         Raises:
             Error: NCCL failed, can't do windows here, or not every rank came in time.

@@ -7,6 +7,7 @@ a GPU.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import logging
 import math
@@ -564,6 +565,28 @@ def test_a_copy_to_the_host_of_what_never_comes_ends(kind: str) -> None:
     assert "rank 0, waiting for rank 1 in pp_recv from rank 1, tensor #1, slot 1 of 2" in said
     assert spoiled
     assert took < 14
+
+
+def behind_long_work(rank: int, size: int, kind: str) -> None:
+    """Both receive behind work of their own that takes longer than the timeout: nobody is to blame."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=2)
+    buffer.pp_set_config(1 << 10, 2)
+    into = torch.zeros(5, device=buffer.device)
+    buffer.pp_send(into + rank, 1 - rank)
+    buffer.pp_recv(into, 1 - rank)  # says which ring
+    buffer.pp_send(into + 7, 1 - rank)
+    busy = buffer.runtime.new_stream()
+    with buffer.runtime.on_stream(busy):
+        buffer.runtime.do(functools.partial(time.sleep, 4))
+        event = buffer.pp_recv(into, 1 - rank, async_with_compute_stream=True)
+    event.current_stream_wait()
+    assert into.tolist() == [7.0 + rank] * 5
+    buffer.pp_flush()
+
+
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_a_receive_behind_long_work_is_nobodys_fault(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(behind_long_work, kind)
 
 
 def refusals(rank: int, size: int, kind: str) -> None:

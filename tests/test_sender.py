@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epv2_plugin import CommunicationTimeout
+from epv2_plugin import CommunicationError
 from epv2_plugin.elastic.backends.device import node_of
 from epv2_plugin.elastic.backends.sender import Sender
 from epv2_plugin.elastic.backends.watch import Watch
@@ -31,7 +31,7 @@ def exchange(rank: int, size: int, num_puts: int, careless: bool, seed: int) -> 
     runtime = EmulatedRuntime(dist.group.WORLD, seed=seed, lsa_size=size // 2)
     watch = Watch(runtime, 20)
     sender = Sender(runtime, watch)
-    window = runtime.window(_area(size, size + 1))
+    window = runtime.window(_area(size, size + 1), ordered=True)
     sender.enroll("test", window)
     stream, far = runtime.new_stream(), [peer for peer in range(size) if peer not in node_of(runtime)]
     sizes = [PUTS[n % len(PUTS)] for n in range(num_puts)]
@@ -52,7 +52,7 @@ def exchange(rank: int, size: int, num_puts: int, careless: bool, seed: int) -> 
             for peer in far
             for place, count in zip(places, sizes, strict=True)
         ]
-        words = [(peer, at(rank, number)) for peer in far for number in range(WORDS - 1)]
+        words = [(peer, at(rank, number), 1) for peer in far for number in range(WORDS - 1)]
         sender.send("test", puts, words, stream)
         if careless:
             runtime.stream_ops([("write32", window.peer_pointer(rank, own), 0)], stream)
@@ -61,7 +61,7 @@ def exchange(rank: int, size: int, num_puts: int, careless: bool, seed: int) -> 
             got = window.tensor[_area(size, peer) :][: sum(sizes)]
             wrong += int((got != content(peer, turn)).sum())
         # Only who has read tells the others that they may write.
-        sender.send("test", [], [(peer, at(rank, WORDS - 1)) for peer in far], stream)
+        sender.send("test", [], [(peer, at(rank, WORDS - 1), 1) for peer in far], stream)
         for peer in far:
             runtime.stream_ops([("wait32_geq", window.peer_pointer(rank, at(peer, WORDS - 1)), turn)])
     sender.meet("the end of the test")
@@ -85,7 +85,7 @@ def meets(rank: int, size: int, kind: str) -> str:
     runtime = EmulatedRuntime(dist.group.WORLD, lsa_size=1, limit_seconds=4)
     watch = Watch(runtime, 4)
     sender = Sender(runtime, watch)
-    window = runtime.window(1 << 16)
+    window = runtime.window(1 << 16, ordered=True)
     stream = runtime.new_stream()
     for turn in range(1, 4):
         if turn == 3:
@@ -93,7 +93,7 @@ def meets(rank: int, size: int, kind: str) -> str:
             dist.barrier()
         sender.enroll("test", window)
         window.tensor[1024:2048] = 10 * turn + rank
-        sender.send("test", [(1 - rank, 4096, 1024, 1024)] * 9, [(1 - rank, 8 * turn)] * 5, stream)
+        sender.send("test", [(1 - rank, 4096, 1024, 1024)] * 9, [(1 - rank, 8 * turn, 3)] * 5, stream)
         sender.meet(f"meeting {turn}")
         assert window.tensor[4096 : 4096 + 1024].tolist() == [10 * turn + 1 - rank] * 1024
         dist.barrier()
@@ -105,7 +105,7 @@ def meets(rank: int, size: int, kind: str) -> str:
         sender._raised["test"][1 - rank, 24] += 1  # told, and not sent
     try:
         sender.meet("meeting 4")
-    except CommunicationTimeout as error:
+    except CommunicationError as error:
         return str(error)
     return "met"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -459,3 +462,83 @@ def test_a_rank_that_does_not_come_is_named(kind: str, what: str) -> None:
         assert f"rank {rank}, waiting for rank 1 in all_gather #0 of session #2" in message
         assert "nothing within 3 s" in message
         assert no_data
+
+
+def configured_again(rank: int, size: int, kind: str) -> None:
+    """Sessions of several configurations in one window, then other things that end all that was sent."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=8)
+    for most in (8, 8, 4):
+        buffer.agrs_set_config(1 << 16, most)
+        for number in range(3):
+            with buffer.agrs_new_session():
+                gathered, wait = buffer.all_gather(torch.full((5,), float(10 * number + rank), device=buffer.device))
+                wait()
+                assert gathered[:, 0].tolist() == [float(10 * number + peer) for peer in range(size)]
+    buffer.pp_set_config(1 << 10, 2)
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_sessions_are_configured_again(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(configured_again, kind)
+
+
+def given_up(rank: int, size: int, kind: str) -> None:
+    """Ranks give a session up after different operations; the next ones are as ever."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=8)
+    buffer.agrs_set_config(1 << 16, 4)
+    for turn in range(4):
+        with contextlib.suppress(ZeroDivisionError), buffer.agrs_new_session():
+            for _ in range(2 * rank):
+                buffer.all_gather(torch.full((5,), -1.0, device=buffer.device))
+            raise ZeroDivisionError
+        with buffer.agrs_new_session():
+            mine = torch.full((5,), float(10 * turn + rank), device=buffer.device)
+            gathered, wait = buffer.all_gather(mine)
+            reduced, wait_reduced = buffer.reduce_scatter(torch.stack([mine] * size))
+            wait()
+            wait_reduced()
+            assert gathered[:, 0].tolist() == [float(10 * turn + peer) for peer in range(size)]
+            assert reduced.tolist() == [float(sum(10 * turn + peer for peer in range(size)))] * 5
+    settle(buffer)
+
+
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_after_a_session_that_was_given_up(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(given_up, kind)
+
+
+def sum_of_nobody(rank: int, size: int, kind: str) -> tuple[str, int]:
+    """Rank 1 sums what rank 0 never brings, while the device is held up for all but words; numbers that it has then."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=3)
+    buffer.agrs_set_config(1 << 20, 4)
+    over = threading.Event()
+    for name in ("copy", "fill"):
+        call = getattr(buffer.runtime, name)
+
+        def held(*arguments: Any, call: Callable[..., None] = call) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                over.wait()
+            call(*arguments)
+
+        setattr(buffer.runtime, name, held)
+    with contextlib.suppress(CommunicationError), buffer.agrs_new_session():
+        if rank == 0:
+            time.sleep(7)
+            return "", 0
+        reduced, wait = buffer.reduce_scatter(torch.ones(size, 4096))
+        wait()
+    over.set()
+    said = ""
+    try:
+        buffer._backend._watch.check()
+    except CommunicationError as error:
+        said = str(error)
+    return said, int(reduced.isfinite().sum())
+
+
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_a_sum_that_failed_does_not_look_like_one(kind: str) -> None:
+    _, (said, finite) = harness.run(2, sum_of_nobody, kind, timeout=60)
+    assert "rank 1, waiting for rank 0 in reduce_scatter #0 of session #1" in said
+    assert finite < 4096

@@ -131,7 +131,7 @@ PYBIND11_MODULE(_C, m) {
       .def("forget", &Communicator::forget, Unlocked());
 
   py::class_<Window, std::shared_ptr<Window>>(m, "Window")
-      .def("register", &Window::enroll, Unlocked())
+      .def("register", &Window::enroll, py::arg("ordered") = false, Unlocked())
       .def_property_readonly("pointer", &Window::pointer)
       .def_property_readonly("handle", &Window::handle)
       .def_property_readonly("num_bytes", &Window::num_bytes)

@@ -245,7 +245,7 @@ void Window::allocate() {
   }
 }
 
-void Window::enroll() {
+void Window::enroll(bool ordered) {
   Lock lock(communicator_->mutex_);
   if (memory_ == nullptr) throw Error("the window is closed");
   if (window_ != nullptr) return;
@@ -254,7 +254,8 @@ void Window::enroll() {
   const ncclComm_t comm = communicator_->comm_;
   try {
     communicator_->settle(
-        nccl_api().ncclCommWindowRegister(comm, memory_, num_bytes_, &window_, NCCL_WIN_COLL_SYMMETRIC),
+        nccl_api().ncclCommWindowRegister(comm, memory_, num_bytes_, &window_,
+                                          NCCL_WIN_COLL_SYMMETRIC | (ordered ? NCCL_WIN_STRICT_ORDERING : 0)),
         "ncclCommWindowRegister");
   } catch (const TimedOut&) {
     throw;  // ours was aborted and the memory freed; a borrowed one may still be registering it

@@ -80,8 +80,9 @@ class Window : public Resource, public std::enable_shared_from_this<Window> {
   Window(std::shared_ptr<Communicator> communicator, size_t num_bytes)
       : communicator_(std::move(communicator)), num_bytes_(num_bytes) {}
 
-  // Register the memory (collective).
-  void enroll();
+  // Register the memory (collective). `ordered`: a signal to a word of it comes behind the data of earlier puts, which no
+  // network promises otherwise.
+  void enroll(bool ordered);
   void close();
 
   uintptr_t pointer() const { return reinterpret_cast<uintptr_t>(memory_); }

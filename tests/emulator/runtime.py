@@ -49,6 +49,7 @@ COMPILE += ["-DEPV2_EMULATE", "-I", str(TESTS)]
 WATCHED = ["-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 WATCHED += ["-fsanitize=alignment,shift-exponent"]
 MESSAGE_BYTES = 1 << 16
+DELAYS = (*[0] * 20, *[5e-3] * 10, 0.1)  # seconds of a message that a kernel has left, and of its bytes
 
 
 class KernelSpec(Protocol):
@@ -158,7 +159,7 @@ class LateNetwork:
     def take(self, message: _Message) -> None:
         """One more."""
         with self._changed:
-            message.held_until = time.monotonic() + self._pauses.choice([0, 0, 5e-3])
+            message.held_until = time.monotonic() + self._pauses.choice(DELAYS)
             self._messages.append(message)
             self._changed.notify_all()
 
@@ -209,7 +210,7 @@ class _Message:
             return True
         if self._content is None:  # its source is read when the network likes, which may be late
             self._content = ctypes.string_at(self._source, self._num_bytes)
-            self.held_until = time.monotonic() + pauses.choice([0, 0, 5e-3])
+            self.held_until = time.monotonic() + pauses.choice(DELAYS)
             return False
         begin = self._pieces.pop(pauses.randrange(len(self._pieces)))
         piece = self._content[begin : begin + self._step]
@@ -260,8 +261,8 @@ class EmulatedRuntime:
         self._closing = False
         self.meeting = Meeting(group, limit_seconds)
 
-    def window(self, num_bytes: int) -> Window:
-        """Collective. Zeroed memory of `num_bytes` on every rank.
+    def window(self, num_bytes: int, ordered: bool = False) -> Window:
+        """Collective. Zeroed memory of `num_bytes` on every rank; `ordered`: words of it may be raised by the network.
 
         Raises:
             ValueError: ranks ask for different sizes, or for less than a byte.
@@ -269,7 +270,7 @@ class EmulatedRuntime:
         parts = self._share(num_bytes, "window sizes", num_bytes)
         window = Window(parts[self.rank], _next_handle(), num_bytes, parts, node_of(self))
         place = (self.size, self.rank, self.lsa_size)
-        _scheduler().epv2_emulator_window(window.handle, _addresses(parts), num_bytes, *place)
+        _scheduler().epv2_emulator_window(window.handle, _addresses(parts), num_bytes, *place, int(ordered))
         self._windows.append(window)
         return window
 
@@ -597,7 +598,7 @@ def _scheduler() -> ctypes.CDLL:
         str(_compile("scheduler", here / "scheduler.cc", ["-O3"], _includes(here))), mode=ctypes.RTLD_GLOBAL
     )
     number, address = ctypes.c_uint64, ctypes.c_void_p
-    library.epv2_emulator_window.argtypes = [number, address, number, *[ctypes.c_int] * 3]
+    library.epv2_emulator_window.argtypes = [number, address, number, *[ctypes.c_int] * 4]
     library.epv2_emulator_network.argtypes = [number, address, *[ctypes.c_int] * 6]
     library.epv2_emulator_forget.argtypes = [number]
     library.epv2_emulator_carry_on.argtypes = [_CARRY_ON]

@@ -112,6 +112,7 @@ struct Symmetric {
   std::vector<uint8_t*> parts;  // by rank
   uint64_t bytes = 0;           // of each
   int rank = 0, lsa_size = 0;
+  bool ordered = false;  // words of it may be raised by the network
 
   int first() const { return rank / lsa_size * lsa_size; }  // rank of this node
 };
@@ -473,7 +474,7 @@ uint64_t* signal_word(const char* what, const Network& network, int rank, uint32
 
 const Communicator& check_network_peer(const char* what, const Network& network, int peer) {
   const Communicator& communicator = find_communicator(what, network);
-  const auto& [parts, bytes, rank, lsa_size] = communicator.signals;
+  const auto& [parts, bytes, rank, lsa_size, ordered] = communicator.signals;
   const int ranks = static_cast<int>(parts.size());
   if (peer < 0 || peer >= ranks) fail("%s: peer %d; the group has %d ranks", what, peer, ranks);
   if (peer / lsa_size == rank / lsa_size)
@@ -1499,6 +1500,7 @@ void network_signal_word(Network network, int peer, uint64_t window, uint64_t wo
   message.kind = Message::Kind::signal;
   message.to_word = true;
   message.target = window_part("network_signal_word", window, peer, word, 8);
+  if (!windows.at(window).ordered) fail("network_signal_word: the window is not one that the network keeps in order");
   message.value = value;
   send(network, peer, std::move(message));
 }
@@ -1568,8 +1570,8 @@ void network_leave(Network network) {
 
 // For runtime.py.
 extern "C" void epv2_emulator_window(uint64_t window, uint8_t* const* parts, uint64_t bytes, int ranks, int rank,
-                                     int lsa_size) {
-  epv2::emulator::windows[window] = {{parts, parts + ranks}, bytes, rank, lsa_size};
+                                     int lsa_size, int ordered) {
+  epv2::emulator::windows[window] = {{parts, parts + ranks}, bytes, rank, lsa_size, ordered != 0};
 }
 
 extern "C" void epv2_emulator_network(uint64_t communicator, uint8_t* const* signals, int num_contexts,

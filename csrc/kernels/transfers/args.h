@@ -11,7 +11,8 @@ struct NetworkPut {
 };
 
 struct NetworkSignal {
-  uint64_t word;  // in the peer's window, 64 bits: how often it was raised
+  uint64_t word;   // in the peer's window, of 64 bits
+  uint64_t value;  // is added to it
   int32_t peer;
   int32_t unused;
 };

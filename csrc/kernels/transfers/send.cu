@@ -24,7 +24,7 @@ EPV2_KERNEL(epv2_send, SendArgs, 32) {
   }
   __syncwarp();
   for (int i = threadIdx.x; i < args.num_signals; i += blockDim.x)
-    network_signal_word(network, args.signals[i].peer, args.window, args.signals[i].word, 1);
+    network_signal_word(network, args.signals[i].peer, args.window, args.signals[i].word, args.signals[i].value);
   __syncwarp();
   if (threadIdx.x == 0) network_leave(network);
 }

@@ -289,6 +289,8 @@ class CudaBackend:
             # buffer is garbage can't wait for others.
             failed = self._failure or self._watch.failure
             if "_sender" in self.__dict__ and seconds is None and failed is None:
+                if "point_to_point" in self.__dict__:
+                    self.point_to_point.drop_deferred()
                 self._watch.drain()  # what waits may have something to send behind
                 self._sender.meet("the end of the buffer")
         except BaseException as error:

@@ -274,7 +274,7 @@ class CudaPointToPoint:
         self._max_inflight = 0
         self._outgoing: dict[tuple[int, int], _Outgoing] = {}
         self._incoming: dict[tuple[int, int], _Incoming] = {}
-        self._lock = threading.RLock()  # of deferred receives, which the watch's thread puts on their streams, too
+        self._lock = threading.RLock()  # of deferred receives, which another thread puts on their streams, too
         self._deferring = False  # whether there are any
 
     # ---- base.PointToPoint ------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ class CudaPointToPoint:
             sender.meet(f"{name}, end of what was sent before")
         window = self._window
         if window is None or window.num_bytes < layout.end:
-            window = self.runtime.window(align(layout.end, sizing.BUFFER_ALIGNMENT))
+            window = self.runtime.window(align(layout.end, sizing.BUFFER_ALIGNMENT), ordered=far)
         else:
             with self.runtime.on_stream(self._stream("config", rank, 0)):
                 self.runtime.fill(window.peer_pointer(rank, 0), 0, layout.arrivals)
@@ -372,7 +372,7 @@ class CudaPointToPoint:
         runtime.stream_ops(operations, link.stream)
         if not link.near:
             data = [(peer, *link.ways[index], kind.num_bytes)] if kind.num_bytes else []
-            self._sender().send(_RINGS, [*data, link.records[index]], [(peer, link.landed)], link.stream)
+            self._sender().send(_RINGS, [*data, link.records[index]], [(peer, link.landed, 1)], link.stream)
         link.number += 1
         self._traffic.sent_bytes += kind.num_bytes
         self._traffic.undeduplicated_bytes += kind.num_bytes
@@ -411,6 +411,13 @@ class CudaPointToPoint:
         for wait in waits:
             self._watch.finish(wait)
 
+    def drop_deferred(self) -> None:
+        """Forget receives that wait for the sender's first word: nobody waits for them any more."""
+        with self._lock:
+            for link in self._incoming.values():
+                link.deferred.clear()
+            self._deferring = False
+
     # ---- events -----------------------------------------------------------------------------------------------------
 
     def await_taken(self, link: _Outgoing, number: int, kind: Kind) -> None:
@@ -433,6 +440,7 @@ class CudaPointToPoint:
             with self._lock:
                 link.ring = int(offset)
                 self._put_deferred()
+        self._watch.check()
         assert receive.after is not None
         self.runtime.wait(receive.after)
         self._watch.check()
@@ -512,14 +520,16 @@ class CudaPointToPoint:
         record = link.records[index]
         ready = kind.ready(number, number // self._max_inflight)
         pieces = kind.pieces if link.near else [(0, kind.num_bytes)]
-        words = link.words[index][: len(pieces)]
+        words, count = link.words[index][: len(pieces)], number + 1 & 0xFFFFFFFF
 
         def judge(seen: bytes) -> tuple[int, str] | None:
             first, *others = struct.unpack_from(f"<{len(pieces)}I", seen, _HEADER_BYTES)
             if first != ready:
                 return (peer, header_text(seen) if same_turn(first, ready) else "")
-            # Of the network a record says nothing but what comes: it may be here alone.
-            return None if link.near and all(other == ready for other in others) else (peer, "")
+            if not link.near:  # of the network a record says nothing but what comes: it may be here alone
+                (landed,) = struct.unpack_from("<I", seen, len(seen) - 4)
+                return None if (landed - count) & 0xFFFFFFFF < 1 << 31 else (peer, "")
+            return None if all(other == ready for other in others) else (peer, "")
 
         # What is copied then must not look like a result, nor what was copied before.
         spoil = [(slot, kind.num_bytes)] if kind.num_bytes else []
@@ -541,9 +551,9 @@ class CudaPointToPoint:
             operations.append(("after", runtime.current_handle()))
         else:
             operations.append(("await", receive.before.handle))
-        count = number + 1 & 0xFFFFFFFF
         if not link.near:
             operations.append(("wait32_geq", link.landed, count))
+            wait.also = (link.landed, 4)
             wait.release = [("write32", link.landed, count), *wait.release]
         for piece, (offset, num_bytes) in enumerate(pieces):
             operations.append(("wait32_eq", words[piece], ready))
@@ -561,7 +571,7 @@ class CudaPointToPoint:
             operations.append(("copy", link.inbox, link.taken, 4))
         runtime.stream_ops(operations, link.stream)
         if not link.near:
-            self._sender().send(_RINGS, [], [(peer, link.returned)], link.stream)
+            self._sender().send(_RINGS, [], [(peer, link.returned, 1)], link.stream)
             self._traffic.network_bytes += kind.num_bytes
             self._traffic.direct_network_bytes += kind.num_bytes
         receive.after, link.last = after, wait  # only now: another thread may wait for it at once

@@ -2,7 +2,7 @@
 
 Streams write words only into their own rank's memory; a copy brings them to the peers, as data. Between nodes parts
 come through the network (`sender.py`), with the same words, and are there once a second word, of 64 bits, has been
-raised: it counts how often.
+raised to the number of their turn.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from epv2_plugin.jit import Kernel, args, kernels
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 _EXPLANATION_SECONDS = 2.0
+_PARTS = "parts"  # the window, to a sender
 
 Spoil = Sequence[tuple[int, int]]  # memory (address, bytes) that must not look like a result once this rank gave up
 Operation = StreamOp | CopyOp | OrderOp
@@ -73,7 +74,7 @@ class Parts:
     Args:
         runtime: the device. watch: ends waits for what never comes. traffic: counts what crossed to other ranks.
         window, layout: the same on every rank. name: of the window, in texts that ranks leave for each other.
-        sender: brings parts to other nodes, in the window that it calls `name`; None = there is one node.
+        sender: brings parts to other nodes; None = there is one node. Of one sender, the last of these is in use.
 
     Attributes:
         bases: where the windows of this node's ranks begin.
@@ -91,7 +92,7 @@ class Parts:
     ):
         self._runtime, self._watch, self._traffic, self._sender = runtime, watch, traffic, sender
         if sender is not None:
-            sender.enroll(name, window)
+            sender.enroll(_PARTS, window)
         self._window, self._layout, self._name = window, layout, name
         self._peers = [peer for peer in range(runtime.size) if peer != runtime.rank]
         self._node = node_of(runtime)
@@ -102,12 +103,13 @@ class Parts:
         turns = [(runtime.rank + step) % runtime.size for step in range(1, runtime.size)]
         self._others = [self.bases[peer] for peer in turns if peer in self._node]
         self._words: dict[int, _Words] = {}
-        self._sent: dict[int, int] = {}  # by operation: how often it was
+        self._begun = 0  # what other nodes were told
+        self._sent: dict[int, int] = {}  # by operation: its last turn, which other nodes were told
         self._sums: dict[tuple[torch.dtype, int, int], _Sum] = {}
 
     def begin(self, count: int, stream: Any, ahead: Sequence[Operation] = (), behind: Sequence[Operation] = ()) -> None:
-        """Tell every rank that this one has begun `count`, a number that only grows, between nodes by one; with what
-        else goes to the stream in the same call."""
+        """Tell every rank that this one has begun `count`, a number that only grows; with what else goes to the stream
+        in the same call."""
         runtime = self._runtime
         own = self.bases[runtime.rank] + self._layout.begun_outbox
         inbox = self._layout.begun + 4 * runtime.rank
@@ -115,31 +117,8 @@ class Parts:
         runtime.stream_ops([*ahead, ("write32", own, count & 0xFFFFFFFF), *told, *behind], stream)
         if self._sender is not None:
             word = self._layout.begun_far(runtime.rank)
-            self._sender.send(self._name, (), [(peer, word) for peer in self._far], stream)
-
-    def await_all(self, phase: str, expected: str, lane: Any) -> list[tuple[list[StreamOp], Wait]]:
-        """The waits until all that other nodes send for the operations so far is here, each to be noted behind it."""
-        waits = []
-        for operation in self._sent:
-            landed, has_landed = self._await_landed(operation)
-
-            def judge(seen: bytes, has_landed: Callable[[int, bytes], bool] = has_landed) -> tuple[int, str] | None:
-                return next(((peer, "") for peer in self._far if not has_landed(peer, seen)), None)
-
-            look = (self._words_of(operation).arrived, self._layout.row_bytes)
-            waits.append((landed, Wait(self._far[0], phase, expected, lane, look, judge, _released(landed))))
-        return waits
-
-    def _await_landed(self, operation: int) -> tuple[list[StreamOp], Callable[[int, bytes], bool]]:
-        """The waits for the last parts of an operation from other nodes, and what tells of a rank, by a row of words,
-        whether its own is here."""
-        own, layout, count = self.bases[self._runtime.rank], self._layout, self._sent.get(operation, 0) & 0xFFFFFFFF
-
-        def has_landed(peer: int, row: bytes) -> bool:
-            (seen,) = struct.unpack_from("<I", row, layout.landed(operation, peer) - layout.arrived(operation, 0))
-            return (seen - count) & 0xFFFFFFFF < 1 << 31
-
-        return [("wait32_geq", own + layout.landed(operation, peer), count) for peer in self._far], has_landed
+            self._sender.send(_PARTS, (), [(peer, word, count - self._begun) for peer in self._far], stream)
+            self._begun = count
 
     def await_begun(
         self, count: int, phase: str, expected: str, lane: Any, spoil: Spoil
@@ -204,25 +183,30 @@ class Parts:
         words = self._words_of(operation)
         return [("write32", words.outbox, word), *passed, *words.told]
 
-    def send(self, operation: int, stream: Any, pieces: Callable[[int], Sequence[tuple[int, int, int]]]) -> None:
+    def send(
+        self, operation: int, turn: int, stream: Any, pieces: Callable[[int], Sequence[tuple[int, int, int]]]
+    ) -> None:
         """Bring ranks of other nodes their pieces, and say that they have them, behind `tell` on the stream.
 
         Args:
+            turn: a number that only grows; an operation that is left out in one turn does not matter in the next.
             pieces: what to bring to a rank: (byte there, byte here, number of bytes). Nobody writes to it before all
-                ranks have begun the next session.
+                ranks have begun the next session, which each does behind all that it wants of the last.
         """
         if self._sender is None:
             return
-        self._sent[operation] = self._sent.get(operation, 0) + 1
+        raised = turn - self._sent.get(operation, 0)
+        self._sent[operation] = turn
         rank, layout = self._runtime.rank, self._layout
         told = (layout.arrived(operation, rank), layout.outbox(operation), 4)
         puts = [(peer, *piece) for peer in self._far for piece in [*pieces(peer), told] if piece[2]]
-        words = [(peer, layout.landed(operation, rank)) for peer in self._far]
-        self._sender.send(self._name, puts, words, stream)
+        words = [(peer, layout.landed(operation, rank), raised) for peer in self._far]
+        self._sender.send(_PARTS, puts, words, stream)
 
     def await_arrived(
         self,
         operation: int,
+        turn: int,
         word: int,
         phase: str,
         text: str,
@@ -231,15 +215,18 @@ class Parts:
         lane: Any,
         spoil: Spoil,
     ) -> tuple[list[StreamOp], Wait]:
-        """The wait for every rank's part of an operation that this one has told and sent, to be noted.
+        """The wait for every rank's part of an operation, to be noted.
 
         Args:
+            turn: as in `send`.
             text: what is expected of every rank. what: the same with the name of the call, left as `key` for a rank
                 that came with something else.
         """
-        words, size = self._words_of(operation), self._runtime.size
-        landed, has_landed = self._await_landed(operation)
-        operations = [*landed, *[("wait32_eq", place, word) for place in words.places]]
+        words, size, layout = self._words_of(operation), self._runtime.size, self._layout
+        own, count = self.bases[self._runtime.rank], turn & 0xFFFFFFFF
+        landed = {peer: layout.landed(operation, peer) for peer in self._far}
+        operations: list[StreamOp] = [("wait32_geq", own + place, count) for place in landed.values()]
+        operations += [("wait32_eq", place, word) for place in words.places]
 
         def judge(seen: bytes) -> tuple[int, str] | None:
             arrived = struct.unpack_from(f"<{size}I", seen)
@@ -247,7 +234,10 @@ class Parts:
             for peer in missing:
                 if same_turn(arrived[peer], word):
                     return peer, self._refusal(peer, what, key)
-            missing += [peer for peer in self._far if not has_landed(peer, seen)]
+            for peer, place in landed.items():
+                (raised,) = struct.unpack_from("<I", seen, place - layout.arrived(operation, 0))
+                if (raised - count) & 0xFFFFFFFF >= 1 << 31:
+                    missing.append(peer)
             return (missing[0], "") if missing else None
 
         wait = Wait(

@@ -1,4 +1,4 @@
-"""All-gather sessions between GPUs that reach each other's memory: copy engines, words on streams, one small kernel.
+"""All-gather sessions between GPUs: copy engines, words on streams, one small kernel, and one that sends between nodes.
 
 Gathered tensors lie in the window, at the same offsets on every rank, one behind the other from the start of a session.
 An all-gather copies this rank's part into everybody's window and then a word that says so; whoever wants the tensors
@@ -6,8 +6,8 @@ waits for these words on his stream. A reduce-scatter copies its tensors into th
 word, and one kernel sums what belongs to this rank from all windows, in rank order.
 
 A session overwrites the one before. So a rank tells everybody when it begins one, in the order of its current stream,
-behind all that it has still read and copied in the last; and nobody copies before all have begun. Between nodes it has
-then also got all of the last one: who is told may write again to what it sent.
+behind all that it has still read and copied in the last; and nobody copies before all have begun. So what was sent to
+other nodes may be written again, too: they have got it, or have given that session up.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class CudaSessions(SessionState):
         if sender is not None:
             sender.meet(f"{name}, end of what was sent before")
         if self._window is None or self._window.num_bytes < self._layout.end:
-            self._window = self._runtime.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
+            num_bytes = align(self._layout.end, sizing.BUFFER_ALIGNMENT)
+            self._window = self._runtime.window(num_bytes, ordered=sender is not None)
             self._typed.clear()
         else:
             with self._runtime.on_stream(self._streams["gather"]):
@@ -124,10 +125,6 @@ class CudaSessions(SessionState):
         self._begun_on.clear()
         gather = self._streams["gather"]
         ahead: list[Operation] = [("after", runtime.current_handle()), ("after", self._scatter)]
-        if self._session > 1 and len(self._bases) < runtime.size:
-            phase, last = f"session #{self._session}, begin", self._session - 1
-            for landed, wait in self._parts.await_all(phase, f"all of session #{last}", "gather"):
-                ahead += [*landed, self._watch.note(wait)]
         self._parts.begin(self._session, gather, ahead, [("before", self._scatter)])
 
     def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -163,7 +160,7 @@ class CudaSessions(SessionState):
             gathered.append(whole)
             offsets.append(offset)
         text, word = self._identity("all_gather", kinds, number, offsets)
-        base, rank = self._bases[runtime.rank], runtime.rank
+        base, rank, session = self._bases[runtime.rank], runtime.rank, self._session
         spoil = [(base + offset, runtime.size * n) for offset, n in zip(offsets, kinds.num_bytes, strict=True)]
         stream, pushed = self._streams["gather"], runtime.event()
         begun, waits = self._await_begin("gather", f"all_gather #{number}", spoil)
@@ -183,7 +180,7 @@ class CudaSessions(SessionState):
         operations += [*self._parts.tell(number, word, [gone]), ("record", pushed.handle)]
         # One call: each takes longer than what it puts on the stream.
         runtime.stream_ops(operations, stream)
-        self._parts.send(number, stream, lambda _: own)
+        self._parts.send(number, session, stream, lambda _: own)
         self._parts.count(sum(kinds.num_bytes))
         copied = keep or out is not None
         kept = gathered
@@ -200,7 +197,7 @@ class CudaSessions(SessionState):
                 return
             lane = ("current", runtime.current_handle())
             names = self._names("all_gather", number, text)
-            arrived, arrival = self._parts.await_arrived(number, word, *names, lane, spoil)
+            arrived, arrival = self._parts.await_arrived(number, session, word, *names, lane, spoil)
             operations: list[Operation] = [("await", pushed.handle), *arrived, self._watch.note(arrival)]
             event = runtime.event()
             if not copied:
@@ -228,9 +225,9 @@ class CudaSessions(SessionState):
         offsets = [*accumulate(kinds.room[:-1], initial=self._layout.tensors + free)]
         text, word = self._identity("reduce_scatter", kinds, number, offsets)
         # A part of ours that is no number makes a sum that is none.
-        spoil = [(self._bases[rank] + offset, n) for offset, n in zip(offsets, kinds.num_bytes, strict=True)]
         reduced = [tensor.new_empty(tensor.shape[1:]) for tensor in tensors] if out is None else list(out)
         parts = [(offset, out.nbytes) for offset, out in zip(offsets, reduced, strict=True)]
+        spoil = [(self._bases[rank] + offset + rank * n, n) for offset, n in parts]
 
         def pieces(peer: int) -> list[tuple[int, int, int]]:
             return [(self._parts.incoming(rank, offset, n), offset + peer * n, n) for offset, n in parts]
@@ -238,8 +235,8 @@ class CudaSessions(SessionState):
         stream, done = self._streams["scatter"], runtime.event()
         begun, waits = self._await_begin("scatter", f"reduce_scatter #{number}", spoil)
         copies: list[CopyOp] = [
-            ("copy", address, tensor.data_ptr(), num_bytes)
-            for tensor, (address, num_bytes) in zip(tensors, spoil, strict=True)
+            ("copy", self._bases[rank] + offset, tensor.data_ptr(), num_bytes)
+            for tensor, offset, num_bytes in zip(tensors, offsets, kinds.num_bytes, strict=True)
             if num_bytes
         ]
         names = self._names("reduce_scatter", number, text)
@@ -248,8 +245,8 @@ class CudaSessions(SessionState):
         if len(self._bases) < runtime.size:
             runtime.stream_ops(operations, stream)
             operations = []
-            self._parts.send(number, stream, pieces)
-        arrived, arrival = self._parts.await_arrived(number, word, *names, "scatter", spoil)
+            self._parts.send(number, self._session, stream, pieces)
+        arrived, arrival = self._parts.await_arrived(number, self._session, word, *names, "scatter", spoil)
         runtime.stream_ops([*operations, *arrived, self._watch.note(arrival)], stream)
         for offset, target in zip(offsets, reduced, strict=True):
             self._parts.sum(offset, target, scale, self._num_sms, stream)

@@ -299,7 +299,7 @@ class CudaShards:
         def complete() -> Any:
             lane, after = ("current", runtime.current_handle()), runtime.event()
             what, key = f"all-gather of {text}", f"gather {turn}"
-            arrived, arrival = ring.parts.await_arrived(number, word, name, text, what, key, lane, spoil)
+            arrived, arrival = ring.parts.await_arrived(number, turn + 1, word, name, text, what, key, lane, spoil)
             waited: list[Operation] = [("await", pushed.handle), *arrived, self._watch.note(arrival)]
             if target is not None:
                 waited.append(("copy", target.data_ptr(), own, num_bytes))
@@ -332,7 +332,7 @@ class CudaShards:
         stream, done = self._sum_stream, runtime.event()
         read, waits = self._await_read(ring, turn) if copied else ([], [])
         what, key = f"reduce-scatter of {text}", f"sum {turn}"
-        arrived, arrival = ring.parts.await_arrived(number, word, name, text, what, key, "sums", spoil)
+        arrived, arrival = ring.parts.await_arrived(number, turn + 1, word, name, text, what, key, "sums", spoil)
         *passed, here = self._watch.note_all([*waits, arrival])
         operations: list[Operation] = [("after", runtime.current_handle()), *read, *passed]
         if copied:

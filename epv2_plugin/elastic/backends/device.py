@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import glob
 import importlib
+import logging
 import os
 import secrets
 import sys
@@ -96,8 +97,9 @@ class Runtime(Protocol):
     description: dict[str, Any]
     meeting: Meeting
 
-    def window(self, num_bytes: int) -> Window:
-        """Zeroed memory that peers reach (collective)."""
+    def window(self, num_bytes: int, ordered: bool = False) -> Window:
+        """Zeroed memory that peers reach (collective). `ordered`: kernels may raise words of it at ranks of other
+        nodes, behind what they have put there; the network must keep that order, which takes some of its speed."""
 
     def host_window(self, num_bytes: int) -> Window:
         """Zeroed page-locked memory of the host that kernels of all ranks of the node reach (collective).
@@ -189,7 +191,11 @@ CopyOp = tuple[str, int, int, int]  # ("copy", target, source, number of bytes),
 # ("record", event), ("await", event). Streams and events by their handles.
 OrderOp = tuple[str, int]
 
+logger = logging.getLogger("epv2_plugin")
+
 _PHASE = "creation of the buffer"
+_REST_SECONDS = 5.0
+_left: list[CudaRuntime] = []  # what can't be closed, as a stream still uses it
 _runtimes_made: dict[str, int] = {}
 _functions: dict[tuple[Kernel, int], _C.Function] = {}
 
@@ -359,7 +365,7 @@ class CudaRuntime:
                 'node by node, or use backend "host"'
             )
 
-    def window(self, num_bytes: int) -> _CudaWindow:
+    def window(self, num_bytes: int, ordered: bool = False) -> _CudaWindow:
         _refuse_capture("a window of symmetric memory")
         made: list[_C.Window] = []
 
@@ -375,7 +381,7 @@ class CudaRuntime:
             sizes = self.meeting.agree(f"window {self._windows}", allocate)
             if len(set(sizes)) > 1:
                 raise ValueError(f"a window must have the same size on all ranks, got {', '.join(sizes)} bytes by rank")
-            made[0].register()
+            made[0].register(ordered)
         except BaseException:
             for raw in made:
                 raw.close()
@@ -566,6 +572,14 @@ class CudaRuntime:
         self._closed = True
         assert self._communicator is not None
         if abandon:
+            if not self._rests():
+                logger.warning(
+                    "epv2: rank %d leaves its buffers to the end of the process: what it sends to another node does "
+                    "not end, and whoever waits for the device, or for NCCL, would wait for it",
+                    self.rank,
+                )
+                _left.append(self)
+                return
             self._communicator.abort()
         with contextlib.ExitStack() as steps:  # a step that fails must not keep the others from happening
             for mapped in self._mapped:
@@ -574,6 +588,17 @@ class CudaRuntime:
             for stream in self._own_streams:
                 steps.callback(stream.close)
             steps.callback(torch.cuda.synchronize, self.device)
+
+    def _rests(self) -> bool:
+        """Whether this object's own streams come to an end soon. A kernel that sends waits where the network takes no
+        more, which it may never do again once a peer is gone."""
+        streams = [torch.cuda.ExternalStream(stream.pointer, self.device) for stream in self._own_streams]
+        deadline = time.monotonic() + _REST_SECONDS
+        while not all(stream.query() for stream in streams):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
 
     def _release_communicator(self) -> None:
         assert self._communicator is not None

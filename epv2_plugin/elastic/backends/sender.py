@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 from collections.abc import Sequence
 from typing import Any
 
-from epv2_plugin.elastic.backends.device import Put, Runtime, Window, node_of
+from epv2_plugin.elastic.backends.device import Put, Runtime, StreamOp, Window, node_of
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.jit import kernels
 
 _AT_ONCE = 32  # puts, and words, of a launch
 _THREADS = 32
-_PUT, _WORD = struct.Struct("<3Qi4x"), struct.Struct("<Qi4x")
+_PUT, _WORD = struct.Struct("<3Qi4x"), struct.Struct("<2Qi4x")
 
-# (rank, byte in its part of the window): 64 bits, at a multiple of 8, that only one other rank raises
-Word = tuple[int, int]
+# (rank, byte in its part of the window, by how much): 64 bits, at a multiple of 8, that only one other rank raises
+Word = tuple[int, int, int]
 
 
 class Sender:
@@ -41,29 +42,38 @@ class Sender:
 
     def __init__(self, runtime: Runtime, watch: Watch):
         self._runtime, self._watch = runtime, watch
+
+        def prepare() -> str:
+            runtime.prepare(kernels.SEND)
+            return ""
+
+        runtime.meeting.agree("sender", prepare)
         # One context: what is put to a rank, on whatever stream, comes before the words that are raised there later.
+        # (Nobody uses its signal: a network has one at least.)
         self._network = runtime.network(num_signals=1, num_contexts=1, rail=False)
         self._args = kernels.args_type(kernels.SEND)
-        runtime.prepare(kernels.SEND)
         self._stream = runtime.new_stream()
         self._windows: dict[str, Window] = {}
-        self._raised: dict[str, dict[Word, int]] = {}  # by window: how often
+        self._raised: dict[str, dict[tuple[int, int], int]] = {}  # by window: words, as (rank, byte), and to what
+        self._lock = threading.Lock()  # receives that come first are put on their streams by another thread
         self._meetings = 0
 
     def enroll(self, name: str, window: Window) -> None:
-        """Send to `window` from now on, instead of the last of that name; its words are zero. Between two of the same
-        name, `meet`."""
-        self._windows[name], self._raised[name] = window, {}
+        """Send to `window`, which is `ordered`, from now on, instead of the last of that name; its words are zero.
+        Between two of the same name, `meet`."""
+        with self._lock:
+            self._windows[name], self._raised[name] = window, {}
 
     def send(self, name: str, puts: Sequence[Put], words: Sequence[Word], stream: Any) -> None:
-        """Copy from this rank's part of a window to those of ranks of other nodes, then add one to words there.
+        """Copy from this rank's part of a window to those of ranks of other nodes, then add to words there.
 
         A peer that sees its word raised has all that this rank has put there before. That the sources may be written
         again, only peers can tell.
         """
-        window, raised = self._windows[name], self._raised[name]
-        for word in words:
-            raised[word] = raised.get(word, 0) + 1
+        with self._lock:
+            window, raised = self._windows[name], self._raised[name]
+            for peer, at, value in words:
+                raised[peer, at] = raised.get((peer, at), 0) + value
         # Words behind all puts: the first of them go with the last of these.
         launches = [(puts[i : i + _AT_ONCE], words[:0]) for i in range(0, max(1, len(puts)), _AT_ONCE)]
         launches[-1] = (launches[-1][0], words[:_AT_ONCE])
@@ -73,7 +83,7 @@ class Sender:
                 network=self._network,
                 window=window.handle,
                 puts=b"".join([_PUT.pack(*put[1:], put[0]) for put in some]).ljust(_AT_ONCE * _PUT.size, b"\0"),
-                signals=b"".join([_WORD.pack(at, peer) for peer, at in told]).ljust(_AT_ONCE * _WORD.size, b"\0"),
+                signals=b"".join([_WORD.pack(*word[1:], word[0]) for word in told]).ljust(_AT_ONCE * _WORD.size, b"\0"),
                 num_puts=len(some),
                 num_signals=len(told),
             )
@@ -83,32 +93,32 @@ class Sender:
         """Return when all that any rank has given to its streams to send has landed (collective)."""
         runtime, rank = self._runtime, self._runtime.rank
         self._meetings += 1
-        told = {
-            name: [[peer, at, count] for (peer, at), count in words.items()] for name, words in self._raised.items()
-        }
-        far, name = next(peer for peer in range(runtime.size) if peer not in node_of(runtime)), f"sent/{self._meetings}"
-        expected = "what other nodes have sent"
+        with self._lock:
+            told = {name: [[*word, to] for word, to in words.items()] for name, words in self._raised.items()}
+        far, expected = (
+            next(peer for peer in range(runtime.size) if peer not in node_of(runtime)),
+            "what others have sent",
+        )
         everybody = runtime.meeting.agree(
-            name, lambda: json.dumps(told), phase, lambda: self._watch.heed(far, phase, expected)
+            f"sent/{self._meetings}", lambda: json.dumps(told), phase, lambda: self._watch.heed(far, phase, expected)
         )
         waits = []
         for peer, text in enumerate(everybody):
-            for name, words in json.loads(text).items():
-                for target, at, count in words:
-                    if target == rank:
-                        waits.append(self._await(peer, self._windows[name].peer_pointer(rank, at), count, phase))
+            here = [
+                ("wait32_geq", self._windows[name].peer_pointer(rank, at), to & 0xFFFFFFFF)
+                for name, words in json.loads(text).items()
+                for target, at, to in words
+                if target == rank
+            ]
+            if here:
+                waits.append(self._await(peer, here, phase))
         for wait in waits:
             self._watch.finish(wait)
 
-    def _await(self, peer: int, address: int, count: int, phase: str) -> Wait:
-        """Let this object's own stream wait for a word."""
-        count &= 0xFFFFFFFF
-
-        def judge(words: bytes) -> tuple[int, str] | None:
-            (seen,) = struct.unpack("<I", words)
-            return None if (seen - count) & 0xFFFFFFFF < 1 << 31 else (peer, "")
-
-        release = [("write32", address, count)]
-        wait = Wait(peer, phase, f"what rank {peer} has sent", "meet", (address, 4), judge, release)
-        self._runtime.stream_ops([("wait32_geq", address, count), self._watch.note(wait)], self._stream)
+    def _await(self, peer: int, words: list[StreamOp], phase: str) -> Wait:
+        """Let this object's own stream wait for a peer's words."""
+        release = [("write32", address, value) for _, address, value in words]
+        # There is nothing that could be seen but that it has not come: nothing else is on this stream.
+        wait = Wait(peer, phase, f"what rank {peer} has sent", "meet", (words[0][1], 4), lambda _: (peer, ""), release)
+        self._runtime.stream_ops([*words, self._watch.note(wait)], self._stream)
         return wait

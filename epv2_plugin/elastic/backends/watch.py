@@ -32,9 +32,9 @@ from epv2_plugin.elastic.errors import CommunicationError, CommunicationTimeout
 _WORDS = 4096  # waits under way
 _TICK = 0.02  # seconds between two looks at the words
 _PATIENCE = 0.5  # seconds before a wait is looked into, and between two such looks
-_NOTICE_SECONDS = 1.25  # in which the others see a notice, before streams go on here as if all were well
-_SCOUT_SECONDS = 2.0
-_SPOILED_BYTES = 2048  # of each piece of memory that are spoiled where the device can't be asked to fill it
+_NOTICE_SECONDS = 2.0  # in which the others see a notice, before streams go on here as if all were well
+_SCOUT_SECONDS = 0.5  # in which a device that is not held up answers
+_SPOILED_WORDS = 512  # of each piece of memory that are spoiled where the device can't be asked to fill it
 _LOOK_BYTES = 64  # that a wait looks at, at most, for each rank
 _FAILED = "failed"  # key of what the first rank to give up has to say
 
@@ -47,6 +47,7 @@ class Wait:
         peer, phase, expected: as in `CommunicationError`.
         lane: names the stream; waits of one lane pass in the order in which they were noted.
         look: own control words (address, bytes) that tell how the wait stands. None: nothing of a peer is waited for.
+            also: more of them, behind those.
         judge: of these words: None if they end the wait, else (peer that is missing, what came of it or "").
         release: writes that end it. spoil: memory (address, bytes) to fill with 0xFF before.
         keep: what must live until it has passed.
@@ -61,6 +62,7 @@ class Wait:
     judge: Callable[[bytes], tuple[int, str] | None] = lambda _: None
     release: Sequence[StreamOp] = ()
     spoil: Sequence[tuple[int, int]] = ()
+    also: tuple[int, int] | None = None
     keep: tuple[Any, ...] = ()
     done: bool = False
     spoiled: bool = False
@@ -281,16 +283,22 @@ class Watch:
                 return
 
     def _judge(self, wait: Wait) -> tuple[int, str] | None:
-        return None if wait.look is None else wait.judge(self._read(*wait.look))
+        if wait.look is None:
+            return None
+        return wait.judge(self._read([wait.look] if wait.also is None else [wait.look, wait.also]))
 
-    def _read(self, address: int, num_bytes: int) -> bytes:
+    def _read(self, places: Sequence[tuple[int, int]]) -> bytes:
         """Own memory as it is now, past whatever other streams wait for; zeros if the device does not answer."""
         self._looks += 1
+        num_bytes = sum(count for _, count in places)
         number, words = self._looks, self._scratch.tensor[:4].view(torch.int32)
 
         def copy() -> None:
             with self._runtime.on_stream(self._stream):
-                self._runtime.copy(self._scratch.pointer + 8, address, num_bytes)
+                into = self._scratch.pointer + 8
+                for address, count in places:
+                    self._runtime.copy(into, address, count)
+                    into += count
                 self._runtime.stream_ops([("write32", self._scratch.pointer, number)])
 
         deadline = time.monotonic() + _SCOUT_SECONDS
@@ -309,16 +317,21 @@ class Watch:
                 self._runtime.stream_ops(wait.release, self._stream)
         spoil = [part for wait in heads if not wait.spoiled for part in wait.spoil]
 
+        late = False
+
         def fill() -> None:
             with self._runtime.on_stream(self._stream):
                 for address, num_bytes in spoil:
+                    if late:  # it may be somebody else's memory by now
+                        return
                     self._runtime.fill(address, 0xFF, num_bytes)
 
         if spoil and not self._scout.send(fill, _SCOUT_SECONDS):
+            late = True
             ones = [
                 ("write32", address + at, 0xFFFFFFFF)
                 for address, num_bytes in spoil
-                for at in range(-address % 4, min(num_bytes, _SPOILED_BYTES) - 3, 4)
+                for at in range(-address % 4, num_bytes - 3, max(4, num_bytes // _SPOILED_WORDS // 4 * 4))
             ]
             self._runtime.stream_ops(ones, self._stream)
         for wait in heads:
@@ -367,17 +380,22 @@ class _Scout:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._rests = threading.Event()
         self._rests.set()
+        self._held = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="epv2 scout", daemon=True)
         self._thread.start()
 
     def send(self, work: Callable[[], None], seconds: float) -> bool:
         """Let it do `work`, unless it is still at work; whether it was done within `seconds`. Raises what that did."""
+        if self._held and not self._rests.is_set():  # it was waited for once
+            return False
         if not self._rests.wait(seconds):
+            self._held = True
             return False
         self._rests.clear()
         self._work.put(work)
         done = self._rests.wait(seconds)
+        self._held = not done and seconds > 0
         if done and (error := self._error) is not None:
             self._error = None
             raise error
