@@ -166,7 +166,7 @@ def test_nccl_headers_are_looked_for_in_this_order(bare, monkeypatch):
         shutil.rmtree(include)
     with pytest.raises(ToolchainError) as caught:
         toolchain.find_nccl()
-    assert caught.value.mend == "pip install 'nvidia-nccl-cu13>=2.30.4'"
+    assert caught.value.mend == "pip install 'nvidia-nccl-cu13>=2.30.5'"
     for found, include in places.items():
         assert f"{found} has no nccl.h in {include}" in caught.value.reason
 
@@ -179,7 +179,7 @@ def test_nccl_that_is_too_old(bare, monkeypatch):
         toolchain.find_nccl()
     assert str(caught.value) == (
         f"NCCL 2.29.7 ({include}, NCCL_HOME={bare}) has no device API for these kernels: 2.30.0 or newer is needed: "
-        "pip install 'nvidia-nccl-cu12>=2.30.4'"
+        "pip install 'nvidia-nccl-cu12>=2.30.5'"
     )
 
 

@@ -126,7 +126,7 @@ def test_no_nccl(fakes: Fakes) -> None:
     script = "refused(_C.load_nccl, ['/nowhere/libnccl.so.2']); refused(_C.unique_id); refused(_C.nccl_version)"
     lines, _ = fakes.run(script, nccl=False)
     assert "has not loaded libnccl.so.2, it is not at /nowhere/libnccl.so.2, and the loader finds none (lib" in lines[0]
-    assert re.search(r"pip install 'nvidia-nccl-cu1\d>=2.30.4', then rebuild: pip install --no-build-isol", lines[0])
+    assert re.search(r"pip install 'nvidia-nccl-cu1\d>=2.30.5', then rebuild: pip install --no-build-isol", lines[0])
     assert "has not loaded libnccl.so.2, and the loader finds none" in lines[1]
     assert lines[1] == lines[2]
 

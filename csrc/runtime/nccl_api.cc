@@ -38,7 +38,7 @@ Library find_library(const std::vector<std::string>& paths) {
   if (auto library = Library::open(kName, reason)) return *library;
   throw Error("no NCCL: this process has not loaded " + std::string(kName) +
               (paths.empty() ? "" : ", it is not at " + joined(paths)) + ", and the loader finds none (" + reason +
-              "). Install it: pip install '" + kWheel + ">=2.30.4', then rebuild: " + kRebuild);
+              "). Install it: pip install '" + kWheel + ">=2.30.5', then rebuild: " + kRebuild);
 }
 
 // How to get another library than the loaded one in front of torch's.
@@ -57,7 +57,7 @@ void check_version(int code, const std::string& path, const std::vector<std::str
   const std::string headers = nccl_version_text(NCCL_VERSION_CODE);
   if (code < kOldest)
     throw Error(found + " is too old: 2.30 or newer is needed. Install it: pip install '" + kWheel +
-                ">=2.30.4', then rebuild: " + kRebuild + ". " + preload_hint(paths, path));
+                ">=2.30.5', then rebuild: " + kRebuild + ". " + preload_hint(paths, path));
   const bool fits = code < kAnyHeaders ? code == NCCL_VERSION_CODE : code >= NCCL_VERSION_CODE;
   if (!fits)
     throw Error(found + " does not fit: epv2_plugin was compiled with the headers of NCCL " + headers +

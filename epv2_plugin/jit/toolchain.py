@@ -190,7 +190,7 @@ def loaded_nccl_version() -> str:
 
 def nccl_mend() -> str:
     """The command that brings an NCCL that will do."""
-    return f"pip install 'nvidia-nccl-cu{_cuda().split('.')[0]}>=2.30.4'" + _or_make("NCCL_HOME", "nccl")
+    return f"pip install 'nvidia-nccl-cu{_cuda().split('.')[0]}>=2.30.5'" + _or_make("NCCL_HOME", "nccl")
 
 
 def wheel_folders(name: str) -> list[Path]:

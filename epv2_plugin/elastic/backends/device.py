@@ -719,7 +719,7 @@ def load_compiled() -> ModuleType:
     except ModuleNotFoundError as error:
         raise RuntimeError(
             "epv2_plugin was installed without its compiled part, because the headers of NCCL or CUDA were not found. "
-            "Install them (pip install 'nvidia-nccl-cu13>=2.30.4' nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl,"
+            "Install them (pip install 'nvidia-nccl-cu13>=2.30.5' nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl,"
             " or set NCCL_HOME and CUDA_HOME), then rebuild in the checkout: "
             "pip install setuptools pybind11 && pip install --no-build-isolation --no-deps -e ."
         ) from error

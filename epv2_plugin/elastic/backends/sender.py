@@ -95,10 +95,8 @@ class Sender:
         self._meetings += 1
         with self._lock:
             told = {name: [[*word, to] for word, to in words.items()] for name, words in self._raised.items()}
-        far, expected = (
-            next(peer for peer in range(runtime.size) if peer not in node_of(runtime)),
-            "what others have sent",
-        )
+        far = next(peer for peer in range(runtime.size) if peer not in node_of(runtime))
+        expected = "what other nodes have sent"
         everybody = runtime.meeting.agree(
             f"sent/{self._meetings}", lambda: json.dumps(told), phase, lambda: self._watch.heed(far, phase, expected)
         )

@@ -316,7 +316,6 @@ class Watch:
             if wait.release and wait.spoiled:
                 self._runtime.stream_ops(wait.release, self._stream)
         spoil = [part for wait in heads if not wait.spoiled for part in wait.spoil]
-
         late = False
 
         def fill() -> None:
@@ -390,7 +389,7 @@ class _Scout:
         if self._held and not self._rests.is_set():  # it was waited for once
             return False
         if not self._rests.wait(seconds):
-            self._held = True
+            self._held = seconds > 0
             return False
         self._rests.clear()
         self._work.put(work)
