@@ -542,3 +542,24 @@ def test_a_sum_that_failed_does_not_look_like_one(kind: str) -> None:
     _, (said, finite) = harness.run(2, sum_of_nobody, kind, timeout=60)
     assert "rank 1, waiting for rank 0 in reduce_scatter #0 of session #1" in said
     assert finite < 4096
+
+
+def begins_alone(rank: int, size: int, kind: str) -> str:
+    """Rank 0 begins a session and configures another, while rank 1 is gone."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=2)
+    buffer.agrs_set_config(1 << 16, 4)
+    if rank == 1:
+        time.sleep(8)
+        return ""
+    with buffer.agrs_new_session():
+        pass
+    try:
+        buffer.agrs_set_config(1 << 16, 4)
+    except CommunicationError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_session_that_others_do_not_begin_ends() -> None:
+    said, _ = harness.run(2, begins_alone, NODES, timeout=60)
+    assert "rank 0, waiting for rank 1 in agrs_set_config" in said

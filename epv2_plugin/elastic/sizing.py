@@ -417,17 +417,20 @@ class SessionLayout:
     """Where all-gather sessions keep their words and tensors: offsets in the window.
 
     Attributes:
-        begun: words of the ranks: the session that each has begun. Between nodes (`far`) as many of 64 bits behind
-            them, which ranks of other nodes raise. begun_outbox: this rank's, for the others to get.
-        row_bytes: of such words of all ranks. tensors: where gathered tensors begin. incoming: as much, for what is on
-            its way between nodes; none in one node. end: behind the last.
+        begun: words of the ranks: the session that each has begun. Between nodes (`far`) twice as many of 64 bits
+            behind them, which ranks of other nodes raise. begun_bytes: of all these. begun_outbox: this rank's, for
+            the others to get.
+        row_bytes: of the words about an operation. tensors: where gathered tensors begin. incoming: as much, for what
+            is on its way between nodes; none in one node. end: behind the last.
     """
 
     def __init__(self, *, num_ranks: int, max_operations: int, max_session_bytes: int, far: bool = False):
         self._far_words = align(4 * num_ranks, 8)
         self.row_bytes = self._far_words + 8 * num_ranks if far else 4 * num_ranks
         sections = _Sections(0)
-        self.begun, self.begun_outbox = sections.take(self.row_bytes), sections.take(4)
+        self._num_ranks = num_ranks
+        self.begun_bytes = self.row_bytes + (8 * num_ranks if far else 0)
+        self.begun, self.begun_outbox = sections.take(self.begun_bytes), sections.take(4)
         self._arrived = sections.take(self.row_bytes * max_operations)
         self._outbox = sections.take(4 * max_operations)
         self.tensors = align(sections.end, RING_ALIGNMENT)
@@ -437,6 +440,10 @@ class SessionLayout:
     def begun_far(self, rank: int) -> int:
         """How many sessions `rank`, of another node, has begun; 64 bits."""
         return self.begun + self._far_words + 8 * rank
+
+    def ready(self, rank: int) -> int:
+        """How many of them `rank`, of another node, has seen other nodes begin; likewise."""
+        return self.begun_far(rank) + 8 * self._num_ranks
 
     def arrived(self, operation: int, rank: int) -> int:
         """What says that `rank`'s part of an operation is here."""

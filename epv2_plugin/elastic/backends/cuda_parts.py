@@ -103,7 +103,7 @@ class Parts:
         turns = [(runtime.rank + step) % runtime.size for step in range(1, runtime.size)]
         self._others = [self.bases[peer] for peer in turns if peer in self._node]
         self._words: dict[int, _Words] = {}
-        self._begun = 0  # what other nodes were told
+        self._begun = self._ready = 0  # what other nodes were told
         self._sent: dict[int, int] = {}  # by operation: its last turn, which other nodes were told
         self._sums: dict[tuple[torch.dtype, int, int], _Sum] = {}
 
@@ -120,35 +120,63 @@ class Parts:
             self._sender.send(_PARTS, (), [(peer, word, count - self._begun) for peer in self._far], stream)
             self._begun = count
 
+    def ready(self, count: int, stream: Any) -> None:
+        """Tell ranks of other nodes that all of them have begun `count`, as this rank sees it: what they sent here
+        before has landed, also what nobody waited for, and can't come on top of what they send next.
+
+        Nothing in one node, where copies keep their order.
+        """
+        if self._sender is None:
+            return
+        runtime, layout = self._runtime, self._layout
+        own, value = self.bases[runtime.rank], count & 0xFFFFFFFF
+        places = {peer: layout.begun_far(peer) for peer in self._far}
+        begun: list[StreamOp] = [("wait32_geq", own + place, value) for place in places.values()]
+        phase, expected = f"{self._name}, begin #{count}", "other nodes to begin, too"
+        look = (own + layout.begun, layout.begun_bytes)
+        wait = Wait(self._far[0], phase, expected, "ready", look, self._judge(places, value), _released(begun))
+        passed = self._watch.note(wait)
+        wait.since += self._watch.timeout_seconds  # an operation that waits for the same says more
+        runtime.stream_ops([*begun, passed], stream)
+        word = layout.ready(runtime.rank)
+        self._sender.send(_PARTS, (), [(peer, word, count - self._ready) for peer in self._far], stream)
+        self._ready = count
+
     def await_begun(
         self, count: int, phase: str, expected: str, lane: Any, spoil: Spoil
     ) -> tuple[list[StreamOp], Wait]:
-        """The wait until every rank has begun `count`, to be noted."""
+        """The wait until every rank has begun `count`, those of other nodes `ready`, to be noted."""
         own, layout = self.bases[self._runtime.rank], self._layout
-        places = {
-            peer: layout.begun + 4 * peer if peer in self._node else layout.begun_far(peer) for peer in self._peers
-        }
+        near = {peer: layout.begun + 4 * peer for peer in self._near}
+        ready = {peer: layout.ready(peer) for peer in self._far}
         count &= 0xFFFFFFFF
-        operations: list[StreamOp] = [("wait32_geq", own + place, count) for place in places.values()]
-
-        def judge(words: bytes) -> tuple[int, str] | None:
-            for peer, place in places.items():
-                (begun,) = struct.unpack_from("<I", words, place - layout.begun)
-                if (begun - count) & 0xFFFFFFFF >= 1 << 31:
-                    return peer, ""
-            return None
-
+        operations: list[StreamOp] = [("wait32_geq", own + place, count) for place in [*near.values(), *ready.values()]]
+        # Who has not begun comes before who is not ready: that one may be waiting for him.
+        first = self._judge({**near, **{peer: layout.begun_far(peer) for peer in self._far}}, count)
+        second = self._judge(ready, count)
         wait = Wait(
             self._peers[0] if self._peers else self._runtime.rank,
             phase,
             expected,
             lane,
-            look=(own + layout.begun, layout.row_bytes),
-            judge=judge,
+            look=(own + layout.begun, layout.begun_bytes),
+            judge=lambda words: first(words) or second(words),
             release=_released(operations),
             spoil=[each for each in spoil if each[1]],
         )
         return operations, wait
+
+    def _judge(self, places: dict[int, int], count: int) -> Callable[[bytes], tuple[int, str] | None]:
+        """What tells by the words about begins which rank's, at `places`, is not at `count` yet."""
+
+        def judge(words: bytes) -> tuple[int, str] | None:
+            for peer, place in places.items():
+                (seen,) = struct.unpack_from("<I", words, place - self._layout.begun)
+                if (seen - count) & 0xFFFFFFFF >= 1 << 31:
+                    return peer, ""
+            return None
+
+        return judge
 
     def push(self, tensor: torch.Tensor, offset: int) -> list[CopyOp]:
         """Copies of `tensor`, this rank's part, to where it belongs in the node's windows: behind those of the ranks

@@ -6,8 +6,9 @@ waits for these words on his stream. A reduce-scatter copies its tensors into th
 word, and one kernel sums what belongs to this rank from all windows, in rank order.
 
 A session overwrites the one before. So a rank tells everybody when it begins one, in the order of its current stream,
-behind all that it has still read and copied in the last; and nobody copies before all have begun. So what was sent to
-other nodes may be written again, too: they have got it, or have given that session up.
+behind all that it has still read and copied in the last; and nobody copies before all have begun. Between nodes a rank
+says once more that it has seen all others begin: what they sent here for the last session, also one that they gave up,
+has landed, and can't come on top of what they send next.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ class CudaSessions(SessionState):
         gather = self._streams["gather"]
         ahead: list[Operation] = [("after", runtime.current_handle()), ("after", self._scatter)]
         self._parts.begin(self._session, gather, ahead, [("before", self._scatter)])
+        self._parts.ready(self._session, gather)
 
     def own_slots(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
         self._check_active(True, "agrs_get_inplace_tensor")
