@@ -199,7 +199,7 @@ def _noise_sentence(arm: str, difference: LossDifference, run: Run, noise: LossD
     }
     at_step = max(ratios, key=lambda step: ratios[step])
     times = ratios[at_step]
-    if times <= 1:
+    if round(times, 1) <= 1:  # as far apart, where ours rounds as the yardstick does
         return f"Losses agree within rounding noise at each of {difference.steps} steps: {detail}."
     at = f"{times:.1f} times the rounding noise up to step {band[at_step].up_to}"
     if times <= CHANCE:
