@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,22 @@ def make_buffer(kind: str, **options: Any) -> ElasticBuffer:
         return emulated_buffer(per_node=int(per_node or 0), **options)
     take_device()
     return ElasticBuffer(dist.group.WORLD, backend="cuda", **options)
+
+
+def hold_up(made: Any) -> threading.Event:
+    """Let an emulated device do no copy or fill for another thread until the event is set, as a driver may while this
+    one copies to pageable memory."""
+    over = threading.Event()
+    for name in ("copy", "fill"):
+        call = getattr(made.runtime, name)
+
+        def held(*arguments: Any, call: Callable[..., None] = call) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                over.wait()
+            call(*arguments)
+
+        setattr(made.runtime, name, held)
+    return over
 
 
 class EmulatedCarrier(CudaCarrier):

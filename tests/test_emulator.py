@@ -436,8 +436,8 @@ WRONG_CALLS = {
     31: "network_put: 0 bytes; must be at least 1",
     32: "network_signal_word: offset 12 is not a multiple of 8",
     33: r"network_signal_word: peer \d is on this node",
-    35: "network_signal_word: the window is not one that the network keeps in order",
     34: "network_leave: 12345 is no communicator of a network",
+    35: "network_signal_word: the window is not one that the network keeps in order",
 }
 
 

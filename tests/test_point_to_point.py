@@ -33,7 +33,7 @@ from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends import cuda_p2p
 from epv2_plugin.elastic.errors import UnavailableError
 from tests import harness
-from tests.buffers import KINDS, make_buffer, settle
+from tests.buffers import KINDS, hold_up, make_buffer, settle
 from tests.harness import Pool
 
 NODES = "emulated/2"  # across nodes: 2 x 2 of four ranks, of 1 each else
@@ -533,17 +533,7 @@ def copied_to_the_host(rank: int, size: int, kind: str) -> tuple[str, bool, floa
         time.sleep(15)
         return "", False, 0
     buffer.pp_recv(into, 1)
-    over = threading.Event()
-    if kind != "cuda":
-        for name in ("copy", "fill"):
-            call = getattr(buffer.runtime, name)
-
-            def held(*arguments: Any, call: Callable[..., None] = call) -> None:
-                if threading.current_thread() is not threading.main_thread():
-                    over.wait()
-                call(*arguments)
-
-            setattr(buffer.runtime, name, held)
+    over = threading.Event() if kind == "cuda" else hold_up(buffer)
     event = buffer.pp_recv(into, 1, async_with_compute_stream=True)
     begin = time.monotonic()
     try:

@@ -6,10 +6,8 @@ import contextlib
 import itertools
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from hypothesis import strategies as st
 from epv2_plugin import BufferSizeError, CommunicationError, ElasticBuffer
 from epv2_plugin.elastic import autograd, sizing
 from tests import harness
-from tests.buffers import KINDS, SMS, make_buffer, settle
+from tests.buffers import KINDS, SMS, hold_up, make_buffer, settle
 from tests.harness import Pool
 
 NODES = "emulated/2"  # across nodes: 2 x 2 of four ranks, of 1 each else
@@ -512,16 +510,7 @@ def sum_of_nobody(rank: int, size: int, kind: str) -> tuple[str, int]:
     """Rank 1 sums what rank 0 never brings, while the device is held up for all but words; numbers that it has then."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=3)
     buffer.agrs_set_config(1 << 20, 4)
-    over = threading.Event()
-    for name in ("copy", "fill"):
-        call = getattr(buffer.runtime, name)
-
-        def held(*arguments: Any, call: Callable[..., None] = call) -> None:
-            if threading.current_thread() is not threading.main_thread():
-                over.wait()
-            call(*arguments)
-
-        setattr(buffer.runtime, name, held)
+    over = hold_up(buffer)
     with contextlib.suppress(CommunicationError), buffer.agrs_new_session():
         if rank == 0:
             time.sleep(7)

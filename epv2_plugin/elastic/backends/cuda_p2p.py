@@ -114,6 +114,11 @@ def same_turn(word: int, other: int) -> bool:
     return word & 255 == other & 255
 
 
+def reached(word: int, count: int) -> bool:
+    """Whether a word of 32 bits that only grows, and begins again, is at `count` or behind it."""
+    return (word - count) & 0xFFFFFFFF < 1 << 31
+
+
 class _Link:
     """One way between this rank and a peer on a channel. What every transfer needs to know is looked up here once.
 
@@ -528,7 +533,7 @@ class CudaPointToPoint:
                 return (peer, header_text(seen) if same_turn(first, ready) else "")
             if not link.near:  # of the network a record says nothing but what comes: it may be here alone
                 (landed,) = struct.unpack_from("<I", seen, len(seen) - 4)
-                return None if (landed - count) & 0xFFFFFFFF < 1 << 31 else (peer, "")
+                return None if reached(landed, count) else (peer, "")
             return None if all(other == ready for other in others) else (peer, "")
 
         # What is copied then must not look like a result, nor what was copied before.
@@ -582,7 +587,7 @@ class CudaPointToPoint:
 
         def judge(words: bytes) -> tuple[int, str] | None:
             (seen,) = struct.unpack("<I", words)
-            return None if (seen - count) & 0xFFFFFFFF < 1 << 31 else (peer, "")
+            return None if reached(seen, count) else (peer, "")
 
         wait.look, wait.judge, wait.release = (address, 4), judge, [("write32", address, count)]
         return ("wait32_geq", address, count)

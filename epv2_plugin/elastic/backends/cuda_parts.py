@@ -18,7 +18,7 @@ import torch
 
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import Traffic, describe_kind
-from epv2_plugin.elastic.backends.cuda_p2p import same_turn
+from epv2_plugin.elastic.backends.cuda_p2p import reached, same_turn
 from epv2_plugin.elastic.backends.device import CopyOp, OrderOp, Runtime, StreamOp, Window, node_of
 from epv2_plugin.elastic.backends.sender import Sender
 from epv2_plugin.elastic.backends.watch import Wait, Watch
@@ -172,7 +172,7 @@ class Parts:
         def judge(words: bytes) -> tuple[int, str] | None:
             for peer, place in places.items():
                 (seen,) = struct.unpack_from("<I", words, place - self._layout.begun)
-                if (seen - count) & 0xFFFFFFFF >= 1 << 31:
+                if not reached(seen, count):
                     return peer, ""
             return None
 
@@ -264,7 +264,7 @@ class Parts:
                     return peer, self._refusal(peer, what, key)
             for peer, place in landed.items():
                 (raised,) = struct.unpack_from("<I", seen, place - layout.arrived(operation, 0))
-                if (raised - count) & 0xFFFFFFFF >= 1 << 31:
+                if not reached(raised, count):
                     missing.append(peer)
             return (missing[0], "") if missing else None
 

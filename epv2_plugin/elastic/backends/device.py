@@ -30,6 +30,8 @@ from epv2_plugin.jit import Kernel, compiler
 if TYPE_CHECKING:
     from epv2_plugin import _C
 
+logger = logging.getLogger("epv2_plugin")
+
 
 class Window(Protocol):
     """Memory of this rank that every rank of its node can read and write, and others through a network. Gone after
@@ -190,8 +192,6 @@ CopyOp = tuple[str, int, int, int]  # ("copy", target, source, number of bytes),
 # ("after", stream): go on after all that it has been given so far. ("before", stream): it goes on after all until here.
 # ("record", event), ("await", event). Streams and events by their handles.
 OrderOp = tuple[str, int]
-
-logger = logging.getLogger("epv2_plugin")
 
 _PHASE = "creation of the buffer"
 _REST_SECONDS = 5.0

@@ -47,8 +47,8 @@ EPV2_KERNEL(network, NetworkArgs, 64) {
       case 31: epv2::network_put(network, across, args.window, 0, 0, 0); break;
       case 32: epv2::network_signal_word(network, across, args.window, 12, 1); break;
       case 33: epv2::network_signal_word(network, args.rank ^ 1, args.window, 16, 1); break;
-      case 35: epv2::network_signal_word(network, across, args.window, 16, 1); break;
       case 34: epv2::network_leave({12345, 0, 1}); break;
+      case 35: epv2::network_signal_word(network, across, args.window, 16, 1); break;
       default: break;
     }
     return;
