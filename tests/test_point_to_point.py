@@ -731,23 +731,24 @@ def large_and_small(rank: int, size: int, kind: str) -> None:
     """Tensors of one piece and of several use the same slots, and what the next receive finds there is of others."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=20)
     buffer.pp_set_config(1 << 20, 2)
+    peer = (rank + size // 2) % size  # where there are nodes, on the other one
     lengths = (75_000, 3, 262_144, 50_000, 0, 75_000, 75_000)
     with small_pieces():
         assert len(sizing.pieces_of(4 * lengths[0])) == 3
         tensors = [torch.arange(length, device=buffer.device).float() + rank for length in lengths]
         into = [torch.zeros(length, device=buffer.device) for length in lengths]
         for number, (tensor, target) in enumerate(zip(tensors, into, strict=True)):
-            received = buffer.pp_recv(target, 1 - rank, async_with_compute_stream=True)
-            buffer.pp_send(tensor, 1 - rank, async_with_compute_stream=number % 2 == 0)
+            received = buffer.pp_recv(target, peer, async_with_compute_stream=True)
+            buffer.pp_send(tensor, peer, async_with_compute_stream=number % 2 == 0)
             received.current_stream_wait()
         for tensor, target in zip(tensors, into, strict=True):
-            assert torch.equal(target, tensor + 1 - 2 * rank)
+            assert torch.equal(target, tensor - rank + peer)
         buffer.pp_flush()
 
 
-@pytest.mark.parametrize("kind", ["emulated", NODES])
-def test_large_tensors_arrive_in_pieces(pool: Callable[[int], Pool], kind: str) -> None:
-    pool(2).run(large_and_small, kind)
+@pytest.mark.parametrize(("kind", "ranks"), [("emulated", 2), (NODES, 4)])
+def test_large_tensors_arrive_in_pieces(pool: Callable[[int], Pool], kind: str, ranks: int) -> None:
+    pool(ranks).run(large_and_small, kind)
 
 
 _kept: list[Any] = []  # until the process ends

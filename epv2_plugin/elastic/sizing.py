@@ -631,7 +631,7 @@ def engram_shape(kernel: str, num_ranks: int, between_nodes: bool) -> LaunchShap
     fetching = _ENGRAM_TILE if between_nodes else tile
     return {
         "write": _shape(1024, 16 + 8 * tile),
-        "fetch": _shape(fetching, 16 + 8 * fetching + 8 * num_ranks),
+        "fetch": _shape(fetching, 24 + 8 * fetching + 8 * num_ranks),
         "group": _shape(32 * warps, 16 + 4 * warps + 4 * digits * (warps + 1) + 4 * (num_ranks + 1)),
         "sum": _shape(1024, 16 + 16 * num_ranks),
         "put": _shape(256, 16 + 4 * (num_ranks + 1)),

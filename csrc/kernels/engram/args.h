@@ -31,7 +31,8 @@ struct EngramFetchArgs {
   uint64_t indices;       // int64 [num_entries], -1 = zeros
   uint64_t out;           // [num_entries, data_bytes]
   uint64_t out_scales;    // [num_entries, scale_bytes]
-  uint64_t slots;         // uint32 [num_slots]: hash table of entries, empty (all ones) before and after
+  uint64_t slots;         // uint32 [num_slots]: hash table of entries, empty: all ones
+  uint64_t stale_slots;   // uint32 [num_stale]: that of the fetch before, which is emptied
   uint64_t leaders;       // int32 [num_entries]: which entry fetches the row
   uint64_t counters;      // uint64 [3]: rows pulled from other ranks so far, the entries that they were for, and rows of
                           // other nodes
@@ -39,6 +40,7 @@ struct EngramFetchArgs {
   int64_t table_rows;
   int32_t num_entries;
   int32_t num_slots;      // power of two, more than num_entries
+  int32_t num_stale;
   int32_t tile;           // between nodes: entries that a CTA fetches at once
   int32_t settled;        // 1: in one node, no row has changed since the last fetch
   int32_t data_bytes;

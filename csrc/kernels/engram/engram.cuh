@@ -108,18 +108,34 @@ __device__ __forceinline__ void refuse_row(const Common& c, int flag, int64_t en
           static_cast<uint32_t>(row >> 32));
 }
 
+// The barrier of all CTAs, by one thread of each. It has come: whether as the last one. `turn`: what to wait for, or to end.
+__device__ inline bool grid_arrive(const Common& c, uint32_t* turn) {
+  *turn = load_acquire_system(state_word(c, kGridTurn));
+  if (atomic_add_acq_rel(state_word(c, kGridArrived), 1) != gridDim.x - 1) return false;
+  *state_word(c, kGridArrived) = 0;
+  return true;
+}
+
+// The last one lets the others go on.
+__device__ inline void grid_release(const Common& c, uint32_t turn) {
+  store_release_system(state_word(c, kGridTurn), turn + 1);
+}
+
+// The others wait for that, or until this rank gives up.
+__device__ inline void grid_wait(const Common& c, uint32_t turn) {
+  while (load_acquire_system(state_word(c, kGridTurn)) == turn && !failed(c)) pause();
+}
+
 // All threads of all CTAs: wait for each other. false = this rank gave up. `word` of the shared memory is scratch.
 __device__ inline bool grid_sync(const Common& c, uint32_t* word) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    uint32_t* turn = state_word(c, kGridTurn);
-    const uint32_t mine = load_acquire_system(turn);
     __threadfence_system();
-    if (atomic_add_acq_rel(state_word(c, kGridArrived), 1) == gridDim.x - 1) {
-      *state_word(c, kGridArrived) = 0;
-      store_release_system(turn, mine + 1);
+    uint32_t turn;
+    if (grid_arrive(c, &turn)) {
+      grid_release(c, turn);
     } else {
-      while (load_acquire_system(turn) == mine && !failed(c)) pause();
+      grid_wait(c, turn);
     }
   }
   return !agree_failed(c, word);

@@ -3,7 +3,7 @@
 //
 // Which entry reads depends on timing, what is written does not. No other rank does anything for a fetch but to say that
 // its rows are ready to be read. In one node, where none has changed since the last fetch, that is waited for behind the
-// reads.
+// reads. The CTA that is done last ends the fetch; the others wait for it only if they have an entry to copy from there.
 //
 // Between nodes (EPV2_NODES) a row of another node lands behind this rank's part of the table, by a get of one thread, and
 // is copied from there. A CTA has a tile of entries under way, so nothing that a fetch needs grows with its entries.
@@ -32,16 +32,15 @@ __device__ int find_leader(const EngramFetchArgs& args, int64_t index, int entry
   }
 }
 
+// One CTA, of a rank that gave up.
 __device__ void poison_outputs(const EngramFetchArgs& args) {
   const uint64_t bytes = static_cast<uint64_t>(args.num_entries) * args.data_bytes;
-  poison(args.out, bytes);
-  if (blockIdx.x == 0 && threadIdx.x < bytes % 4) {
-    reinterpret_cast<uint8_t*>(args.out)[bytes / 4 * 4 + threadIdx.x] = 0xff;
-  }
-  poison(args.out_scales, static_cast<uint64_t>(args.num_entries) * args.scale_bytes);
+  poison(args.out, bytes, threadIdx.x, blockDim.x);
+  if (threadIdx.x < bytes % 4) reinterpret_cast<uint8_t*>(args.out)[bytes / 4 * 4 + threadIdx.x] = 0xff;
+  poison(args.out_scales, static_cast<uint64_t>(args.num_entries) * args.scale_bytes, threadIdx.x, blockDim.x);
 }
 
-// One CTA, once no CTA reads a peer's rows any more: say so, and end the operation. In one node its first warps do that
+// One CTA, once none reads a peer's rows any more: say so, and end the operation. In one node its first warps do that
 // while the others go on.
 __device__ void finish_fetch(const EngramFetchArgs& args, uint32_t number) {
   const Common& c = args.common;
@@ -62,7 +61,7 @@ __device__ void finish_fetch(const EngramFetchArgs& args, uint32_t number) {
 
 }  // namespace
 
-// Threads: kThreads. Shared memory: 16 bytes, kThreads numbers, P addresses.
+// Threads: kThreads. Shared memory: 24 bytes, kThreads numbers, P addresses.
 EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
   const Common& c = args.common;
   const int lane = threadIdx.x % kWarp, context = kNodes ? blockIdx.x % c.contexts : 0;
@@ -71,7 +70,8 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
   const int flag = count % 2 == 1 ? kFetchEven : kFetchOdd;
   uint32_t* scratch = reinterpret_cast<uint32_t*>(shared_memory());
   uint32_t* pulled = scratch + 1;  // rows of other ranks, entries, rows of other nodes
-  int64_t* sources = reinterpret_cast<int64_t*>(scratch + 4);
+  uint32_t* copies = scratch + 4;  // entries whose row another one reads
+  int64_t* sources = reinterpret_cast<int64_t*>(scratch + 6);
   uint8_t** peers = reinterpret_cast<uint8_t**>(sources + kThreads);
   const int64_t* indices = reinterpret_cast<const int64_t*>(args.indices);
   int32_t* leaders = reinterpret_cast<int32_t*>(args.leaders);
@@ -85,14 +85,14 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
   for (int p = near_begin(c) + threadIdx.x; p < near_end(c); p += blockDim.x) {
     peers[p] = reinterpret_cast<uint8_t* const*>(args.parts)[p - near_begin(c)];
   }
-  if (threadIdx.x < kCounters) pulled[threadIdx.x] = 0;
+  if (threadIdx.x < 4) pulled[threadIdx.x] = 0;  // and copies
+  bool goes_on = true;
   if (args.settled != 0) {
     __syncthreads();
     // The last warp, which is the first to have no entries of its own.
     if (blockIdx.x == 0 && threadIdx.x / kWarp == blockDim.x / kWarp - 1) signal_node_by_warp(c, flag, number);
-  } else if (!wait_everybody(c, flag, number, count, true, scratch)) {
-    poison_outputs(args);
-    return;
+  } else {
+    goes_on = wait_everybody(c, flag, number, count, true, scratch);
   }
 
   const Parts parts(args.data_bytes, args.scale_bytes);
@@ -109,9 +109,9 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
           store_part(parts.place(args.out, args.out_scales, first + i, part), v, parts.bytes(part));
         });
   };
-  for (int first = begin; first < end; first += tile) {
+  for (int first = begin; goes_on && first < end; first += tile) {
     const int entry = first + threadIdx.x;
-    bool remote = false, leads = false, far = false;
+    bool remote = false, leads = false, far = false, copied = false;
     int64_t landed = kSkip;
     if (entry < end && (!kNodes || static_cast<int>(threadIdx.x) < tile)) {
       int leader = entry;
@@ -123,6 +123,7 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
         const int64_t owner = index / args.table_rows;
         leader = find_leader(args, index, entry);
         leads = leader == entry;
+        copied = !leads;
         remote = owner != c.rank;
         far = leads && !is_near(c, static_cast<int>(owner));
         const int64_t offset = (index - owner * args.table_rows) * args.row_stride;
@@ -144,10 +145,12 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
     index = entry + tile < end ? indices[entry + tile] : -1;
     const uint32_t rows = __popc(__ballot_sync(0xffffffffu, remote && leads));
     const uint32_t wanted = __popc(__ballot_sync(0xffffffffu, remote));
+    const uint32_t others = __popc(__ballot_sync(0xffffffffu, copied));
     if (lane == 0 && wanted != 0) {
       atomicAdd(&pulled[0], rows);
       atomicAdd(&pulled[1], wanted);
     }
+    if (lane == 0 && others != 0) atomicAdd(copies, others);
     if constexpr (kNodes) {
       const uint32_t gets = __popc(__ballot_sync(0xffffffffu, far));
       if (lane == 0 && gets != 0) atomicAdd(&pulled[2], gets);
@@ -175,13 +178,25 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
       if (peer_failed(c, p)) give_up(c, kPeerFailed, p, flag, number, number);
     }
   }
-  if (!grid_sync(c, scratch)) {
+  __syncthreads();
+  uint32_t turn = 0;
+  if (threadIdx.x == 0) scratch[0] = grid_arrive(c, &turn) ? failed(c) ? 2 : 1 : 0;
+  __syncthreads();
+  if (scratch[0] == 2) {
     poison_outputs(args);
     return;
   }
-  if (blockIdx.x == 0) finish_fetch(args, number);
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.num_slots; i += gridDim.x * blockDim.x) {
-    reinterpret_cast<uint32_t*>(args.slots)[i] = kEmpty;
+  if (scratch[0] == 1) {
+    if (threadIdx.x == 0) grid_release(c, turn);
+    finish_fetch(args, number);
+  }
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.num_stale; i += gridDim.x * blockDim.x) {
+    reinterpret_cast<uint32_t*>(args.stale_slots)[i] = kEmpty;
+  }
+  if (*copies == 0) return;
+  if (scratch[0] == 0) {
+    if (threadIdx.x == 0) grid_wait(c, turn);
+    if (agree_failed(c, scratch)) return;
   }
   for (int first = begin; first < end; first += kThreads) {
     const int entry = first + threadIdx.x;

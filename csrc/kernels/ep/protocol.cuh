@@ -478,14 +478,17 @@ __device__ __forceinline__ void finish_operation(const Common& c, int last_word,
   *state_word(c, kSequence) = number;
 }
 
-// All bits set: NaN in every floating-point format, -1 in every integer. What a rank that gave up returns.
-__device__ inline void poison(uint64_t address, uint64_t bytes) {
+// All bits set: NaN in every floating-point format, -1 in every integer. What a rank that gave up returns. Thread `first`
+// of `step` that do it together, those of all CTAs unless said otherwise.
+__device__ inline void poison(uint64_t address, uint64_t bytes, uint64_t first, uint64_t step) {
   if (address == 0) return;
   uint32_t* words = reinterpret_cast<uint32_t*>(address);
-  const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
-  for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < bytes / 4; i += step) {
-    words[i] = 0xffffffffu;
-  }
+  for (uint64_t i = first; i < bytes / 4; i += step) words[i] = 0xffffffffu;
+}
+
+__device__ inline void poison(uint64_t address, uint64_t bytes) {
+  poison(address, bytes, static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x,
+         static_cast<uint64_t>(gridDim.x) * blockDim.x);
 }
 
 }  // namespace epv2

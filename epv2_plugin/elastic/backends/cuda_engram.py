@@ -103,7 +103,9 @@ class CudaEngram:
         self._place: EngramTableLayout | None = None  # of what is in it
         # int64 [ranks of the node]: where their parts lie, of each table so far, as graphs go on reading theirs.
         self._parts: list[torch.Tensor] = []
-        self._slots: torch.Tensor | None = None  # int32, all ones: a fetch's hash table
+        # Hash tables, int32: of the next fetch, all ones, and of the last one, of which the next one empties what it used.
+        self._slots = self._stale = torch.empty(0, dtype=torch.int32, device=runtime.device)
+        self._num_stale = 0
         self._settled = (-1, 0)  # changes and refused calls before the last fetch
         self._staging: Window | None = None
         self._failure: BaseException | None = None
@@ -259,12 +261,14 @@ class CudaEngram:
             if table.scale_dtype is not None:
                 scales = torch.empty(num_entries, table.scale_columns, dtype=table.scale_dtype, device=device)
             leaders = torch.empty(num_entries, dtype=torch.int32, device=device)
-            # A graph has a hash table of its own, which it empties itself, and may be replayed after other changes.
+            # A graph has a hash table of its own, which it fills itself, and may be replayed after other changes.
             now, capturing = (self._changes, self.refused), self._runtime.is_capturing()
             # Between nodes a get from a rank that is gone has no end.
             settled = self._settled == now and not capturing and not self._between_nodes
-            if (slots := self._slots) is None or slots.numel() < num_slots or capturing:
-                slots = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
+            slots, stale, num_stale = self._slots, self._stale, self._num_stale
+            if slots.numel() < num_slots or capturing:
+                slots, stale = torch.full((2, num_slots), -1, dtype=torch.int32, device=device)
+                num_stale = 0
             self._launch(
                 self._kernels.fetch,
                 "fetch",
@@ -275,12 +279,14 @@ class CudaEngram:
                 out=data.data_ptr(),
                 out_scales=0 if scales is None else scales.data_ptr(),
                 slots=slots.data_ptr(),
+                stale_slots=stale.data_ptr(),
                 leaders=leaders.data_ptr(),
                 counters=control.counters.data_ptr(),
                 host_counters=control.host_counters.pointer,
                 table_rows=table.rows,
                 num_entries=num_entries,
                 num_slots=num_slots,
+                num_stale=num_stale,
                 landing_offset=self._place.landing,
                 tile=self._place.tile(self._num_sms),
                 settled=int(settled),
@@ -290,7 +296,8 @@ class CudaEngram:
                 row_stride=layout.stride,
             )
             if not capturing:
-                self._settled, self._slots = now, slots
+                self._settled = now
+                self._slots, self._stale, self._num_stale = stale, slots, num_slots
             event = place.end((data, scales))
 
         def hook() -> tuple[torch.Tensor, torch.Tensor | None]:
