@@ -189,6 +189,10 @@ class SharedMapped:
         """Address for the device; 0 once closed."""
 
     @property
+    def host_pointer(self) -> int:
+        """Address for the host; 0 once closed."""
+
+    @property
     def num_bytes(self) -> int: ...
     def close(self) -> None:
         """Unlock and unmap it. Nothing if closed."""
@@ -234,6 +238,10 @@ def stream_operations(
     Raises:
         ValueError: an unknown name, an address that is not aligned, a value too large. Error: the driver refused.
     """
+
+def compare_exchange(address: int, expected: int, desired: int) -> int:
+    """Let a word of 64 bits of host memory, which processes may share, become `desired` if it is `expected`; returns
+    what it was."""
 
 def current_context() -> int:
     """The context of this thread.

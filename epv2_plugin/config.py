@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 # The bound belongs to the number alone: on the whole union it would be asked of "auto", too.
 Count = Annotated[int, Field(ge=1)] | Literal["auto"]
+CountOrNone = Annotated[int, Field(ge=0)] | Literal["auto"]
 Rate = Annotated[float, Field(gt=0)] | Literal["auto"]
 
 
@@ -95,11 +96,13 @@ class Expert(Section):
 class Pipeline(Section):
     """Activations between pipeline stages. `transport`: `copy_engine` = the plugin's on GPUs, `auto` = the plugin's on
     the host, Megatron's own on GPUs, where the plugin's has not been proved yet. `max_tensor_bytes: auto`: no limit on
-    the host, on a GPU what the first tensors have."""
+    the host, on a GPU what the first tensors have. `max_inplace`: received tensors that may lie, on a GPU, where they
+    have arrived, each in `max_tensor_bytes` that are set aside; auto = 2 more than there are stages, 8 at most."""
 
     transport: Literal["auto", "copy_engine", "stock"] = "auto"
     max_inflight: int = Field(default=4, ge=1)
     max_tensor_bytes: Count = "auto"
+    max_inplace: CountOrNone = "auto"
 
 
 class Context(Section):

@@ -120,6 +120,9 @@ def test_every_interleaving_arrives(pool: Callable[[int], Pool]) -> None:
         (p2p.beside_collectives, 2),
         (p2p.receives_first, 3),
         (p2p.full_both_ways, 2),
+        (p2p.stay, 3),
+        (p2p.still_read, 2),
+        (p2p.large_and_small, 2),
     ],
 )
 def test_cases_of_the_host(work: Callable[..., Any], size: int) -> None:
@@ -137,7 +140,7 @@ def test_a_copy_to_the_host_of_what_never_comes_ends() -> None:
     assert took < 14
 
 
-@pytest.mark.parametrize("what", ["smaller", "same bytes", "dtype"])
+@pytest.mark.parametrize("what", ["smaller", "same bytes", "in place"])
 def test_wrong_shape_or_dtype_is_named_on_both_ranks(what: str) -> None:
     results = harness.outcomes(3, p2p.mismatch, "cuda", what, timeout=60)
     sender, receiver = (r.value or r.error for r in results[:2])
@@ -239,13 +242,13 @@ def test_a_rank_that_is_killed_is_named() -> None:
 def profiled(rank: int, size: int) -> dict[str, list[Launch]]:
     """The kernels of transfers, of a gather and of a reduce-scatter."""
     buffer = make_buffer("cuda", num_cpu_timeout_secs=60, num_bytes=128 << 20)
-    buffer.pp_set_config(8 << 20, 2)
+    buffer.pp_set_config(8 << 20, 2, max_inplace=1)
     buffer.agrs_set_config(64 << 20, 4, num_sms=4)
     t, into = (torch.ones(2 << 20, device=buffer.device) for _ in range(2))
     many = torch.ones(size, 1 << 20, device=buffer.device)
 
     def transfer() -> None:
-        event = buffer.pp_recv(into, (rank - 1) % size, async_with_compute_stream=True)
+        _, event = buffer.pp_recv_inplace(t.shape, t.dtype, (rank - 1) % size)
         buffer.pp_send(t, (rank + 1) % size)
         buffer.pp_send(t, (rank + 1) % size, async_with_compute_stream=True)
         event.current_stream_wait()

@@ -30,7 +30,8 @@ from hypothesis import strategies as st
 
 from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer, EventOverlap
 from epv2_plugin.elastic import sizing
-from epv2_plugin.elastic.backends import cuda_p2p
+from epv2_plugin.elastic.backends import cuda_p2p, inplace
+from epv2_plugin.elastic.backends.device import node_of
 from epv2_plugin.elastic.errors import UnavailableError
 from tests import harness
 from tests.buffers import KINDS, hold_up, make_buffer, settle
@@ -56,6 +57,7 @@ class Message:
     dtype: int
     async_send: bool
     async_receive: bool
+    inplace: bool
 
     def content(self) -> torch.Tensor:
         gen = torch.Generator().manual_seed(self.number)
@@ -72,15 +74,27 @@ def plans(draw: st.DrawFn) -> tuple[int, int, list[Message]]:
         source = draw(st.integers(0, size - 1))
         target = (source + draw(st.integers(1, size - 1))) % size
         shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
-        flags = draw(st.tuples(st.booleans(), st.booleans()))
+        flags = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
         dtype = draw(st.integers(0, len(DTYPES) - 1))
         messages.append(Message(number, source, target, draw(st.integers(0, 1)), shape, dtype, *flags))
     return size, slots, messages
 
 
+def all_stay(work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work` of a rank, with tensors of any size that may stay where they arrive."""
+
+    @functools.wraps(work)
+    def patched(*args: Any) -> Any:
+        with mock.patch.object(inplace, "LEAST_BYTES", 1):
+            return work(*args)
+
+    return patched
+
+
+@all_stay
 def walk(rank: int, size: int, kind: str, slots: int, messages: list[Message]) -> int:
     buffer = make_buffer(kind, num_cpu_timeout_secs=20)
-    buffer.pp_set_config(8 * 5**4, slots)
+    buffer.pp_set_config(8 * 5**4, slots, max_inplace=2)
     open_events, received = [], []
     for message in messages:
         if rank == message.source:
@@ -97,9 +111,15 @@ def walk(rank: int, size: int, kind: str, slots: int, messages: list[Message]) -
             open_events.append(event)
         if rank == message.target:
             tensor = torch.zeros_like(message.content(), device=buffer.device)
-            event = buffer.pp_recv(
-                tensor, message.source, channel=message.channel, async_with_compute_stream=message.async_receive
-            )
+            if message.inplace:
+                what = message.shape, DTYPES[message.dtype]
+                tensor, event = buffer.pp_recv_inplace(*what, message.source, channel=message.channel)
+                if not message.async_receive:
+                    event.current_stream_wait()
+            else:
+                event = buffer.pp_recv(
+                    tensor, message.source, channel=message.channel, async_with_compute_stream=message.async_receive
+                )
             received.append((message, tensor))
             open_events.append(event)
     for event in reversed(open_events):
@@ -216,14 +236,20 @@ def bad_input(rank: int, size: int, kind: str) -> None:
         (RuntimeError, "call pp_set_config before", lambda: buffer.pp_send(t, 1 - rank)),
         (ValueError, "max_inflight = 0: must be positive", lambda: buffer.pp_set_config(64, 0)),
         (ValueError, "max_tensor_bytes = -1", lambda: buffer.pp_set_config(-1, 1)),
+        (ValueError, "max_inplace = -1: must be 0 or more", lambda: buffer.pp_set_config(64, 1, max_inplace=-1)),
+        (
+            BufferSizeError,
+            "1 tensors of 1048576 bytes in flight and 3 in place need 8388608",
+            lambda: buffer.pp_set_config(1 << 20, 1, max_inplace=3),
+        ),
         (
             BufferSizeError,
             "2 tensors of 1048576 bytes in flight need 8388608",
             lambda: buffer.pp_set_config(1 << 20, 2),
         ),
     ]
-    for kind, match, call in cases:
-        with pytest.raises(kind, match=match):
+    for error, match, call in cases:
+        with pytest.raises(error, match=match):
             call()
     buffer.pp_set_config(64, 2)
     cases = [
@@ -237,9 +263,18 @@ def bad_input(rank: int, size: int, kind: str) -> None:
             f"rank {rank}, src_rank {1 - rank}: t has 68 bytes",
             lambda: buffer.pp_recv(torch.zeros(17), 1 - rank),
         ),
+        (
+            BufferSizeError,
+            f"rank {rank}, src_rank {1 - rank}: the tensor has 68 bytes",
+            lambda: buffer.pp_recv_inplace((17,), torch.float32, 1 - rank),
+        ),
+        (ValueError, r"shape = \[2, -1\]: sizes must", lambda: buffer.pp_recv_inplace((2, -1), torch.int8, 1 - rank)),
+        (TypeError, "dtype must be a torch.dtype, got str", lambda: buffer.pp_recv_inplace((2,), "int8", 1 - rank)),
+        (ValueError, f"src_rank = {rank}: ", lambda: buffer.pp_recv_inplace((2,), torch.int8, rank)),
+        (ValueError, "channel = 4: ", lambda: buffer.pp_recv_inplace((2,), torch.int8, 1 - rank, channel=4)),
     ]
-    for kind, match, call in cases:
-        with pytest.raises(kind, match=match):
+    for error, match, call in cases:
+        with pytest.raises(error, match=match):
             call()
     into = torch.zeros(4)
     pending = buffer.pp_recv(into, 1 - rank, async_with_compute_stream=True)
@@ -250,6 +285,8 @@ def bad_input(rank: int, size: int, kind: str) -> None:
     assert ElasticBuffer.get_pp_buffer_size_hint(33, 1, num_peers=1) == 2 << 20
     with pytest.raises(CommunicationError, match=r"pp_set_config #\d, values: .*\(128, .\) as on this|closed"):
         buffer.pp_set_config(128, 1 + rank)
+    with pytest.raises(CommunicationError, match=r"pp_set_config #\d, values: .*max_inplace = . as on this|closed"):
+        make_buffer(kind, num_cpu_timeout_secs=10).pp_set_config(128, 1, max_inplace=rank)
     torch.set_default_device(None)
 
 
@@ -258,16 +295,23 @@ def test_bad_input_is_refused_before_anything_is_sent(pool: Callable[[int], Pool
     pool(2).run(bad_input, kind)
 
 
+@all_stay
 def mismatch(rank: int, size: int, kind: str, what: str) -> str:
     """Rank 0 sends three tensors to rank 1, which expects something else for the third."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=8)
-    buffer.pp_set_config(1 << 20, 2)
+    buffer.pp_set_config(1 << 20, 2, max_inplace=1)
     begin = time.monotonic()
     try:
         if rank == 0:
-            for _ in range(3):
+            for number in range(3):
+                if number and what == "in place":
+                    time.sleep(0.5)  # it is called for by then
                 event = buffer.pp_send(torch.ones(64, 8, device=buffer.device), 1)
             event.current_stream_wait()
+        elif rank == 1 and what == "in place":
+            for _ in range(2):
+                buffer.pp_recv_inplace((64, 8), torch.float32, 0)[1].current_stream_wait()
+            buffer.pp_recv_inplace((8, 64), torch.float32, 0)[1].current_stream_wait()
         elif rank == 1:
             for _ in range(2):
                 buffer.pp_recv(torch.empty(64, 8, device=buffer.device), 0)
@@ -294,7 +338,7 @@ def mismatch(rank: int, size: int, kind: str, what: str) -> str:
 @pytest.mark.parametrize(
     ("what", "kind"),
     [
-        *((what, kind) for what in ("smaller", "larger", "same bytes", "dtype", "empty") for kind in KINDS),
+        *((what, kind) for what in ("smaller", "larger", "same bytes", "dtype", "empty", "in place") for kind in KINDS),
         ("same bytes", NODES),
     ],
 )
@@ -727,10 +771,11 @@ def small_pieces() -> Iterator[None]:
     cuda_p2p.kind_of.cache_clear()
 
 
+@all_stay
 def large_and_small(rank: int, size: int, kind: str) -> None:
     """Tensors of one piece and of several use the same slots, and what the next receive finds there is of others."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=20)
-    buffer.pp_set_config(1 << 20, 2)
+    buffer.pp_set_config(1 << 20, 2, max_inplace=2)
     peer = (rank + size // 2) % size  # where there are nodes, on the other one
     lengths = (75_000, 3, 262_144, 50_000, 0, 75_000, 75_000)
     with small_pieces():
@@ -738,7 +783,10 @@ def large_and_small(rank: int, size: int, kind: str) -> None:
         tensors = [torch.arange(length, device=buffer.device).float() + rank for length in lengths]
         into = [torch.zeros(length, device=buffer.device) for length in lengths]
         for number, (tensor, target) in enumerate(zip(tensors, into, strict=True)):
-            received = buffer.pp_recv(target, peer, async_with_compute_stream=True)
+            if number % 2:
+                received = buffer.pp_recv(target, peer, async_with_compute_stream=True)
+            else:
+                into[number], received = buffer.pp_recv_inplace(target.shape, target.dtype, peer)
             buffer.pp_send(tensor, peer, async_with_compute_stream=number % 2 == 0)
             received.current_stream_wait()
         for tensor, target in zip(tensors, into, strict=True):
@@ -749,6 +797,177 @@ def large_and_small(rank: int, size: int, kind: str) -> None:
 @pytest.mark.parametrize(("kind", "ranks"), [("emulated", 2), (NODES, 4)])
 def test_large_tensors_arrive_in_pieces(pool: Callable[[int], Pool], kind: str, ranks: int) -> None:
     pool(ranks).run(large_and_small, kind)
+
+
+@all_stay
+def stay(rank: int, size: int, kind: str) -> None:
+    """Tensors lie where they arrive if they were called for before, as long as there is room, and nobody overwrites one
+    that somebody has."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2, max_inplace=3)
+    traffic, meeting = buffer.traffic, buffer._open().runtime.meeting
+    source, target = (rank - 1) % size, (rank + 1) % size
+    near_source, near = (peer in node_of(buffer._open().runtime) for peer in (source, target))
+    sent = 0
+
+    def value(of: int, number: int) -> float:
+        return 1000.0 * of + number
+
+    def exchange(count: int, first: str) -> tuple[list[torch.Tensor], list[EventOverlap]]:
+        nonlocal sent
+        tensors, events = [], []
+
+        def receive() -> None:
+            for _ in range(count):
+                tensor, event = buffer.pp_recv_inplace((5, 3), torch.float32, source)
+                tensors.append(tensor)
+                events.append(event)
+
+        def send() -> None:
+            for number in range(sent, sent + count):
+                buffer.pp_send(
+                    torch.full((5, 3), value(rank, number), device=buffer.device),
+                    target,
+                    async_with_compute_stream=True,
+                )
+
+        for work in (receive, send) if first == "receive" else (send, receive):
+            work()
+            meeting.agree(f"stay {sent} {work.__name__}", lambda: "")
+        sent += count
+        return tensors, events
+
+    def check(tensors: list[torch.Tensor], begin: int) -> None:
+        for number, tensor in enumerate(tensors, begin):
+            assert (tensor.shape, tensor.dtype, tensor._base) == ((5, 3), torch.float32, None)
+            assert tensor.tolist() == [[value(source, number)] * 3] * 5, number
+
+    num_bytes = 4 * 15 * near  # that go in place, of one tensor
+    kept, events = exchange(5, "receive")
+    for event in events:
+        event.current_stream_wait()
+    check(kept, 0)
+    assert traffic.inplace_bytes == 3 * num_bytes  # for the others there was no room
+    if near_source:
+        with pytest.raises(RuntimeError, match="3 tensors of pp_recv_inplace are held"):
+            buffer._open().point_to_point.configure(1 << 11, 2, 0)
+    del event
+    events.clear()
+    for turn in range(9):  # more than a word's place counts before it begins again
+        more, waits = exchange(2, "receive")
+        for event in waits:
+            event.current_stream_wait()
+        check(more, 5 + 2 * turn)
+        del event
+    check(kept, 0)
+    assert traffic.inplace_bytes == 3 * num_bytes
+
+    kept.clear()
+    more.clear()
+    waits.clear()
+    settle_slots(buffer)
+    more, waits = exchange(2, "send")
+    for event in waits:
+        event.current_stream_wait()
+    check(more, sent - 2)
+    assert traffic.inplace_bytes == 3 * num_bytes  # the sender was first
+    more, waits = exchange(3, "receive")
+    for event in waits:
+        event.current_stream_wait()
+    check(more, sent - 3)
+    assert traffic.inplace_bytes == 6 * num_bytes
+    buffer.pp_flush()
+    more.clear()
+    waits.clear()
+    del event
+    buffer.pp_set_config(1 << 11, 2, max_inplace=1)
+    more, waits = exchange(1, "receive")
+    waits[0].current_stream_wait()
+    check(more, sent - 1)
+    assert traffic.inplace_bytes == 7 * num_bytes
+    buffer.pp_flush()
+
+
+def settle_slots(buffer: ElasticBuffer) -> None:
+    """Until the device has done what was left to do with tensors that nobody has any more."""
+    transfers = buffer._open().point_to_point
+    deadline = time.monotonic() + 10
+    while transfers._inplace is not None:
+        transfers.flush()
+        gc.collect()
+        transfers._inplace.collect()
+        if all(slot.free for slot in transfers._inplace._slots):
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@all_stay
+def without_shared_memory(rank: int, size: int) -> tuple[list[str], int]:
+    """The warnings of a rank whose processes can't share memory, and the bytes that stayed where they arrived."""
+    buffer, said = make_buffer("emulated"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("epv2_plugin").addHandler(handler)
+    with mock.patch.object(buffer._open().runtime, "host_window", side_effect=UnavailableError("containers")):
+        buffer.pp_set_config(1 << 10, 2, max_inplace=2)
+    tensor, event = buffer.pp_recv_inplace((3,), torch.float32, 1 - rank)
+    buffer.pp_send(torch.full((3,), float(rank)), 1 - rank)
+    event.current_stream_wait()
+    assert tensor.tolist() == [1.0 - rank] * 3
+    buffer.pp_flush()
+    return said, buffer.traffic.inplace_bytes
+
+
+def test_without_shared_memory_tensors_are_copied_again_and_the_log_says_so(pool: Callable[[int], Pool]) -> None:
+    text = "epv2: tensors of pp_recv_inplace are copied once more, out of a ring: containers"
+    assert pool(2).run(without_shared_memory) == [([text], 0), ([], 0)]
+
+
+@all_stay
+def still_read(rank: int, size: int, kind: str) -> list[int]:
+    """Rank 1 drops a tensor that a stream of its has yet to read."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 20, 2, max_inplace=1)
+    runtime, straight = buffer._open().runtime, []
+    sources = [torch.full((1000,), float(number), device=buffer.device) for number in range(3)]
+    copies = [torch.zeros(1000, device=buffer.device) for _ in sources]
+    busy, gate = runtime.new_stream(), runtime.mapped(4)
+    for number, source in enumerate(sources):
+        if rank == 1:
+            tensor, event = buffer.pp_recv_inplace((1000,), torch.float32, 0)
+            runtime.meeting.post(f"called for {number}", "")
+            reader = busy if number == 0 else None
+            with runtime.on_stream(reader):
+                event.current_stream_wait()
+                if reader is not None:
+                    runtime.stream_ops([("wait32_eq", gate.pointer, 1)])
+                runtime.copy(copies[number].data_ptr(), tensor.data_ptr(), 4000)
+            del tensor, event
+            while buffer._open().point_to_point.held:
+                time.sleep(1e-3)
+            if number == 1:
+                gate.tensor.view(torch.int32)[0] = 1
+                settle_slots(buffer)
+        else:
+            while runtime.meeting.peek(f"called for {number}") is None:
+                time.sleep(1e-3)
+            buffer.pp_send(source, 1, async_with_compute_stream=True).current_stream_wait()
+            straight.append(buffer.traffic.inplace_bytes)
+    settle(buffer)
+    if rank == 1:
+        assert all(torch.equal(copy.cpu(), source.cpu()) for copy, source in zip(copies, sources, strict=True))
+    return straight
+
+
+@pytest.mark.parametrize("kind", ["emulated"])
+def test_a_slot_is_free_once_streams_have_read_it(pool: Callable[[int], Pool], kind: str) -> None:
+    assert pool(2).run(still_read, kind) == [[4000, 4000, 8000], []]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("emulated", 2), ("emulated", 3), (NODES, 4)])
+def test_tensors_stay_where_they_arrive(pool: Callable[[int], Pool], kind: str, ranks: int) -> None:
+    pool(ranks).run(stay, kind)
 
 
 _kept: list[Any] = []  # until the process ends

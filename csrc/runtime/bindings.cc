@@ -160,6 +160,7 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("file"), py::arg("num_bytes"))
       .def_property_readonly("pointer", &SharedMapped::pointer)
+      .def_property_readonly("host_pointer", &SharedMapped::host_pointer)
       .def_property_readonly("num_bytes", &SharedMapped::num_bytes)
       .def("close", &SharedMapped::close, Unlocked());
 
@@ -174,6 +175,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("copy", &copy, py::arg("target"), py::arg("source"), py::arg("num_bytes"), py::arg("stream"), Unlocked());
   m.def("fill", &fill, py::arg("target"), py::arg("byte"), py::arg("num_bytes"), py::arg("stream"), Unlocked());
   m.def("stream_operations", &stream_operations, py::arg("stream"), py::arg("operations"), Unlocked());
+  m.def("compare_exchange", &compare_exchange, py::arg("address"), py::arg("expected"), py::arg("desired"));
   m.def("current_context", &current_context);
   m.def("set_context", &set_context, py::arg("context"));
 

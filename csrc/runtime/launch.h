@@ -79,6 +79,7 @@ class SharedMapped {
 
   void close();
   uintptr_t pointer() const { return static_cast<uintptr_t>(device_); }
+  uintptr_t host_pointer() const { return reinterpret_cast<uintptr_t>(host_); }
   size_t num_bytes() const { return num_bytes_; }
 
  private:

@@ -188,6 +188,12 @@ void stream_operations(uintptr_t stream, const std::vector<StreamOperation>& ope
   }
 }
 
+uint64_t compare_exchange(uintptr_t address, uint64_t expected, uint64_t desired) {
+  __atomic_compare_exchange_n(reinterpret_cast<uint64_t*>(address), &expected, desired, false, __ATOMIC_SEQ_CST,
+                              __ATOMIC_SEQ_CST);
+  return expected;
+}
+
 uintptr_t current_context() {
   const Driver& cuda = driver_api();
   cuda.require_context();

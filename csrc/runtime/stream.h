@@ -57,6 +57,9 @@ void fill(uintptr_t target, int byte, size_t num_bytes, uintptr_t stream);
 // All of them, in order. Words that follow each other are one call of the driver.
 void stream_operations(uintptr_t stream, const std::vector<StreamOperation>& operations);
 
+// A word of host memory that processes share becomes `desired` if it is `expected`. Returns what it was.
+uint64_t compare_exchange(uintptr_t address, uint64_t expected, uint64_t desired);
+
 uintptr_t current_context();
 void set_context(uintptr_t context);
 

@@ -16,6 +16,7 @@ _SIZE = 8192  # rows and columns
 _SECONDS = 0.05
 _LONGER = 3  # times that long are the transfers, by the time that one takes without GEMMs
 _TRIALS = 5  # whose mean says how many GEMMs fill that time
+_UNDER_WAY = 8  # transfers that the host has started and not seen the end of
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,11 @@ def beside(rounds: Rounds, transfers: dict[str, Transfer], iterations: int) -> d
         for _ in range(count):
             torch.mm(a, b, out=out)
         end.record()
-        ends = []
+        ends: list[torch.cuda.Event] = []
         if transfer is not None:
-            for _ in range(max(4, round(_LONGER * _SECONDS * 1e6 / transfer.us))):
+            for number in range(max(4, round(_LONGER * _SECONDS * 1e6 / transfer.us))):
+                if number >= _UNDER_WAY:
+                    ends[number - _UNDER_WAY].synchronize()
                 with torch.cuda.stream(side):
                     wait = transfer.start()
                 with torch.cuda.stream(after):

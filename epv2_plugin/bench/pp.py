@@ -6,6 +6,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch.distributed as dist
 
 from epv2_plugin.bench import gemms, report, rounds
 from epv2_plugin.bench.ep import TIMEOUT, join
-from epv2_plugin.elastic import ElasticBuffer
+from epv2_plugin.elastic import ElasticBuffer, EventOverlap
 
 PINGS = 20  # there and back, in one measurement of latency
 IN_A_ROW = 8  # transfers, in one measurement of what goes through
 INFLIGHT = 4
+INPLACE = 20  # those in a row, and as many that streams have not come to the end of
+AHEAD = 2  # receives in a row before the first send
+OURS = {"epv2": True, "epv2, pp_recv": False}  # whether tensors may stay where they arrive
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,11 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
     document["in_a_row_us"] = all_rounds.measure(
         ring.transfers(setup.large, IN_A_ROW), setup.iterations, divisor=IN_A_ROW
     )
+    inplace_bytes = ring.buffer.traffic.inplace_bytes
     document["small_us"] = all_rounds.measure(ring.pings(setup.small), setup.iterations, divisor=2 * PINGS)
     if device.type == "cuda":
+        received = setup.ranks * setup.large * (1 + (setup.iterations + 1) * (1 + IN_A_ROW))
+        document["inplace"] = sum(all_rounds.gather(inplace_bytes)) / received
         transfers = {
             name: gemms.Transfer(start, statistics.median(report.slowest(document["large_us"][name])), setup.large)
             for name, start in ring.starts().items()
@@ -66,7 +73,7 @@ class _Ring:
         self.next, self.prev = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         assert dist.group.WORLD is not None
         self.buffer = ElasticBuffer(dist.group.WORLD, backend=setup.backend)  # type: ignore[arg-type]
-        self.buffer.pp_set_config(setup.large, INFLIGHT)
+        self.buffer.pp_set_config(setup.large, INFLIGHT, max_inplace=INPLACE)
         self.source = torch.full((setup.large,), self.rank, dtype=torch.uint8, device=device)
         self.target = torch.zeros_like(self.source)
         self._runtime: Any = None
@@ -84,13 +91,28 @@ class _Ring:
 
     def check(self) -> bool:
         """Whether what was sent arrives."""
-        self.start_ours(self.setup.large)()
-        return bool((self.target == self.prev).all())
+        right = []
+        for inplace in OURS.values():
+            received, event = self.receive(self.setup.large, self.prev, inplace)
+            self.send(self.setup.large)
+            event.current_stream_wait()
+            right.append(bool((received == self.prev).all()))
+        return all(right)
 
-    def start_ours(self, num_bytes: int) -> Callable[[], object]:
-        """Start a transfer; returns what makes the current stream wait for it."""
+    def send(self, num_bytes: int) -> None:
         self.buffer.pp_send(self.source[:num_bytes], self.next, async_with_compute_stream=True)
-        event = self.buffer.pp_recv(self.target[:num_bytes], self.prev, async_with_compute_stream=True)
+
+    def receive(self, num_bytes: int, source: int, inplace: bool) -> tuple[torch.Tensor, EventOverlap]:
+        """The tensor and its event."""
+        if inplace:
+            return self.buffer.pp_recv_inplace((num_bytes,), torch.uint8, source)
+        into = self.target[:num_bytes]
+        return into, self.buffer.pp_recv(into, source, async_with_compute_stream=True)
+
+    def start_ours(self, num_bytes: int, inplace: bool) -> Callable[[], object]:
+        """Start a transfer; returns what makes the current stream wait for it."""
+        _, event = self.receive(num_bytes, self.prev, inplace)
+        self.send(num_bytes)
         return event.current_stream_wait
 
     def start_torchs(self, num_bytes: int) -> Callable[[], object]:
@@ -123,8 +145,18 @@ class _Ring:
             for wait in [start(num_bytes) for _ in range(count)]:
                 wait()
 
+        def ours(inplace: bool) -> None:
+            received, ahead = [], min(AHEAD, count - 1)
+            for number in range(count + ahead):
+                if number < count:
+                    received.append(self.receive(num_bytes, self.prev, inplace))
+                if number >= ahead:
+                    self.send(num_bytes)
+            for _, event in received:
+                event.current_stream_wait()
+
         return {
-            "epv2": lambda: all_of(self.start_ours),
+            **{name: partial(ours, inplace) for name, inplace in OURS.items()},
             "plain copy": lambda: self.copy(num_bytes, count),
             "torch": lambda: all_of(self.start_torchs),
         }
@@ -135,13 +167,13 @@ class _Ring:
         peer = self.rank + 1 if first else self.rank - 1
         out, into = self.source[:num_bytes], self.target[:num_bytes]
 
-        def ours() -> None:
+        def ours(inplace: bool) -> None:
             if peer >= self.size:
                 return
             for _ in range(PINGS):
                 if first:
                     self.buffer.pp_send(out, peer, async_with_compute_stream=True)
-                self.buffer.pp_recv(into, peer)
+                self.receive(num_bytes, peer, inplace)[1].current_stream_wait()
                 if not first:
                     self.buffer.pp_send(out, peer, async_with_compute_stream=True)
 
@@ -155,11 +187,11 @@ class _Ring:
                 if not first:
                     dist.send(out, peer)
 
-        return {"epv2": ours, "torch": torchs}
+        return {**{name: partial(ours, inplace) for name, inplace in OURS.items()}, "torch": torchs}
 
     def starts(self) -> dict[str, Callable[[], Callable[[], object]]]:
         """Transfers of large tensors; they return what waits for them."""
         return {
-            "epv2": lambda: self.start_ours(self.setup.large),
+            **{name: partial(self.start_ours, self.setup.large, inplace) for name, inplace in OURS.items()},
             "torch": lambda: self.start_torchs(self.setup.large),
         }

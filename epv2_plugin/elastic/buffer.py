@@ -906,35 +906,43 @@ class ElasticBuffer:
     # ---- point-to-point, all-gather and reduce-scatter ----------------------------------------------------------
 
     @staticmethod
-    def get_pp_buffer_size_hint(max_tensor_bytes: int, max_inflight: int, num_peers: int = 2) -> int:
+    def get_pp_buffer_size_hint(
+        max_tensor_bytes: int, max_inflight: int, num_peers: int = 2, *, max_inplace: int = 0
+    ) -> int:
         """Bytes for `pp_set_config` with these values and `num_peers` ranks to exchange with; a multiple of 2 MiB."""
         _check_positive(max_tensor_bytes=max_tensor_bytes, max_inflight=max_inflight, num_peers=num_peers)
-        return sizing.ring_bytes(max_tensor_bytes, max_inflight, num_peers)
+        if max_inplace < 0:
+            raise ValueError(f"max_inplace = {max_inplace}: must be 0 or more")
+        return sizing.ring_bytes(max_tensor_bytes, max_inflight, num_peers, max_inplace)
 
     @_collective
-    def pp_set_config(self, max_tensor_bytes: int, max_inflight: int) -> None:
+    def pp_set_config(self, max_tensor_bytes: int, max_inflight: int, *, max_inplace: int = 0) -> None:
         """Make `pp_send` and `pp_recv` ready. Every rank calls it, with the same values; earlier sends are completed.
 
         Args:
             max_tensor_bytes: largest tensor.
             max_inflight: tensors on their way from one rank to another, per channel, before `pp_send` blocks (on a GPU:
                 before the stream of such sends does).
+            max_inplace: tensors of `pp_recv_inplace` that may lie at once where they have arrived, each of which takes
+                `max_tensor_bytes` of every rank's GPU; all others are copied out of a ring.
 
         On a GPU a rank has room for what comes from four (rank, channel) pairs, or from as many as `num_bytes` of the
         buffer has rings of `max_inflight` tensors for, and may send to as many. Who sends first takes a ring; a sender
         that finds none is refused.
 
         Raises:
-            ValueError: a value is not positive. BufferSizeError: more than the buffer's `num_bytes`.
+            ValueError: a value is not positive. BufferSizeError: more than the buffer's `num_bytes`. RuntimeError:
+                somebody has tensors of `pp_recv_inplace`.
             CommunicationError: another rank came with other values, or a peer died or did not come in time.
         """
-        needed = self.get_pp_buffer_size_hint(max_tensor_bytes, max_inflight)
+        needed = self.get_pp_buffer_size_hint(max_tensor_bytes, max_inflight, max_inplace=max_inplace)
         if self._limit_bytes is not None and needed > self._limit_bytes:
+            inplace = f" and {max_inplace} in place" if max_inplace else ""
             raise BufferSizeError(
                 f"the buffer has {self._limit_bytes} bytes, {max_inflight} tensors of {max_tensor_bytes} bytes in "
-                f"flight need {needed}"
+                f"flight{inplace} need {needed}"
             )
-        self._open().point_to_point.configure(max_tensor_bytes, max_inflight)
+        self._open().point_to_point.configure(max_tensor_bytes, max_inflight, max_inplace)
         self._max_tensor_bytes = max_tensor_bytes
 
     def pp_send(
@@ -994,25 +1002,59 @@ class ElasticBuffer:
             event.current_stream_wait()
         return EventOverlap(event)
 
+    def pp_recv_inplace(
+        self, shape: Sequence[int], dtype: torch.dtype, src_rank: int, *, channel: int = 0
+    ) -> tuple[torch.Tensor, EventOverlap]:
+        """Receive into a new tensor what `src_rank` sends by `pp_send`, as the next receive from it on the channel.
+
+        On a GPU, inside a node, the sender copies straight into the tensor if that has 1 MiB or more, was called for
+        before the send and one of `max_inplace` slots is free; otherwise it is copied out of a ring, as by `pp_recv`. A
+        slot is free again once
+        the tensor and its event are dropped and the streams that waited for the event have come that far: let these
+        wait for any other stream that uses it, as `record_stream` does nothing here.
+
+        Returns:
+            The tensor, of the memory of this buffer maybe, which goes with it (`destroy` warns); and the event after
+            which it holds data. It must not be written to or read before.
+
+        Raises:
+            As `pp_recv`.
+        """
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
+        sizes = torch.Size(shape)
+        if any(size < 0 for size in sizes):
+            raise ValueError(f"shape = {list(sizes)}: sizes must be 0 or more")
+        self._check_peer("src_rank", src_rank, channel, sizes.numel() * dtype.itemsize, "the tensor")
+        tensor, event = self._open().point_to_point.receive_inplace(sizes, dtype, src_rank, channel)
+        return tensor, EventOverlap(event)
+
     def pp_flush(self) -> None:
         """Wait until everything sent by `pp_send` has arrived. Raises CommunicationError as `pp_send`."""
         self._open().point_to_point.flush()
 
     def _check_transfer(self, name: str, t: torch.Tensor, peer: int, channel: int) -> None:
-        if not self._max_tensor_bytes:
-            raise RuntimeError("call pp_set_config before pp_send and pp_recv")
+        self._check_rings()
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"t must be a tensor, got {type(t).__name__}")
         self._check_device("t", t)
+        self._check_peer(name, peer, channel, t.nbytes, "t")
+
+    def _check_rings(self) -> None:
+        if not self._max_tensor_bytes:
+            raise RuntimeError("call pp_set_config before pp_send and pp_recv")
+
+    def _check_peer(self, name: str, peer: int, channel: int, num_bytes: int, what: str) -> None:
+        self._check_rings()
         if not 0 <= peer < self.num_ranks or peer == self.rank_idx:
             raise ValueError(
                 f"{name} = {peer}: must be another rank of the group (0 to {self.num_ranks - 1}, not {self.rank_idx})"
             )
         if not 0 <= channel < NUM_CHANNELS:
             raise ValueError(f"channel = {channel}: must be 0 to {NUM_CHANNELS - 1}")
-        if t.nbytes > self._max_tensor_bytes:
+        if num_bytes > self._max_tensor_bytes:
             raise BufferSizeError(
-                f"rank {self.rank_idx}, {name} {peer}: t has {t.nbytes} bytes, pp_set_config allowed "
+                f"rank {self.rank_idx}, {name} {peer}: {what} has {num_bytes} bytes, pp_set_config allowed "
                 f"{self._max_tensor_bytes}"
             )
 

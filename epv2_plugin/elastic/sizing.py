@@ -105,9 +105,11 @@ def buffer_bytes(
     return align(rows * max(combine.stride, dispatch.stride), BUFFER_ALIGNMENT)
 
 
-def ring_bytes(max_tensor_bytes: int, max_inflight: int, num_peers: int = 2) -> int:
-    """Bytes of a send ring and a receive ring of `max_inflight` slots for each of `num_peers` peers."""
-    return align(2 * num_peers * max_inflight * align(max_tensor_bytes, TENSOR_ALIGNMENT), BUFFER_ALIGNMENT)
+def ring_bytes(max_tensor_bytes: int, max_inflight: int, num_peers: int = 2, max_inplace: int = 0) -> int:
+    """Bytes of a send ring and a receive ring of `max_inflight` slots for each of `num_peers` peers, and of
+    `max_inplace` slots for tensors that stay where they arrive."""
+    slots = 2 * num_peers * max_inflight + max_inplace
+    return align(slots * align(max_tensor_bytes, TENSOR_ALIGNMENT), BUFFER_ALIGNMENT)
 
 
 def session_bytes(num_ranks: int, shape: Sequence[int], itemsize: int) -> int:
@@ -366,7 +368,8 @@ class RingLayout:
 
     Attributes:
         max_inflight: slots of a ring. arrivals: where rings for what comes begin, of `ring_bytes` bytes each.
-        staging: those for what goes to other nodes, likewise.
+        staging: those for what goes to other nodes, likewise. inplace: where tensors that stay there are, of
+            `slot_bytes` each.
         end: behind the last.
     """
 
@@ -378,6 +381,7 @@ class RingLayout:
         max_inflight: int,
         max_tensor_bytes: int,
         num_rings: int,
+        max_inplace: int = 0,
         far: bool = False,
     ):
         self._channels, self.max_inflight = num_channels, max_inflight
@@ -390,7 +394,8 @@ class RingLayout:
         self.slot_bytes = ring_slot_bytes(max_tensor_bytes)
         self.ring_bytes = max_inflight * self.slot_bytes
         self.staging = self.arrivals + num_rings * self.ring_bytes
-        self.end = self.staging + (num_rings * self.ring_bytes if far else 0)
+        self.inplace = self.staging + (num_rings * self.ring_bytes if far else 0)
+        self.end = self.inplace + max_inplace * self.slot_bytes
 
     def record(self, rank: int, channel: int, number: int, *, outgoing: bool) -> int:
         """What is known of tensor `number` from `rank`, or (outgoing) what `rank` is going to be told."""

@@ -28,6 +28,7 @@ from epv2_plugin.patches import Patches
 
 FORWARD, BACKWARD = 0, 1  # channels
 UNLIMITED = 1 << 40  # bytes; the host backend sets nothing aside for a tensor before it comes
+_MOST_INPLACE = 8  # unless the configuration says so
 logger = logging.getLogger("epv2_plugin")
 
 _patches = Patches()
@@ -150,8 +151,7 @@ class PipelineCommunicator(P2PCommunicator):
 
     def _receive(self, shape: Any, peer: int, channel: int, name: str, handles: dict[str, Handle]) -> torch.Tensor:
         assert self.buffer is not None
-        tensor = torch.empty(tuple(shape), dtype=self.config.pipeline_dtype, device=self.buffer.device)
-        event = self.buffer.pp_recv(tensor, peer, channel=channel, async_with_compute_stream=True)
+        tensor, event = self.buffer.pp_recv_inplace(tuple(shape), self.config.pipeline_dtype, peer, channel=channel)
         handles[name] = Handle(event)
         return tensor.requires_grad_()
 
@@ -198,9 +198,11 @@ def _buffer_for(group: dist.ProcessGroup, config: Any) -> ElasticBuffer | None:
 
 def _configure(group: dist.ProcessGroup, buffer: ElasticBuffer, max_tensor_bytes: int) -> ElasticBuffer | None:
     """Set the buffer's rings up; None where that can't be, and Megatron's own communicator is left."""
-    inflight = _config.pipeline.max_inflight
+    inflight, inplace = _config.pipeline.max_inflight, _config.pipeline.max_inplace
+    # A stage holds so many activations until their backward, and gets others meanwhile.
+    most = min(dist.get_world_size(group) + 2, _MOST_INPLACE) if inplace == "auto" else inplace
     try:
-        buffer.pp_set_config(max_tensor_bytes, inflight)
+        buffer.pp_set_config(max_tensor_bytes, inflight, max_inplace=most)
     except UnavailableError as error:
         buffer.destroy()
         _leave_to_megatron(group, error)
@@ -280,6 +282,6 @@ def groups() -> list[dict[str, Any]]:
             found.append({**entry, "backend": "stock", "transport": "stock"})
         else:
             what = {name: buffer.describe()[name] for name in ("backend", "transport")}
-            inflight, sent = _config.pipeline.max_inflight, buffer.traffic.sent_bytes
-            found.append({**entry, **what, "max_inflight": inflight, "sms": 0, "sent_bytes": sent})
+            traffic = {"sent_bytes": buffer.traffic.sent_bytes, "inplace_bytes": buffer.traffic.inplace_bytes}
+            found.append({**entry, **what, "max_inflight": _config.pipeline.max_inflight, "sms": 0, **traffic})
     return found

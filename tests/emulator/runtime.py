@@ -95,6 +95,10 @@ class Window:
         """Some of `tensor`, with a storage of its own."""
         return torch.from_numpy(self.tensor.numpy()[offset : offset + num_bytes])
 
+    def exchange(self, rank: int, offset: int, expected: int, value: int) -> int:
+        """A word of 64 bits of a rank's part becomes `value` if it is `expected`; returns what it was."""
+        return int(_scheduler().epv2_emulator_exchange(self.peer_pointer(rank, offset), expected, value))
+
 
 @dataclass
 class Mapped:
@@ -601,6 +605,7 @@ def _scheduler() -> ctypes.CDLL:
     library.epv2_emulator_window.argtypes = [number, address, number, *[ctypes.c_int] * 4]
     library.epv2_emulator_network.argtypes = [number, address, *[ctypes.c_int] * 6]
     library.epv2_emulator_forget.argtypes = [number]
+    library.epv2_emulator_exchange.argtypes, library.epv2_emulator_exchange.restype = [number] * 3, number
     library.epv2_emulator_carry_on.argtypes = [_CARRY_ON]
     library.epv2_emulator_carry_on(_carry_on)
     for function in ("window", "network", "forget", "limit_seconds", "carry_on"):

@@ -1587,6 +1587,13 @@ extern "C" void epv2_emulator_forget(uint64_t handle) {
   epv2::emulator::communicators.erase(handle);
 }
 
+// Of a word that processes share.
+extern "C" uint64_t epv2_emulator_exchange(uint64_t address, uint64_t expected, uint64_t value) {
+  __atomic_compare_exchange_n(reinterpret_cast<uint64_t*>(address), &expected, value, false, __ATOMIC_SEQ_CST,
+                              __ATOMIC_SEQ_CST);
+  return expected;
+}
+
 extern "C" void epv2_emulator_carry_on(epv2::emulator::CarryOn carry_on) { epv2::emulator::carry_on = carry_on; }
 
 extern "C" void epv2_emulator_limit_seconds(double seconds) { epv2::emulator::limit_seconds = seconds; }

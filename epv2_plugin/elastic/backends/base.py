@@ -48,6 +48,8 @@ class Traffic:
     Attributes:
         sent_bytes: everything, headers included.
         undeduplicated_bytes: what the same rows would have been with one copy per (token, expert) pair.
+        inplace_bytes: of `sent_bytes`, tensors of `pp_send` that went straight to where they stay (cuda; counted where
+            they leave).
         network_bytes: rows of dispatches and of Engram, and tensors of `pp_recv`, that came over the network to this
             rank (cuda).
         direct_network_bytes: what would have come in direct mode, one row for each rank that wants it.
@@ -55,6 +57,7 @@ class Traffic:
 
     sent_bytes: int = 0
     undeduplicated_bytes: int = 0
+    inplace_bytes: int = 0
     network_bytes: int = 0
     direct_network_bytes: int = 0
 
@@ -85,8 +88,9 @@ class PointToPoint(Protocol):
     Where "blocks" is said, a GPU's stream does: the host goes on, and learns of a failure at a later call.
     """
 
-    def configure(self, max_tensor_bytes: int, max_inflight: int) -> None:
-        """Collective: what was sent before is taken, then rings of `max_inflight` slots are ready."""
+    def configure(self, max_tensor_bytes: int, max_inflight: int, max_inplace: int) -> None:
+        """Collective: what was sent before is taken, then rings of `max_inflight` slots are ready, and memory for
+        `max_inplace` tensors of `receive_inplace`."""
 
     def send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool) -> Event:
         """Start sending; blocks while `max_inflight` tensors for `peer` and `channel` have not been taken.
@@ -96,6 +100,11 @@ class PointToPoint(Protocol):
 
     def receive(self, tensor: torch.Tensor, peer: int, channel: int) -> Event:
         """Start receiving into `tensor`, which holds data after the event."""
+
+    def receive_inplace(
+        self, shape: Sequence[int], dtype: torch.dtype, peer: int, channel: int
+    ) -> tuple[torch.Tensor, Event]:
+        """Likewise into a new tensor, which lies where the sender can write, if such memory is free."""
 
     def flush(self) -> None:
         """Wait until everything sent has been taken."""

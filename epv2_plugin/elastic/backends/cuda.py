@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 import time
 import zlib
@@ -73,6 +74,7 @@ _ARGUMENTS = {
 _NOTHING_SHARED = dict.fromkeys(_ARGUMENTS, 0)
 _OPERATIONS = ("dispatch", "cached dispatch", "combine", "barrier")
 _NAMED_DTYPES = (*_DTYPES, torch.float8_e4m3fn)
+logger = logging.getLogger("epv2_plugin")
 
 
 # Looked up at every launch.
@@ -284,6 +286,12 @@ class CudaBackend:
             self.runtime.close(abandon=self._failure is not None or bool(self._error_words[0]))
 
     def _end_transfers(self, seconds: float | None) -> None:
+        if "point_to_point" in self.__dict__ and (held := self.point_to_point.held):
+            logger.warning(
+                "epv2: rank %d: %d tensors of pp_recv_inplace are still held; their memory goes with the buffer",
+                self.runtime.rank,
+                held,
+            )
         try:
             # Memory must not go while other nodes still put something there, if only words that nobody waits for. Whose
             # buffer is garbage can't wait for others.

@@ -103,7 +103,8 @@ class CudaEngram:
         self._place: EngramTableLayout | None = None  # of what is in it
         # int64 [ranks of the node]: where their parts lie, of each table so far, as graphs go on reading theirs.
         self._parts: list[torch.Tensor] = []
-        # Hash tables, int32: of the next fetch, all ones, and of the last one, of which the next one empties what it used.
+        # Hash tables, int32: of the next fetch, all ones, and of the last one, of which the next one empties what it
+        # used.
         self._slots = self._stale = torch.empty(0, dtype=torch.int32, device=runtime.device)
         self._num_stale = 0
         self._settled = (-1, 0)  # changes and refused calls before the last fetch

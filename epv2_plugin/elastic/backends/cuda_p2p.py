@@ -4,7 +4,8 @@ A rank has rings of slots in its window, one for each link (source, channel). A 
 slot at the receiver and then writes a record there: number, dtype and shape, and behind them the word `ready`, a hash
 of these. The receiver's stream waits for exactly that word, copies the tensor out of the slot, and tells the sender how
 many it has taken. That is the credit: the send that wants the slot again waits for it, on its stream. A large tensor
-goes so in pieces, each with a word of its own, of which one is copied out while the next is copied in.
+goes so in pieces, each with a word of its own, of which one is copied out while the next is copied in. What a receive
+has offered memory for goes there, in one copy, and stays (`inplace.py`); records, words and credits are the same.
 
 What crosses a link comes first: a copy inside the sender before that would wait for the copy engine where that is busy
 with what this rank receives, and the next rank for it, and so on around a ring of ranks.
@@ -21,13 +22,14 @@ the receiver's stream waits first: before that any part of both may be missing. 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 import struct
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ import torch
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic, describe_kind
 from epv2_plugin.elastic.backends.device import CopyOp, Event, OrderOp, Put, Runtime, StreamOp, Window, node_of
+from epv2_plugin.elastic.backends.inplace import InPlace, Slot
 from epv2_plugin.elastic.backends.sender import Sender
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
@@ -49,6 +52,7 @@ _DTYPES = sorted(str(value) for value in vars(torch).values() if isinstance(valu
 _USUAL_RINGS = 4  # two peers, activations and gradients to each
 # Without the variable CUDA has 8 queues, and the streams of four waiting links hold all others (docs/performance.md).
 _LEAST_CONNECTIONS, _ENOUGH_CONNECTIONS = 10, 32
+logger = logging.getLogger("epv2_plugin")
 
 
 class Kind:
@@ -231,11 +235,19 @@ class _Receive:
     """A receive and its event: the tensor holds data.
 
     Attributes:
+        slot: the tensor's, which it was offered for; None: it is copied out of the ring.
         before: event behind which it may write, None = where the current stream is. after: event, once it is put.
     """
 
-    def __init__(self, owner: CudaPointToPoint, tensor: torch.Tensor, link: _Incoming, number: int):
-        self._owner, self.link, self.number = owner, link, number
+    def __init__(
+        self,
+        owner: CudaPointToPoint,
+        tensor: torch.Tensor,
+        link: _Incoming,
+        number: int,
+        slot: Slot | None = None,
+    ):
+        self._owner, self.link, self.number, self.slot = owner, link, number, slot
         self.tensor, self.dense = tensor, tensor
         if not tensor.is_contiguous():
             self.dense = torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -281,10 +293,12 @@ class CudaPointToPoint:
         self._incoming: dict[tuple[int, int], _Incoming] = {}
         self._lock = threading.RLock()  # of deferred receives, which another thread puts on their streams, too
         self._deferring = False  # whether there are any
+        self._inplace: InPlace | None = None
+        self._words: Window | None = None  # of `InPlace`
 
     # ---- base.PointToPoint ------------------------------------------------------------------------------------------
 
-    def configure(self, max_tensor_bytes: int, max_inflight: int) -> None:
+    def configure(self, max_tensor_bytes: int, max_inflight: int, max_inplace: int) -> None:
         far = len(self._near) < self.runtime.size
         sender = self._sender() if far else None
         self.flush()
@@ -294,12 +308,17 @@ class CudaPointToPoint:
                 raise RuntimeError(f"pp_set_config before the event of {phase} was waited for")
             if link.last is not None:
                 self._watch.finish(link.last)
+        if self._inplace is not None:
+            self._inplace.collect()
+            if held := self._inplace.held:
+                raise RuntimeError(f"pp_set_config while {held} tensors of pp_recv_inplace are held: drop them first")
         self._watch.drain()  # the caller's streams, too, may still wait for words that are about to be others
         self._attempts += 1
         rank, size, name = self.runtime.rank, self.runtime.size, f"pp_set_config #{self._attempts}"
         ring_bytes = max_inflight * sizing.ring_slot_bytes(max_tensor_bytes)
         num_rings = min(max(_USUAL_RINGS, self._num_bytes // ring_bytes), (size - 1) * NUM_CHANNELS)
-        mine = f"(max_tensor_bytes, max_inflight) = {(max_tensor_bytes, max_inflight)}", f"room for {num_rings} rings"
+        values = f"(max_tensor_bytes, max_inflight) = {(max_tensor_bytes, max_inflight)}"
+        mine = values, f"max_inplace = {max_inplace}", f"room for {num_rings} rings"
 
         def step() -> str:
             check_connections()
@@ -316,10 +335,12 @@ class CudaPointToPoint:
             max_inflight=max_inflight,
             max_tensor_bytes=max_tensor_bytes,
             num_rings=num_rings,
+            max_inplace=max_inplace,
             far=far,
         )
         if sender is not None:
             sender.meet(f"{name}, end of what was sent before")
+        words = self._shared_words() if max_inplace else None
         window = self._window
         if window is None or window.num_bytes < layout.end:
             window = self.runtime.window(align(layout.end, sizing.BUFFER_ALIGNMENT), ordered=far)
@@ -336,6 +357,10 @@ class CudaPointToPoint:
         self._configured = self._attempts
         self._num_rings, self._max_inflight, self._layout, self._window = num_rings, max_inflight, layout, window
         self._bases = {peer: window.peer_pointer(peer, 0) for peer in self._near}
+        self._inplace = None
+        if words is not None:
+            place = layout.inplace, layout.slot_bytes, max_inplace
+            self._inplace = InPlace(self.runtime, self._watch, words, window, *place)
         self._outgoing, self._incoming = {}, {}
 
     def send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool) -> _Sent:
@@ -356,12 +381,18 @@ class CudaPointToPoint:
             operations.append(self._taken_wait(wait, link, number - self._max_inflight))
         link.recent.append(kind)
         slot, outbox, inbox, address = link.slots[index], link.outboxes[index], link.inboxes[index], dense.data_ptr()
+        pieces = kind.pieces if link.near else [(0, kind.num_bytes)]
         operations.append(("write64", outbox, number))
         if kind is not oldest:  # else they are there
             operations += [("write64", outbox + 8 * i, word) for i, word in enumerate(kind.words, 1)]
         passed = self._watch.note(wait)
+        if self._inplace is not None and link.near:
+            place = self._inplace.accept(peer, channel, number)
+            if place is not None:
+                slot, pieces = self._bases[peer] + place, [(0, kind.num_bytes)]
+                self._traffic.inplace_bytes += kind.num_bytes
         begin, end = 0, _HEADER_BYTES + 4  # of the record: what the peer is told behind a piece
-        for offset, num_bytes in kind.pieces if link.near else [(0, kind.num_bytes)]:
+        for offset, num_bytes in pieces:
             if num_bytes:
                 operations.append(("copy", slot + offset, address + offset, num_bytes))
             last = offset + num_bytes == kind.num_bytes
@@ -392,7 +423,7 @@ class CudaPointToPoint:
         with self._lock:
             link.number += 1
             if link.ring is not None and not link.deferred:
-                self._put(link, link.ring, receive)
+                self._put(link, receive)
                 return receive
             receive.before = self.runtime.record()
             link.deferred.append(receive)
@@ -400,6 +431,29 @@ class CudaPointToPoint:
         if not self._put_deferred():
             self._watch.repeat(self._put_deferred)
         return receive
+
+    def receive_inplace(
+        self, shape: Sequence[int], dtype: torch.dtype, peer: int, channel: int
+    ) -> tuple[torch.Tensor, _Receive]:
+        self._begin("pp_recv_inplace")
+        link = self._incoming.get((peer, channel)) or self._incoming_link(peer, channel)
+        if self._inplace is not None and link.near:
+            with self._lock:
+                made = None
+                if not link.deferred:  # else this one would come before them
+                    made = self._inplace.offer(peer, channel, link.number, shape, dtype, link.stream)
+                if made is not None:
+                    receive = _Receive(self, made[0], link, link.number, made[1])
+                    link.number += 1
+                    self._put(link, receive)
+                    return made[0], receive
+        tensor = torch.empty(tuple(shape), dtype=dtype, device=self.runtime.device)
+        return tensor, self.receive(tensor, peer, channel)
+
+    @property
+    def held(self) -> int:
+        """Tensors of `receive_inplace` that somebody has."""
+        return 0 if self._inplace is None else self._inplace.held
 
     def flush(self) -> None:
         self._watch.check()
@@ -448,6 +502,8 @@ class CudaPointToPoint:
         self._watch.check()
         assert receive.after is not None
         self.runtime.wait(receive.after)
+        if receive.slot is not None and (stream := self.runtime.current_stream()) not in receive.slot.streams:
+            receive.slot.streams.append(stream)
         self._watch.check()
 
     # ---- links ------------------------------------------------------------------------------------------------------
@@ -457,6 +513,18 @@ class CudaPointToPoint:
         if self.runtime.is_capturing():
             raise RuntimeError(f"{call} can't be captured into a CUDA graph: tensors have numbers, which would repeat")
         self._put_deferred()
+
+    def _shared_words(self) -> Window | None:
+        """Of `InPlace`, with nothing said to this rank; None if processes can't share host memory (collective)."""
+        if self._words is None and len(self._near) > 1:
+            try:
+                self._words = InPlace.words(self.runtime)
+            except UnavailableError as error:
+                if self.runtime.rank == 0:
+                    logger.warning("epv2: tensors of pp_recv_inplace are copied once more, out of a ring: %s", error)
+        if self._words is not None:
+            InPlace.reset(self.runtime, self._words)
+        return self._words
 
     def _stream(self, *key: Any) -> Any:
         if key not in self._streams:
@@ -514,17 +582,20 @@ class CudaPointToPoint:
                     if offset is not None:
                         link.ring = int(offset)
                 while link.deferred and link.ring is not None:
-                    self._put(link, link.ring, link.deferred.popleft())
+                    self._put(link, link.deferred.popleft())
             self._deferring = any(link.deferred for link in self._incoming.values())
             return not self._deferring
 
-    def _put(self, link: _Incoming, ring: int, receive: _Receive) -> None:
+    def _put(self, link: _Incoming, receive: _Receive) -> None:
         runtime, dense, number, kind = self.runtime, receive.dense, receive.number, receive.kind
         peer, index, address = link.peer, number % self._max_inflight, dense.data_ptr()
-        slot = self._bases[runtime.rank] + ring + index * self._layout.slot_bytes
+        slot, stays = address, receive.slot is not None
+        if not stays:
+            assert link.ring is not None
+            slot = self._bases[runtime.rank] + link.ring + index * self._layout.slot_bytes
         record = link.records[index]
         ready = kind.ready(number, number // self._max_inflight)
-        pieces = kind.pieces if link.near else [(0, kind.num_bytes)]
+        pieces = kind.pieces if link.near and not stays else [(0, kind.num_bytes)]
         words, count = link.words[index][: len(pieces)], number + 1 & 0xFFFFFFFF
 
         def judge(seen: bytes) -> tuple[int, str] | None:
@@ -552,7 +623,9 @@ class CudaPointToPoint:
             keep=(dense,),
         )
         operations: list[StreamOp | CopyOp | OrderOp] = []
-        if receive.before is None:
+        if stays:
+            pass  # nobody uses that memory
+        elif receive.before is None:
             operations.append(("after", runtime.current_handle()))
         else:
             operations.append(("await", receive.before.handle))
@@ -562,7 +635,7 @@ class CudaPointToPoint:
             wait.release = [("write32", link.landed, count), *wait.release]
         for piece, (offset, num_bytes) in enumerate(pieces):
             operations.append(("wait32_eq", words[piece], ready))
-            if num_bytes:
+            if num_bytes and not stays:
                 operations.append(("copy", address + offset, slot + offset, num_bytes))
         passed = self._watch.note(wait)
         after = runtime.event()

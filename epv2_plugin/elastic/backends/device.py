@@ -58,6 +58,10 @@ class Window(Protocol):
     def part(self, offset: int, num_bytes: int) -> torch.Tensor:
         """`tensor[offset : offset + num_bytes]` with a storage of its own, by which one can tell when nobody has it."""
 
+    def exchange(self, rank: int, offset: int, expected: int, value: int) -> int:
+        """Let the word of 64 bits at byte `offset` of a rank's host memory become `value` if it is `expected`; returns
+        what it was. By the host, at once; of `Runtime.host_window` only."""
+
 
 class Mapped(Protocol):
     """Host memory that kernels and `Runtime.stream_ops` can write. Gone after `close` of its runtime.
@@ -218,11 +222,15 @@ class _HostMemory:
 
     handle = 0
 
-    def __init__(self, parts: list[_C.SharedMapped], own: int):
-        self._parts, self.pointer, self.num_bytes = parts, parts[own].pointer, parts[own].num_bytes
+    def __init__(self, library: Any, parts: list[_C.SharedMapped], own: int):
+        self._library, self._parts = library, parts
+        self.pointer, self.num_bytes = parts[own].pointer, parts[own].num_bytes
 
     def lsa_pointer(self, peer: int, offset: int = 0) -> int:
         return self._parts[peer].pointer + offset
+
+    def exchange(self, peer: int, offset: int, expected: int, value: int) -> int:
+        return self._library.compare_exchange(self._parts[peer].host_pointer + offset, expected, value)
 
 
 class _CudaWindow:
@@ -240,6 +248,10 @@ class _CudaWindow:
         if rank == self._rank:  # NCCL maps it a second time, elsewhere; who compares addresses has those of tensors
             return self._raw.pointer + offset
         return self._raw.lsa_pointer(rank - self._node[0], offset)
+
+    def exchange(self, rank: int, offset: int, expected: int, value: int) -> int:
+        assert isinstance(self._raw, _HostMemory)
+        return self._raw.exchange(rank - self._node[0], offset, expected, value)
 
 
 class _CudaMapped:
@@ -452,7 +464,7 @@ class CudaRuntime:
             files.close()
         self._mapped += parts.values()
         node = node_of(self)
-        raw = _HostMemory([parts[peer] for peer in node], self.rank - node[0])
+        raw = _HostMemory(self._library, [parts[peer] for peer in node], self.rank - node[0])
         return _CudaWindow(raw, node, self.rank, self.device)
 
     def network(self, num_signals: int, num_contexts: int, rail: bool) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -66,10 +67,10 @@ class HostPointToPoint:
         self._outgoing: dict[tuple[int, int], _Link] = {}
         self._incoming: dict[tuple[int, int], _Link] = {}
 
-    def configure(self, max_tensor_bytes: int, max_inflight: int) -> None:
+    def configure(self, max_tensor_bytes: int, max_inflight: int, max_inplace: int) -> None:
         """Collective; raises CommunicationError where another rank came with other values."""
         self.flush()
-        values = (max_tensor_bytes, max_inflight)
+        values = (max_tensor_bytes, max_inflight, max_inplace)
         operation = self._transport.begin("pp_set_config")
         ours = torch.tensor(values, dtype=torch.int64).view(torch.uint8)
         theirs = {peer: torch.empty_like(ours) for peer in operation.peers}
@@ -80,8 +81,10 @@ class HostPointToPoint:
         for peer, answer in theirs.items():
             seen = tuple(answer.view(torch.int64).tolist())
             if seen != values:
-                names = "(max_tensor_bytes, max_inflight) = "
-                raise operation.mismatch(peer, "values", f"{names}{values} as on this rank", f"{names}{seen}")
+                texts = [f"(max_tensor_bytes, max_inflight) = {each[:2]}" for each in (values, seen)]
+                if seen[:2] == values[:2]:
+                    texts = [f"max_inplace = {each[2]}" for each in (values, seen)]
+                raise operation.mismatch(peer, "values", f"{texts[0]} as on this rank", texts[1])
         self._max_inflight = max_inflight
 
     def send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool) -> HostEvent:
@@ -139,6 +142,12 @@ class HostPointToPoint:
                 tensor.copy_(content.view(tensor.dtype).view(tensor.shape))
 
         return HostEvent(finish)
+
+    def receive_inplace(
+        self, shape: Sequence[int], dtype: torch.dtype, peer: int, channel: int
+    ) -> tuple[torch.Tensor, HostEvent]:
+        tensor = torch.empty(tuple(shape), dtype=dtype)
+        return tensor, self.receive(tensor, peer, channel)
 
     def flush(self) -> None:
         for (peer, channel), link in self._outgoing.items():

@@ -1,0 +1,132 @@
+"""Tensors that stay where the sender's copy engine has put them, so that a receive copies nothing.
+
+A receive offers a free slot of its rank's window, in a word of host memory that the processes of a node share. A send
+that finds the offer copies there; one that comes earlier says so in the word and takes the ring, as ever. Both decide
+by one atomic exchange, so they agree, tensor by tensor, and neither waits for the other.
+
+What is offered no stream has anything left to do with: a send waits here for nothing that it would not wait for in a
+ring. A slot is free again once nobody has the tensor and the streams that waited for it have come that far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from epv2_plugin.elastic.backends.base import NUM_CHANNELS
+from epv2_plugin.elastic.backends.device import Runtime, Window, node_of
+from epv2_plugin.elastic.backends.watch import Wait, Watch
+
+LEAST_BYTES = 1 << 20  # of a tensor; to copy a smaller one again takes less time than all this does
+_AHEAD = 16  # tensors of a (rank, channel) that a receiver may have offered room for before the sender comes to them
+# A word: which turn of its place, counted from 1, in the upper half; below, an offer and its slot, or nothing.
+_TURN_SHIFT, _OFFERED = 32, 1 << 31
+
+
+class Slot:
+    """Memory for a tensor.
+
+    Attributes:
+        storage: of the tensor that is there. arrival: stream that waits for it to come. streams: others, of users.
+        waits: for what streams still had to do when nobody had it any more.
+    """
+
+    def __init__(self, number: int):
+        self.number = number
+        self.storage: StorageWeakRef | None = None
+        self.arrival: Any = None
+        self.streams: list[Any] = []
+        self.waits: list[Wait] = []
+
+    @property
+    def free(self) -> bool:
+        return self.storage is None and all(wait.done for wait in self.waits)
+
+
+class InPlace:
+    """What a rank offers, and what others offer it.
+
+    Args:
+        runtime: the device. watch: notices where streams are. words: host memory of the node. memory: the window.
+        begin, slot_bytes, count: slots in it, on every rank.
+    """
+
+    def __init__(
+        self, runtime: Runtime, watch: Watch, words: Window, memory: Window, begin: int, slot_bytes: int, count: int
+    ):
+        self._runtime, self._watch, self._words, self._memory = runtime, watch, words, memory
+        self._first, self._begin, self._slot_bytes = node_of(runtime).start, begin, slot_bytes
+        self._slots = [Slot(number) for number in range(count)]
+
+    @staticmethod
+    def words(runtime: Runtime) -> Window:
+        """Memory for what ranks say to each other (collective). Raises UnavailableError as `Runtime.host_window`."""
+        return runtime.host_window(8 * _AHEAD * NUM_CHANNELS * runtime.lsa_size)
+
+    @staticmethod
+    def reset(runtime: Runtime, words: Window) -> None:
+        """Forget what was said to this rank, by others that say nothing more."""
+        for offset in range(0, words.num_bytes, 8):
+            seen = words.exchange(runtime.rank, offset, 0, 0)
+            words.exchange(runtime.rank, offset, seen, 0)
+
+    @property
+    def held(self) -> int:
+        """How many tensors are there that somebody has."""
+        return sum(slot.storage is not None and not slot.storage.expired() for slot in self._slots)
+
+    def collect(self) -> None:
+        """See which tensors nobody has any more, and let the streams say when they are done with them."""
+        for slot in self._slots:
+            if slot.storage is not None and slot.storage.expired():
+                slot.storage = None
+                for stream in slot.streams or [slot.arrival]:
+                    wait = Wait(self._runtime.rank, "", "", ("in place", slot.number, stream))
+                    self._runtime.stream_ops([self._watch.note(wait)], stream)
+                    slot.waits.append(wait)
+
+    def offer(
+        self, peer: int, channel: int, number: int, shape: Sequence[int], dtype: torch.dtype, arrival: Any
+    ) -> tuple[torch.Tensor, Slot] | None:
+        """A new tensor for what comes as `number` from `peer`; None if no slot is free, or the sender came first."""
+        if (num_bytes := math.prod(shape) * dtype.itemsize) < LEAST_BYTES:
+            return None
+        self.collect()
+        slot = next((slot for slot in self._slots if slot.free), None)
+        if slot is None or not self._say(peer, channel, number, slot.number):
+            return None
+        slot.waits.clear()
+        flat = self._memory.part(self._begin + slot.number * self._slot_bytes, num_bytes)
+        slot.storage, slot.arrival, slot.streams = StorageWeakRef(flat.untyped_storage()), arrival, []
+        # Not a view: Megatron frees nothing that is one.
+        tensor = torch.empty(0, dtype=dtype, device=flat.device)
+        return tensor.set_(flat.untyped_storage(), 0, tuple(shape)), slot  # type: ignore[call-overload]
+
+    def _say(self, peer: int, channel: int, number: int, slot: int) -> bool:
+        rank, place, turn = self._runtime.rank, self._place(peer, channel, number), number // _AHEAD + 1
+        seen = self._words.exchange(rank, place, 0, 0)
+        # Nor if the sender has not come to the tensor before in this place, whose offer stands there.
+        while seen >> _TURN_SHIFT < turn and not seen & _OFFERED:
+            found = self._words.exchange(rank, place, seen, turn << _TURN_SHIFT | _OFFERED | slot)
+            if found == seen:
+                return True
+            seen = found
+        return False
+
+    def accept(self, peer: int, channel: int, number: int) -> int | None:
+        """Where in the window of `peer` tensor `number` goes; None: into the ring. Once for each."""
+        place, turn = self._place(self._runtime.rank, channel, number), number // _AHEAD + 1
+        seen = self._words.exchange(peer, place, 0, 0)
+        while (found := self._words.exchange(peer, place, seen, turn << _TURN_SHIFT)) != seen:
+            seen = found
+        if seen >> _TURN_SHIFT != turn or not seen & _OFFERED:
+            return None
+        return self._begin + (seen & _OFFERED - 1) * self._slot_bytes
+
+    def _place(self, source: int, channel: int, number: int) -> int:
+        """The byte, at the receiver, of the word about a tensor from `source`."""
+        return 8 * (((source - self._first) * NUM_CHANNELS + channel) * _AHEAD + number % _AHEAD)
