@@ -217,6 +217,9 @@ class Event:
     def handle(self) -> int:
         """`CUevent`."""
 
+    def passed(self) -> bool:
+        """Whether the stream that it was recorded on has come to it. Raises Error: that stream's work has failed."""
+
 def copy(target: int, source: int, num_bytes: int, stream: int) -> None:
     """Copy memory in stream order, on a copy engine where the driver lets it."""
 

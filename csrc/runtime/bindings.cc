@@ -169,7 +169,10 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("pointer", &Stream::pointer)
       .def("close", &Stream::close, Unlocked());
 
-  py::class_<Event>(m, "Event").def(py::init<>()).def_property_readonly("handle", &Event::handle);
+  py::class_<Event>(m, "Event")
+      .def(py::init<>())
+      .def_property_readonly("handle", &Event::handle)
+      .def("passed", &Event::passed);
 
   // They may wait for room on the stream.
   m.def("copy", &copy, py::arg("target"), py::arg("source"), py::arg("num_bytes"), py::arg("stream"), Unlocked());

@@ -110,6 +110,13 @@ Event::Event() {
   cuda.check(cuda.cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING), "cuEventCreate");
 }
 
+bool Event::passed() const {
+  const CUresult result = driver_api().cuEventQuery(event_);
+  if (result == CUDA_ERROR_NOT_READY) return false;
+  driver_api().check(result, "cuEventQuery");
+  return true;
+}
+
 Event::~Event() {
   std::lock_guard<std::mutex> lock(events_mutex);
   idle_events[context_].push_back(event_);

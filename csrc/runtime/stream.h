@@ -37,6 +37,8 @@ class Event {
   Event& operator=(const Event&) = delete;
 
   uintptr_t handle() const { return reinterpret_cast<uintptr_t>(event_); }
+  // Whether the stream has come to it.
+  bool passed() const;
 
  private:
   CUcontext context_ = nullptr;

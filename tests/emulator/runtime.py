@@ -116,6 +116,10 @@ class Event(threading.Event):
         """What operations call it."""
         return id(self)
 
+    def passed(self) -> bool:
+        """Whether a stream has come to it."""
+        return self.is_set()
+
 
 class Stream:
     """A thread that does one thing after the other. After an error it does nothing more, and `error` says why."""

@@ -27,6 +27,7 @@ import math
 import os
 import struct
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -309,9 +310,11 @@ class CudaPointToPoint:
             if link.last is not None:
                 self._watch.finish(link.last)
         if self._inplace is not None:
-            self._inplace.collect()
             if held := self._inplace.held:
                 raise RuntimeError(f"pp_set_config while {held} tensors of pp_recv_inplace are held: drop them first")
+            while not self._inplace.all_free:  # streams of the caller may still read them
+                self._watch.check()
+                time.sleep(1e-3)
         self._watch.drain()  # the caller's streams, too, may still wait for words that are about to be others
         self._attempts += 1
         rank, size, name = self.runtime.rank, self.runtime.size, f"pp_set_config #{self._attempts}"
@@ -360,7 +363,7 @@ class CudaPointToPoint:
         self._inplace = None
         if words is not None:
             place = layout.inplace, layout.slot_bytes, max_inplace
-            self._inplace = InPlace(self.runtime, self._watch, words, window, *place)
+            self._inplace = InPlace(self.runtime, words, window, *place)
         self._outgoing, self._incoming = {}, {}
 
     def send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool) -> _Sent:
@@ -440,7 +443,9 @@ class CudaPointToPoint:
         if self._inplace is not None and link.near:
             with self._lock:
                 made = None
-                if not link.deferred:  # else this one would come before them
+                # Else this one would come before those that are deferred; and a stream that waits from the very first
+                # tensor on holds up kernels that a program loads at its begin, maybe those that the sender needs.
+                if link.ring is not None and not link.deferred:
                     made = self._inplace.offer(peer, channel, link.number, shape, dtype, link.stream)
                 if made is not None:
                     receive = _Receive(self, made[0], link, link.number, made[1])

@@ -81,6 +81,8 @@ class Event(Protocol):
 
     @property
     def handle(self) -> int: ...
+    def passed(self) -> bool:
+        """Whether the stream has come that far; once recorded."""
 
 
 class Runtime(Protocol):

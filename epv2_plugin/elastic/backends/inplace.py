@@ -18,8 +18,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from epv2_plugin.elastic.backends.base import NUM_CHANNELS
-from epv2_plugin.elastic.backends.device import Runtime, Window, node_of
-from epv2_plugin.elastic.backends.watch import Wait, Watch
+from epv2_plugin.elastic.backends.device import Event, Runtime, Window, node_of
 
 LEAST_BYTES = 1 << 20  # of a tensor; to copy a smaller one again takes less time than all this does
 _AHEAD = 16  # tensors of a (rank, channel) that a receiver may have offered room for before the sender comes to them
@@ -32,7 +31,7 @@ class Slot:
 
     Attributes:
         storage: of the tensor that is there. arrival: stream that waits for it to come. streams: others, of users.
-        waits: for what streams still had to do when nobody had it any more.
+        left: behind what streams still had to do when nobody had it any more.
     """
 
     def __init__(self, number: int):
@@ -40,25 +39,23 @@ class Slot:
         self.storage: StorageWeakRef | None = None
         self.arrival: Any = None
         self.streams: list[Any] = []
-        self.waits: list[Wait] = []
+        self.left: list[Event] = []
 
     @property
     def free(self) -> bool:
-        return self.storage is None and all(wait.done for wait in self.waits)
+        return self.storage is None and all(event.passed() for event in self.left)
 
 
 class InPlace:
     """What a rank offers, and what others offer it.
 
     Args:
-        runtime: the device. watch: notices where streams are. words: host memory of the node. memory: the window.
-        begin, slot_bytes, count: slots in it, on every rank.
+        runtime: the device. words: host memory of the node. memory: the window. begin, slot_bytes, count: slots in it,
+            on every rank.
     """
 
-    def __init__(
-        self, runtime: Runtime, watch: Watch, words: Window, memory: Window, begin: int, slot_bytes: int, count: int
-    ):
-        self._runtime, self._watch, self._words, self._memory = runtime, watch, words, memory
+    def __init__(self, runtime: Runtime, words: Window, memory: Window, begin: int, slot_bytes: int, count: int):
+        self._runtime, self._words, self._memory = runtime, words, memory
         self._first, self._begin, self._slot_bytes = node_of(runtime).start, begin, slot_bytes
         self._slots = [Slot(number) for number in range(count)]
 
@@ -79,15 +76,18 @@ class InPlace:
         """How many tensors are there that somebody has."""
         return sum(slot.storage is not None and not slot.storage.expired() for slot in self._slots)
 
-    def collect(self) -> None:
-        """See which tensors nobody has any more, and let the streams say when they are done with them."""
+    @property
+    def all_free(self) -> bool:
+        """Whether no stream has anything left to do with a slot either."""
+        self._collect()
+        return all(slot.free for slot in self._slots)
+
+    def _collect(self) -> None:
+        """See which tensors nobody has any more."""
         for slot in self._slots:
             if slot.storage is not None and slot.storage.expired():
                 slot.storage = None
-                for stream in slot.streams or [slot.arrival]:
-                    wait = Wait(self._runtime.rank, "", "", ("in place", slot.number, stream))
-                    self._runtime.stream_ops([self._watch.note(wait)], stream)
-                    slot.waits.append(wait)
+                slot.left = [self._runtime.record(stream) for stream in slot.streams or [slot.arrival]]
 
     def offer(
         self, peer: int, channel: int, number: int, shape: Sequence[int], dtype: torch.dtype, arrival: Any
@@ -95,11 +95,10 @@ class InPlace:
         """A new tensor for what comes as `number` from `peer`; None if no slot is free, or the sender came first."""
         if (num_bytes := math.prod(shape) * dtype.itemsize) < LEAST_BYTES:
             return None
-        self.collect()
+        self._collect()
         slot = next((slot for slot in self._slots if slot.free), None)
         if slot is None or not self._say(peer, channel, number, slot.number):
             return None
-        slot.waits.clear()
         flat = self._memory.part(self._begin + slot.number * self._slot_bytes, num_bytes)
         slot.storage, slot.arrival, slot.streams = StorageWeakRef(flat.untyped_storage()), arrival, []
         # Not a view: Megatron frees nothing that is one.
