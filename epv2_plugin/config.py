@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 # The bound belongs to the number alone: on the whole union it would be asked of "auto", too.
 Count = Annotated[int, Field(ge=1)] | Literal["auto"]
-CountOrNone = Annotated[int, Field(ge=0)] | Literal["auto"]
 Rate = Annotated[float, Field(gt=0)] | Literal["auto"]
 
 
@@ -97,12 +96,12 @@ class Pipeline(Section):
     """Activations between pipeline stages. `transport`: `copy_engine` = the plugin's on GPUs, `auto` = the plugin's on
     the host, Megatron's own on GPUs, where the plugin's has not been proved yet. `max_tensor_bytes: auto`: no limit on
     the host, on a GPU what the first tensors have. `max_inplace`: received tensors that may lie, on a GPU, where they
-    have arrived, each in `max_tensor_bytes` that are set aside; auto = 2 more than there are stages, 8 at most."""
+    have arrived, each in `max_tensor_bytes` that are set aside; others are copied out of a ring."""
 
     transport: Literal["auto", "copy_engine", "stock"] = "auto"
     max_inflight: int = Field(default=4, ge=1)
     max_tensor_bytes: Count = "auto"
-    max_inplace: CountOrNone = "auto"
+    max_inplace: int = Field(default=0, ge=0)
 
 
 class Context(Section):

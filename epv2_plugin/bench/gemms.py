@@ -46,7 +46,7 @@ def beside(rounds: Rounds, transfers: dict[str, Transfer], iterations: int) -> d
     a, b = (torch.randn(_SIZE, _SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    side, after = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
+    side, after = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
     moved: dict[str, list[int]] = {"alone": [], **{f"beside {name}": [] for name in transfers}}
 
     def time(count: int, name: str, transfer: Transfer | None) -> float:

@@ -28,7 +28,6 @@ from epv2_plugin.patches import Patches
 
 FORWARD, BACKWARD = 0, 1  # channels
 UNLIMITED = 1 << 40  # bytes; the host backend sets nothing aside for a tensor before it comes
-_MOST_INPLACE = 8  # unless the configuration says so
 logger = logging.getLogger("epv2_plugin")
 
 _patches = Patches()
@@ -198,11 +197,9 @@ def _buffer_for(group: dist.ProcessGroup, config: Any) -> ElasticBuffer | None:
 
 def _configure(group: dist.ProcessGroup, buffer: ElasticBuffer, max_tensor_bytes: int) -> ElasticBuffer | None:
     """Set the buffer's rings up; None where that can't be, and Megatron's own communicator is left."""
-    inflight, inplace = _config.pipeline.max_inflight, _config.pipeline.max_inplace
-    # A stage holds so many activations until their backward, and gets others meanwhile.
-    most = min(dist.get_world_size(group) + 2, _MOST_INPLACE) if inplace == "auto" else inplace
+    inflight = _config.pipeline.max_inflight
     try:
-        buffer.pp_set_config(max_tensor_bytes, inflight, max_inplace=most)
+        buffer.pp_set_config(max_tensor_bytes, inflight, max_inplace=_config.pipeline.max_inplace)
     except UnavailableError as error:
         buffer.destroy()
         _leave_to_megatron(group, error)
