@@ -79,13 +79,29 @@ def hold_up(made: Any) -> threading.Event:
 
 
 class EmulatedCarrier(CudaCarrier):
-    """FSDP2's collectives of the cuda backend on the emulator: `runtime`."""
+    """FSDP2's collectives of the cuda backend on the emulator: `runtime`; nodes of `per_node` ranks, 0 = one."""
 
-    device = "cpu"
+    device, per_node = "cpu", 0
 
     def _runtime(self, group: dist.ProcessGroup, seconds: float) -> EmulatedRuntime:
-        self.runtime = EmulatedRuntime(group, num_sms=SMS)
+        nodes = 0 < self.per_node < dist.get_world_size(group)
+        self.runtime = EmulatedRuntime(group, num_sms=SMS, lsa_size=self.per_node if nodes else None)
         return self.runtime
+
+
+class OnNodesOfOne(EmulatedCarrier):
+    """Likewise; every rank is a node."""
+
+    per_node = 1
+
+
+class OnNodesOfTwo(EmulatedCarrier):
+    """Likewise; a group of two ranks is one node."""
+
+    per_node = 2
+
+
+EMULATED_CARRIERS = {"emulated": EmulatedCarrier, "emulated/1": OnNodesOfOne, "emulated/2": OnNodesOfTwo}
 
 
 @contextmanager
@@ -95,8 +111,8 @@ def fsdp_on(kind: str) -> Iterator[torch.device]:
         yield take_device()
         return
     real = install.CudaCarrier, install.resolve_backend
-    if kind == "emulated":
-        install.CudaCarrier, install.resolve_backend = EmulatedCarrier, lambda name: "cuda"
+    if kind in EMULATED_CARRIERS:
+        install.CudaCarrier, install.resolve_backend = EMULATED_CARRIERS[kind], lambda name: "cuda"
     try:
         yield torch.device("cpu")
     finally:

@@ -30,7 +30,7 @@ from epv2_plugin.fsdp import install
 from epv2_plugin.fsdp.carriers import Carrier, CudaCarrier, HostCarrier
 from epv2_plugin.fsdp.collectives import PluginAllGather, PluginReduceScatter
 from tests import harness
-from tests.buffers import KINDS, SMS, EmulatedCarrier, fsdp_on, take_device
+from tests.buffers import EMULATED_CARRIERS, KINDS, SMS, fsdp_on, take_device
 from tests.harness import Pool
 
 CONFIG = {"timeouts": {"host_seconds": 20}}
@@ -48,7 +48,7 @@ def make_carrier(kind: str, room: int, seconds: int = 20, sms: int = 0, slots: i
         return HostCarrier(group, slots * room, config)
     if kind == "cuda":
         take_device()
-    carrier = EmulatedCarrier if kind == "emulated" else CudaCarrier
+    carrier = EMULATED_CARRIERS.get(kind, CudaCarrier)
     return carrier(group, Slots(room, slots), Slots(room, slots), config)
 
 
@@ -110,7 +110,7 @@ def collectives(rank: int, size: int, kind: str, name: str, columns: int) -> Non
     carrier.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "emulated/1"])
 @pytest.mark.parametrize(("name", "columns"), [("fp32", 37), ("bf16", 37), ("bf16", 12000), ("fp16", 16)])
 def test_sums_run_in_fp32_in_rank_order_and_are_rounded_once(
     pool: Callable[[int], Pool], kind: str, name: str, columns: int
@@ -179,9 +179,11 @@ def in_turn(rank: int, size: int, kind: str, slots: int) -> None:
     carrier.close()
 
 
-@pytest.mark.parametrize(("size", "slots"), [(3, 2), (4, 3)])
-def test_slots_are_used_in_turn(pool: Callable[[int], Pool], size: int, slots: int) -> None:
-    pool(size).run(in_turn, "emulated", slots)
+@pytest.mark.parametrize(
+    ("kind", "size", "slots"), [("emulated", 3, 2), ("emulated", 4, 3), ("emulated/1", 3, 2), ("emulated/2", 4, 3)]
+)
+def test_slots_are_used_in_turn(pool: Callable[[int], Pool], kind: str, size: int, slots: int) -> None:
+    pool(size).run(in_turn, kind, slots)
 
 
 class Block(nn.Module):
@@ -304,7 +306,7 @@ def test_a_model_trains_as_on_one_process(pool: Callable[[int], Pool], name: str
     torch.testing.assert_close(found[0][0], losses, rtol=1e-5, atol=0)
     for ours, theirs in zip(found[0][1], gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
-    for kind in ("host", "emulated"):
+    for kind in ("host", "emulated", *["emulated/2"] * (name == "reshard")):
         assert same_bits(pool(4).run(trained, reshard, False, False, kind, factor), found)
 
 
@@ -535,7 +537,7 @@ def disagree(rank: int, size: int, kind: str, what: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "emulated/1"])
 @pytest.mark.parametrize("what", ["gather", "reduce"])
 def test_ranks_with_layers_of_another_size(pool: Callable[[int], Pool], kind: str, what: str) -> None:
     messages = pool(2).run(disagree, kind, what, timeout=30)
@@ -583,9 +585,17 @@ def absent(rank: int, size: int, kind: str, how: str, first: str) -> tuple[str, 
     return str(error.value), nothing
 
 
-@pytest.mark.parametrize(("how", "first"), [("killed", "gather"), ("late", "reduce")])
-def test_a_rank_that_does_not_come_is_named(how: str, first: str) -> None:
-    check_absent(harness.outcomes(3, absent, "emulated", how, first, timeout=60), first)
+@pytest.mark.parametrize(
+    ("kind", "how", "first"),
+    [
+        ("emulated", "killed", "gather"),
+        ("emulated", "late", "reduce"),
+        ("emulated/1", "killed", "reduce"),
+        ("emulated/1", "late", "gather"),
+    ],
+)
+def test_a_rank_that_does_not_come_is_named(kind: str, how: str, first: str) -> None:
+    check_absent(harness.outcomes(3, absent, kind, how, first, timeout=60), first)
 
 
 def check_absent(results: list[harness.Outcome], first: str) -> None:

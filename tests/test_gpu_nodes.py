@@ -105,16 +105,26 @@ def test_every_rank_reports_a_missing_one(mode: str, how: str) -> None:
         assert f"rank {rank}, waiting for rank" in results[rank].value
 
 
+TRANSFERS = [
+    "receives_first",
+    "both_ways_at_once",
+    "late_receiver",
+    "large_and_small",
+    "scatters",
+    "begins_late",
+    "slots_changed_after_their_wait",
+    "shards",
+]
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()")
+def test_transfers_of_this_test_on_the_host_backend() -> None:
+    said = emulate((2, 2), "tests.transfers_ranks", ["host"], 120)
+    assert [line for line in said.splitlines() if line.endswith(" on host")] == [f"{name} on host" for name in TRANSFERS]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cluster", [(2, 1), (2, 2)], ids=lambda cluster: "x".join(map(str, cluster)))
 def test_transfers_between_emulated_nodes(cluster: tuple[int, int]) -> None:
     said = emulate(cluster, "tests.transfers_ranks", ["cuda"], 300)
-    assert [line for line in said.splitlines() if line.endswith(" on cuda")] == [
-        "receives_first on cuda",
-        "both_ways_at_once on cuda",
-        "late_receiver on cuda",
-        "large_and_small on cuda",
-        "scatters on cuda",
-        "begins_late on cuda",
-        "slots_changed_after_their_wait on cuda",
-    ]
+    assert [line for line in said.splitlines() if line.endswith(" on cuda")] == [f"{name} on cuda" for name in TRANSFERS]

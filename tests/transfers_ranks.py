@@ -7,8 +7,17 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from tests import test_fsdp as fsdp
 from tests import test_point_to_point as p2p
 from tests import test_sessions as sessions
+
+
+def shards(rank: int, size: int, backend: str) -> None:
+    """FSDP2's collectives: sums bit for bit, slots in turn."""
+    fsdp.collectives(rank, size, backend, "bf16", 1200)
+    if backend == "cuda":
+        fsdp.in_turn(rank, size, backend, 2)
+
 
 WORKS = (
     p2p.receives_first,
@@ -18,6 +27,7 @@ WORKS = (
     sessions.scatters,
     sessions.begins_late,
     sessions.slots_changed_after_their_wait,
+    shards,
 )
 
 

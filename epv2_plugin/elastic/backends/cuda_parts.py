@@ -27,7 +27,6 @@ from epv2_plugin.jit import Kernel, args, kernels
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 _EXPLANATION_SECONDS = 2.0
-_PARTS = "parts"  # the window, to a sender
 
 Spoil = Sequence[tuple[int, int]]  # memory (address, bytes) that must not look like a result once this rank gave up
 Operation = StreamOp | CopyOp | OrderOp
@@ -74,7 +73,10 @@ class Parts:
     Args:
         runtime: the device. watch: ends waits for what never comes. traffic: counts what crossed to other ranks.
         window, layout: the same on every rank. name: of the window, in texts that ranks leave for each other.
-        sender: brings parts to other nodes; None = there is one node. Of one sender, the last of these is in use.
+        sender: brings parts to other nodes; None = there is one node. way: what it knows the window by; of those of one
+            name the last is in use.
+        in_order: no rank begins again before all that it was sent since it last began has landed, so that nothing has
+            to be `ready`.
 
     Attributes:
         bases: where the windows of this node's ranks begin.
@@ -89,10 +91,13 @@ class Parts:
         layout: SessionLayout,
         name: str,
         sender: Sender | None = None,
+        way: str = "sessions",
+        in_order: bool = False,
     ):
         self._runtime, self._watch, self._traffic, self._sender = runtime, watch, traffic, sender
+        self._way, self._in_order = way, in_order
         if sender is not None:
-            sender.enroll(_PARTS, window)
+            sender.enroll(way, window)
         self._window, self._layout, self._name = window, layout, name
         self._peers = [peer for peer in range(runtime.size) if peer != runtime.rank]
         self._node = node_of(runtime)
@@ -117,7 +122,7 @@ class Parts:
         runtime.stream_ops([*ahead, ("write32", own, count & 0xFFFFFFFF), *told, *behind], stream)
         if self._sender is not None:
             word = self._layout.begun_far(runtime.rank)
-            self._sender.send(_PARTS, (), [(peer, word, count - self._begun) for peer in self._far], stream)
+            self._sender.send(self._way, (), [(peer, word, count - self._begun) for peer in self._far], stream)
             self._begun = count
 
     def ready(self, count: int, stream: Any) -> None:
@@ -139,20 +144,22 @@ class Parts:
         wait.since += self._watch.timeout_seconds  # an operation that waits for the same says more
         runtime.stream_ops([*begun, passed], stream)
         word = layout.ready(runtime.rank)
-        self._sender.send(_PARTS, (), [(peer, word, count - self._ready) for peer in self._far], stream)
+        self._sender.send(self._way, (), [(peer, word, count - self._ready) for peer in self._far], stream)
         self._ready = count
 
     def await_begun(
         self, count: int, phase: str, expected: str, lane: Any, spoil: Spoil
     ) -> tuple[list[StreamOp], Wait]:
-        """The wait until every rank has begun `count`, those of other nodes `ready`, to be noted."""
+        """The wait until every rank has begun `count`, those of other nodes `ready` unless all is in order, to be
+        noted."""
         own, layout = self.bases[self._runtime.rank], self._layout
         near = {peer: layout.begun + 4 * peer for peer in self._near}
-        ready = {peer: layout.ready(peer) for peer in self._far}
+        far = {peer: layout.begun_far(peer) for peer in self._far}
+        ready = far if self._in_order else {peer: layout.ready(peer) for peer in self._far}
         count &= 0xFFFFFFFF
         operations: list[StreamOp] = [("wait32_geq", own + place, count) for place in [*near.values(), *ready.values()]]
         # Who has not begun comes before who is not ready: that one may be waiting for him.
-        first = self._judge({**near, **{peer: layout.begun_far(peer) for peer in self._far}}, count)
+        first = self._judge({**near, **far}, count)
         second = self._judge(ready, count)
         wait = Wait(
             self._peers[0] if self._peers else self._runtime.rank,
@@ -229,7 +236,7 @@ class Parts:
         told = (layout.arrived(operation, rank), layout.outbox(operation), 4)
         puts = [(peer, *piece) for peer in self._far for piece in [*pieces(peer), told] if piece[2]]
         words = [(peer, layout.landed(operation, rank), raised) for peer in self._far]
-        self._sender.send(_PARTS, puts, words, stream)
+        self._sender.send(self._way, puts, words, stream)
 
     def await_arrived(
         self,

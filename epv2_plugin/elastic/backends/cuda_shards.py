@@ -1,4 +1,4 @@
-"""All-gathers and reduce-scatters that go on for a whole training, as FSDP's do, between GPUs that reach each other.
+"""All-gathers and reduce-scatters that go on for a whole training, as FSDP's do.
 
 A window has slots, each for one gathered (or unreduced) tensor, which are used in turn: the n-th tensor lies in slot n
 modulo their number, at the same place on every rank. The caller gets such a tensor before it is gathered (`gathered`,
@@ -10,6 +10,10 @@ lay there before. A reduce-scatter waits for everybody's word, and one kernel su
 this rank tells that it has read, for which whoever is given that slot again waits, on the stream that will fill it.
 
 Nothing here holds the host up, and nothing ends between two tensors: no rank waits for more than the slot it needs.
+
+Between nodes the network brings parts (`sender.py`): a gathered one from a place behind the slots, where it stays until
+every rank has opened the slot again, for the caller may fill his part of it before that; and what is to be summed, to
+such a place.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import Traffic
 from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word
 from epv2_plugin.elastic.backends.cuda_parts import Operation, Parts, prepare_sums, text_of
-from epv2_plugin.elastic.backends.device import Runtime, require_one_node
+from epv2_plugin.elastic.backends.device import Runtime
+from epv2_plugin.elastic.backends.sender import Sender
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError
 from epv2_plugin.elastic.sizing import SessionLayout, align
@@ -77,16 +82,22 @@ class _Operation:
 class _Ring:
     """The slots of a window."""
 
-    def __init__(self, runtime: Runtime, watch: Watch, traffic: Traffic, slots: Slots, what: str):
+    def __init__(
+        self, runtime: Runtime, watch: Watch, traffic: Traffic, slots: Slots, what: str, sender: Sender | None
+    ):
         self._runtime, self._limit, self._what = runtime, slots, what
         slot_bytes = align(slots.num_bytes, sizing.RING_ALIGNMENT)
         self._layout = SessionLayout(
-            num_ranks=runtime.size, max_operations=slots.count, max_session_bytes=slots.count * slot_bytes
+            num_ranks=runtime.size,
+            max_operations=slots.count,
+            max_session_bytes=slots.count * slot_bytes,
+            far=sender is not None,
         )
         self._slot_bytes, self._turn = slot_bytes, 0
-        self._window = runtime.window(align(self._layout.end, sizing.BUFFER_ALIGNMENT))
+        num_bytes = align(self._layout.end, sizing.BUFFER_ALIGNMENT)
+        self._window = runtime.window(num_bytes, ordered=sender is not None)
         self.num_bytes = self._window.num_bytes
-        self.parts = Parts(runtime, watch, traffic, self._window, self._layout, what)
+        self.parts = Parts(runtime, watch, traffic, self._window, self._layout, what, sender, what, in_order=True)
         self._slots = [_Slot() for _ in range(slots.count)]
 
     def number(self, turn: int) -> int:
@@ -171,7 +182,6 @@ class CudaShards:
     """
 
     def __init__(self, runtime: Runtime, timeout_seconds: float, gathers: Slots, sums: Slots, num_sms: int):
-        require_one_node(runtime, "FSDP2's collectives")
         if num_sms > runtime.num_sms:
             raise ValueError(f"num_sms = {num_sms}: must be at most the device's {runtime.num_sms}")
         self.num_sms = min(num_sms or sizing.REDUCE_SCATTER_SMS, runtime.num_sms)
@@ -190,9 +200,10 @@ class CudaShards:
                 raise CommunicationError(runtime.rank, peer, phase, f"slots of {values} as on this rank", seen)
         self._watch = Watch(runtime, timeout_seconds)
         try:
+            self._sender = Sender(runtime, self._watch) if runtime.lsa_size < runtime.size else None
             self._open_stream, self._gather_stream, self._sum_stream = (runtime.new_stream() for _ in range(3))
             self._rings = {
-                what: _Ring(runtime, self._watch, self.traffic, slots, what)
+                what: _Ring(runtime, self._watch, self.traffic, slots, what, self._sender)
                 for what, slots in ((_GATHERED, gathers), (_GRADIENTS, sums))
                 if slots.count
             }
@@ -206,9 +217,23 @@ class CudaShards:
         return dict(self._runtime.description)
 
     def close(self) -> None:
-        """Release everything; what was handed out is gone."""
-        self._watch.close()
-        self._runtime.close(abandon=self._watch.failure is not None)
+        """Release everything; what was handed out is gone. Collective between nodes."""
+        try:
+            self._end_transfers()
+        finally:
+            self._runtime.close(abandon=self._watch.failure is not None)
+
+    def _end_transfers(self) -> None:
+        try:
+            if self._sender is not None and self._watch.failure is None:
+                # Memory must not go while other nodes still put something there, if only words that nobody waits for.
+                self._watch.drain()
+                self._sender.meet("the end of FSDP2's collectives")
+        except BaseException as error:
+            self._watch.give_up(error)
+            raise
+        finally:
+            self._watch.close()
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
@@ -287,14 +312,20 @@ class CudaShards:
         place, pushed = own + runtime.rank * shard_N.nbytes, runtime.event()
         held = None if shard_N.data_ptr() == place else shard_N
         opened, opening = ring.parts.await_begun(turn + 1, f"{name}, slot", "an open slot", "gathers", spoil)
-        copies = ring.parts.push(shard_N, ring.offset(turn))
+        offset, rank, part_bytes = ring.offset(turn), runtime.rank, shard_N.nbytes
+        copies = ring.parts.push(shard_N, offset)
+        staged = ring.parts.incoming(rank, offset, part_bytes)
+        if self._sender is not None:
+            copies.append(("copy", ring.parts.bases[rank] + staged, shard_N.data_ptr(), part_bytes))
         done = Wait(runtime.rank, "", "", "gathers")
         passed, gone = self._watch.note_all([opening, done])
         operations: list[Operation] = [("after", runtime.current_handle()), *opened, passed, *copies]
         operations += [*ring.parts.tell(number, word, [gone]), ("record", pushed.handle)]
         # One call: each takes longer than what it puts on the stream.
         runtime.stream_ops(operations, self._gather_stream)
-        ring.parts.count(shard_N.nbytes)
+        part = (offset + rank * part_bytes, staged, part_bytes)
+        ring.parts.send(number, turn + 1, self._gather_stream, lambda _: [part])
+        ring.parts.count(part_bytes)
 
         def complete() -> Any:
             lane, after = ("current", runtime.current_handle()), runtime.event()
@@ -337,9 +368,15 @@ class CudaShards:
         operations: list[Operation] = [("after", runtime.current_handle()), *read, *passed]
         if copied:
             operations.append(("copy", own, parts_PN.data_ptr(), num_bytes))
-        operations += [*ring.parts.tell(number, word), *arrived, here]
-        runtime.stream_ops(operations, stream)
-        ring.parts.sum(ring.offset(turn), out_N, scale, self.num_sms, stream)
+        operations += ring.parts.tell(number, word)
+        offset, part_bytes = ring.offset(turn), out_N.nbytes
+        if self._sender is not None:
+            runtime.stream_ops(operations, stream)
+            operations = []
+            place = ring.parts.incoming(runtime.rank, offset, part_bytes)
+            ring.parts.send(number, turn + 1, stream, lambda peer: [(place, offset + peer * part_bytes, part_bytes)])
+        runtime.stream_ops([*operations, *arrived, here], stream)
+        ring.parts.sum(offset, out_N, scale, self.num_sms, stream)
         summed = Wait(runtime.rank, "", "", "sums", keep=(out_N, *((parts_PN,) if copied else ())))
         ring.parts.begin(turn + 1, stream, [self._watch.note(summed), ("record", done.handle)])
         ring.parts.count(out_N.nbytes)
