@@ -117,14 +117,17 @@ TRANSFERS = [
 ]
 
 
+def transferred(cluster: tuple[int, int], backend: str) -> list[str]:
+    said = emulate(cluster, "tests.transfers_ranks", [backend], 300).splitlines()
+    return [line.removesuffix(f" on {backend}") for line in said if line.endswith(f" on {backend}")]
+
+
 @pytest.mark.skipif("__import__('torch').cuda.is_available()")
 def test_transfers_of_this_test_on_the_host_backend() -> None:
-    said = emulate((2, 2), "tests.transfers_ranks", ["host"], 120)
-    assert [line for line in said.splitlines() if line.endswith(" on host")] == [f"{name} on host" for name in TRANSFERS]
+    assert transferred((2, 2), "host") == TRANSFERS
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cluster", [(2, 1), (2, 2)], ids=lambda cluster: "x".join(map(str, cluster)))
 def test_transfers_between_emulated_nodes(cluster: tuple[int, int]) -> None:
-    said = emulate(cluster, "tests.transfers_ranks", ["cuda"], 300)
-    assert [line for line in said.splitlines() if line.endswith(" on cuda")] == [f"{name} on cuda" for name in TRANSFERS]
+    assert transferred(cluster, "cuda") == TRANSFERS
