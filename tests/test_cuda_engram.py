@@ -194,22 +194,48 @@ def test_absent_peer_times_out_on_every_rank(kind: str) -> None:
     assert any("waiting for rank 1 in engram_fetch: expected operation 2 within 2 s" in text for _, text in results)
 
 
-def nothing_that_looks_like_rows(rank: int, size: int, kind: str) -> None:
-    """Rank 1 stays away: what the others would have got is no number."""
+def nothing_that_looks_like_rows(rank: int, size: int, kind: str, before: int) -> None:
+    """Rank 1 stays away after so many fetches: what the others would have got is no number. The first fetch of a table
+    waits before it reads, others afterwards."""
     buffer = test_engram.engram_buffer(kind, seconds=1)
     buffer.engram_write(torch.zeros(4, 3, device=buffer.device, dtype=torch.bfloat16))
+    index = torch.arange(3, device=buffer.device).repeat(40)  # rows that one entry reads and others copy
+    for _ in range(before):
+        settle(buffer, buffer.engram_fetch(index))
     if rank == 1:
         time.sleep(3)
         return
-    hook = buffer.engram_fetch(torch.arange(3, device=buffer.device))
+    hook = buffer.engram_fetch(index)
     with pytest.raises(CommunicationTimeout):
         settle(buffer, hook)
     assert inspect.getclosurevars(hook).nonlocals["data"].isnan().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_did_not_come_are_nan(kind: str) -> None:
-    harness.run(2, nothing_that_looks_like_rows, kind, timeout=60)
+@pytest.mark.parametrize("before", [0, 1])
+def test_rows_that_did_not_come_are_nan(kind: str, before: int) -> None:
+    harness.run(2, nothing_that_looks_like_rows, kind, before, timeout=60)
+
+
+def emptied(rank: int, size: int, kind: str) -> None:
+    """Fetches of sizes up and down: the hash table of the next one is empty, and so is what the last one did not use of
+    its own."""
+    buffer = test_engram.engram_buffer(kind)
+    buffer.engram_write(torch.full((200, 3), 1.0 + rank, device=buffer.device))
+    engram = buffer._open().engram
+    for count in (100, 3, 0, 60, 60, 200, 7, 100):
+        index = torch.randperm(200 * size)[:count].to(buffer.device)
+        assert engram._slots.eq(-1).all()
+        data, _ = buffer.engram_fetch(index)()
+        assert torch.equal(data[:, 0], 1.0 + index // 200)
+        assert engram._slots.eq(-1).all()
+        assert engram._stale[engram._num_stale :].eq(-1).all()
+        assert int(engram._stale.ne(-1).sum()) == count
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "emulated/1"])
+def test_a_fetch_finds_its_hash_table_empty(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(emptied, kind, timeout=60)
 
 
 def wrong_row(rank: int, size: int, kind: str, call: str) -> str:

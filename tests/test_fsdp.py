@@ -103,6 +103,13 @@ def collectives(rank: int, size: int, kind: str, name: str, columns: int) -> Non
             if work is not None:
                 work.wait()
             assert torch.equal(reduced.cpu(), (total * scale).to(dtype))
+    if kind.startswith("emulated/"):
+        per_node = int(kind[-1])
+        part, nodes = columns * dtype.itemsize, size // per_node
+        # A gather crosses once to each other node, a reduce-scatter to each rank there.
+        counted = carrier._shards.traffic
+        assert counted.direct_network_bytes == 14 * (size - per_node) * part
+        assert counted.network_bytes == (5 * (nodes - 1) + 9 * (size - per_node)) * part
     if kind == "emulated":
         kernels = [launch.kernel for launch in carrier.runtime.launches]
         assert kernels == ["epv2_reduce_scatter"] * 9
@@ -110,12 +117,17 @@ def collectives(rank: int, size: int, kind: str, name: str, columns: int) -> Non
     carrier.close()
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "emulated/1"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "columns"), [("fp32", 37), ("bf16", 37), ("bf16", 12000), ("fp16", 16)])
 def test_sums_run_in_fp32_in_rank_order_and_are_rounded_once(
     pool: Callable[[int], Pool], kind: str, name: str, columns: int
 ) -> None:
     pool(3).run(collectives, kind, name, columns)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("emulated/1", 3), ("emulated/2", 4), ("emulated/2", 6)])
+def test_sums_and_gathers_between_nodes(pool: Callable[[int], Pool], kind: str, ranks: int) -> None:
+    pool(ranks).run(collectives, kind, "bf16", 1200)
 
 
 def in_flight(rank: int, size: int) -> None:
@@ -592,14 +604,16 @@ def absent(rank: int, size: int, kind: str, how: str, first: str) -> tuple[str, 
         ("emulated", "late", "reduce"),
         ("emulated/1", "killed", "reduce"),
         ("emulated/1", "late", "gather"),
+        ("emulated/2", "killed", "gather"),  # which was to pass on what the other node sends
     ],
 )
 def test_a_rank_that_does_not_come_is_named(kind: str, how: str, first: str) -> None:
-    check_absent(harness.outcomes(3, absent, kind, how, first, timeout=60), first)
+    ranks = 4 if kind == "emulated/2" else 3
+    check_absent(harness.outcomes(ranks, absent, kind, how, first, timeout=60), first)
 
 
 def check_absent(results: list[harness.Outcome], first: str) -> None:
-    for rank in (0, 2):
+    for rank in range(0, len(results), 2):
         assert results[rank].error == "", results[rank].error
         message, nothing = results[rank].value
         name = "all-gather" if first == "gather" else "reduce-scatter"

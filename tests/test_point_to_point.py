@@ -295,6 +295,11 @@ def test_bad_input_is_refused_before_anything_is_sent(pool: Callable[[int], Pool
     pool(2).run(bad_input, kind)
 
 
+def stays(buffer: ElasticBuffer) -> bool:
+    """Whether a tensor has stayed where it arrived, or lies on the host."""
+    return (buffer.device.type == "cpu" and not hasattr(buffer, "runtime")) or buffer.traffic.inplace_bytes > 0
+
+
 @all_stay
 def mismatch(rank: int, size: int, kind: str, what: str) -> str:
     """Rank 0 sends three tensors to rank 1, which expects something else for the third."""
@@ -306,6 +311,7 @@ def mismatch(rank: int, size: int, kind: str, what: str) -> str:
             for number in range(3):
                 if number and what == "in place":
                     time.sleep(0.5)  # it is called for by then
+                    assert number < 2 or stays(buffer)
                 event = buffer.pp_send(torch.ones(64, 8, device=buffer.device), 1)
             event.current_stream_wait()
         elif rank == 1 and what == "in place":
@@ -792,6 +798,7 @@ def large_and_small(rank: int, size: int, kind: str) -> None:
         for tensor, target in zip(tensors, into, strict=True):
             assert torch.equal(target, tensor - rank + peer)
         buffer.pp_flush()
+    assert stays(buffer) or peer not in node_of(buffer._open().runtime)
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("emulated", 2), (NODES, 4)])
@@ -913,11 +920,14 @@ def without_shared_memory(rank: int, size: int) -> tuple[list[str], int]:
     logging.getLogger("epv2_plugin").addHandler(handler)
     with mock.patch.object(buffer._open().runtime, "host_window", side_effect=UnavailableError("containers")):
         buffer.pp_set_config(1 << 10, 2, max_inplace=2)
-    tensor, event = buffer.pp_recv_inplace((3,), torch.float32, 1 - rank)
-    buffer.pp_send(torch.full((3,), float(rank)), 1 - rank)
-    event.current_stream_wait()
-    assert tensor.tolist() == [1.0 - rank] * 3
+    for turn in range(2):
+        tensor, event = buffer.pp_recv_inplace((3,), torch.float32, 1 - rank)
+        buffer.runtime.meeting.agree(f"called for {turn}", lambda: "")
+        buffer.pp_send(torch.full((3,), float(rank)), 1 - rank)
+        event.current_stream_wait()
+        assert tensor.tolist() == [1.0 - rank] * 3
     buffer.pp_flush()
+    buffer.pp_set_config(1 << 10, 2, max_inplace=2)
     return said, buffer.traffic.inplace_bytes
 
 
@@ -927,8 +937,43 @@ def test_without_shared_memory_tensors_are_copied_again_and_the_log_says_so(pool
 
 
 @all_stay
-def still_read(rank: int, size: int, kind: str) -> list[int]:
-    """Rank 1 drops a tensor that a stream of its has yet to read."""
+def far_ahead(rank: int, size: int, kind: str, ahead: int) -> tuple[list[float], int]:
+    """Rank 1 asks for so many tensors, and then for two in place, before rank 0 sends the first of them."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2, max_inplace=2)
+    meeting, device = buffer._open().runtime.meeting, buffer.device
+    sources = [torch.full((3,), float(number), device=device) for number in range(ahead + 3)]
+    if rank == 0:
+        buffer.pp_send(sources[0], 1)
+    else:
+        buffer.pp_recv(torch.zeros(3, device=device), 0)
+        into = [torch.zeros(3, device=device) for _ in range(ahead)]
+        events = [buffer.pp_recv(tensor, 0, async_with_compute_stream=True) for tensor in into]
+        for _ in range(2):
+            tensor, event = buffer.pp_recv_inplace((3,), torch.float32, 0)
+            into.append(tensor)
+            events.append(event)
+    meeting.agree("called for", lambda: "")
+    if rank == 0:
+        for source in sources[1:]:
+            buffer.pp_send(source, 1, async_with_compute_stream=True)
+        buffer.pp_flush()
+        return [], buffer.traffic.inplace_bytes
+    for event in events:
+        event.current_stream_wait()
+    return [tensor.tolist()[1] for tensor in into], 0
+
+
+@pytest.mark.parametrize(("ahead", "stayed"), [(3, 2), (14, 2), (15, 1), (16, 0), (17, 0), (40, 0)])
+def test_tensors_asked_for_long_before_they_are_sent(pool: Callable[[int], Pool], ahead: int, stayed: int) -> None:
+    (_, straight), (values, _) = pool(2).run(far_ahead, "emulated", ahead)
+    assert values == [float(number) for number in range(1, ahead + 3)]
+    assert straight == 12 * stayed
+
+
+@all_stay
+def still_read(rank: int, size: int, kind: str, how: str = "waits") -> list[int]:
+    """Rank 1 drops a tensor that a stream of its has yet to read, which waits for its event or is named otherwise."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=20)
     buffer.pp_set_config(1 << 20, 2, max_inplace=1)
     runtime, straight = buffer._open().runtime, []
@@ -944,8 +989,14 @@ def still_read(rank: int, size: int, kind: str) -> list[int]:
             tensor, event = buffer.pp_recv_inplace((1000,), torch.float32, 0)
             runtime.meeting.post(f"called for {number}", "")
             reader = busy if number == 0 else None
-            with runtime.on_stream(reader):
+            if how == "recorded" and reader is not None:
+                inplace.record_use(tensor, busy)  # as an asynchronous operation of a buffer says it
                 event.current_stream_wait()
+                after = runtime.record()
+                runtime.wait(after, busy)
+            with runtime.on_stream(reader):
+                if how == "waits" or reader is None:
+                    event.current_stream_wait()
                 if reader is not None:
                     runtime.stream_ops([("wait32_eq", gate.pointer, 1)])
                 runtime.copy(copies[number].data_ptr(), tensor.data_ptr(), 4000)
@@ -966,9 +1017,65 @@ def still_read(rank: int, size: int, kind: str) -> list[int]:
     return straight
 
 
-@pytest.mark.parametrize("kind", ["emulated"])
-def test_a_slot_is_free_once_streams_have_read_it(pool: Callable[[int], Pool], kind: str) -> None:
-    assert pool(2).run(still_read, kind) == [[4000, 4000, 8000], []]
+@pytest.mark.parametrize("how", ["waits", "recorded"])
+def test_a_slot_is_free_once_streams_have_read_it(pool: Callable[[int], Pool], how: str) -> None:
+    assert pool(2).run(still_read, "emulated", how) == [[4000, 4000, 8000], []]
+
+
+@all_stay
+def reader_without_end(rank: int, size: int) -> None:
+    """A stream that reads a tensor does not come to its end: rings can't be made again, and that is said."""
+    buffer = make_buffer("emulated", num_cpu_timeout_secs=2)
+    buffer.pp_set_config(1 << 10, 2, max_inplace=1)
+    runtime = buffer.runtime
+    busy, gate = runtime.new_stream(), runtime.mapped(4)
+    for turn in range(2):
+        tensor, event = buffer.pp_recv_inplace((3,), torch.float32, 1 - rank)
+        runtime.meeting.agree(f"called for {turn}", lambda: "")
+        buffer.pp_send(torch.zeros(3), 1 - rank)
+        event.current_stream_wait()
+    with runtime.on_stream(busy):
+        event.current_stream_wait()
+        runtime.stream_ops([("wait32_eq", gate.pointer, 1)])
+    with pytest.raises(RuntimeError, match="pp_set_config while 1 tensors of pp_recv_inplace are held: drop them"):
+        buffer._open().point_to_point.configure(1 << 11, 2, 0)
+    del tensor, event
+    with pytest.raises(RuntimeError, match=r"streams that read tensors .* have not done so within 2 s"):
+        buffer._open().point_to_point.configure(1 << 11, 2, 0)
+    gate.tensor.view(torch.int32)[0] = 1
+    buffer.pp_set_config(1 << 11, 2)
+    buffer.destroy()
+
+
+def test_rings_are_not_made_again_below_a_reader(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(reader_without_end)
+
+
+@all_stay
+def never_waited_for(rank: int, size: int, kind: str) -> int:
+    """Rank 1 drops tensors before they have come; the last one gets the memory of none that is still to come."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2, max_inplace=1)
+    meeting = buffer._open().runtime.meeting
+    if rank == 0:
+        buffer.pp_send(torch.zeros(3), 1)
+    else:
+        buffer.pp_recv(torch.zeros(3), 0)
+        buffer.pp_recv_inplace((3,), torch.float32, 0)
+        tensor, event = buffer.pp_recv_inplace((3,), torch.float32, 0)
+    meeting.agree("called for", lambda: "")
+    if rank == 0:
+        for number in (1.0, 2.0):
+            buffer.pp_send(torch.full((3,), number), 1)
+        buffer.pp_flush()
+        return buffer.traffic.inplace_bytes
+    event.current_stream_wait()
+    assert tensor.tolist() == [2.0] * 3
+    return 0
+
+
+def test_a_tensor_that_is_dropped_before_it_has_come(pool: Callable[[int], Pool]) -> None:
+    assert pool(2).run(never_waited_for, "emulated") == [12, 0]
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("emulated", 2), ("emulated", 3), (NODES, 4)])

@@ -12,7 +12,8 @@ namespace epv2 {
   X(cuInit) X(cuDriverGetVersion) X(cuGetErrorName) X(cuGetErrorString) X(cuCtxGetCurrent) X(cuCtxGetDevice)         \
   X(cuDeviceGetAttribute) X(cuStreamCreate) X(cuStreamSynchronize) X(cuStreamDestroy) X(cuMemsetD8Async)             \
   X(cuCtxSetCurrent) X(cuCtxGetStreamPriorityRange) X(cuStreamCreateWithPriority) X(cuMemcpyAsync)                   \
-  X(cuEventCreate) X(cuEventQuery) X(cuEventRecord) X(cuStreamWaitEvent) X(cuStreamBatchMemOp) X(cuMemAlloc) X(cuMemFree)            \
+  X(cuEventCreate) X(cuEventQuery) X(cuEventRecord) X(cuStreamWaitEvent) X(cuStreamBatchMemOp) X(cuMemAlloc)         \
+  X(cuMemFree) X(cuThreadExchangeStreamCaptureMode)                                                                  \
   X(cuMemcpyHtoDAsync) X(cuMemHostAlloc) X(cuMemHostGetDevicePointer) X(cuMemFreeHost) X(cuMemHostRegister)          \
   X(cuMemHostUnregister) X(cuModuleLoadData) X(cuModuleUnload)                                                       \
   X(cuModuleGetFunction) X(cuFuncGetAttribute) X(cuFuncSetAttribute) X(cuFuncGetParamInfo) X(cuLaunchKernelEx)

@@ -111,8 +111,12 @@ Event::Event() {
 }
 
 bool Event::passed() const {
+  // A capture that another thread has begun forbids the call otherwise.
+  CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  driver_api().cuThreadExchangeStreamCaptureMode(&mode);
   const CUresult result = driver_api().cuEventQuery(event_);
-  if (result == CUDA_ERROR_NOT_READY) return false;
+  driver_api().cuThreadExchangeStreamCaptureMode(&mode);
+  if (result == CUDA_ERROR_NOT_READY || result == CUDA_ERROR_CAPTURED_EVENT) return false;
   driver_api().check(result, "cuEventQuery");
   return true;
 }

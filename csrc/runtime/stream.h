@@ -37,7 +37,7 @@ class Event {
   Event& operator=(const Event&) = delete;
 
   uintptr_t handle() const { return reinterpret_cast<uintptr_t>(event_); }
-  // Whether the stream has come to it.
+  // Whether the stream has come to it; false if it was recorded in a capture.
   bool passed() const;
 
  private:

@@ -75,8 +75,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     pp = kinds.add_parser(
         "pp",
         help="transfers between pipeline stages against a plain copy and NCCL, and GEMMs beside them",
-        description="Measure pp_send and pp_recv around a ring of ranks, the plain copy and torch's send and receive "
-        "in turn; on GPUs also a bf16 GEMM alone and beside transfers.",
+        description="Measure pp_send with pp_recv_inplace and with pp_recv around a ring of ranks, the plain copy and "
+        "torch's send and receive in turn; on GPUs also a bf16 GEMM alone and beside transfers.",
     )
     pp.add_argument("--ranks", type=positive, help="ranks of the ring (default: 2, or torchrun's)")
     pp.add_argument("--large", type=positive, default=64 << 20, help="bytes of a large tensor (default: %(default)s)")

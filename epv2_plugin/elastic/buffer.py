@@ -1008,10 +1008,11 @@ class ElasticBuffer:
         """Receive into a new tensor what `src_rank` sends by `pp_send`, as the next receive from it on the channel.
 
         On a GPU, inside a node, the sender copies straight into the tensor if that has 1 MiB or more, was called for
-        before the send and one of `max_inplace` slots is free; otherwise it is copied out of a ring, as by `pp_recv`. A
-        slot is free again once
-        the tensor and its event are dropped and the streams that waited for the event have come that far: let these
-        wait for any other stream that uses it, as `record_stream` does nothing here.
+        before the send (but not 16 tensors before), is not the first one between the two on the channel, and one of
+        `max_inplace` slots is free; otherwise it is copied out of a ring, as by `pp_recv`. A slot is free again once
+        the tensor and its event are dropped and the streams that waited for the event have come that far. Asynchronous
+        operations of buffers are waited for, too; for any other stream that uses the tensor let these wait, as torch's
+        `record_stream` does nothing here.
 
         Returns:
             The tensor, of the memory of this buffer maybe, which goes with it (`destroy` warns); and the event after
@@ -1020,6 +1021,7 @@ class ElasticBuffer:
         Raises:
             As `pp_recv`.
         """
+        self._check_rings()
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
         sizes = torch.Size(shape)
@@ -1045,7 +1047,6 @@ class ElasticBuffer:
             raise RuntimeError("call pp_set_config before pp_send and pp_recv")
 
     def _check_peer(self, name: str, peer: int, channel: int, num_bytes: int, what: str) -> None:
-        self._check_rings()
         if not 0 <= peer < self.num_ranks or peer == self.rank_idx:
             raise ValueError(
                 f"{name} = {peer}: must be another rank of the group (0 to {self.num_ranks - 1}, not {self.rank_idx})"

@@ -438,6 +438,7 @@ class SessionLayout:
         self.begun, self.begun_outbox = sections.take(self.begun_bytes), sections.take(4)
         self._arrived = sections.take(self.row_bytes * max_operations)
         self._outbox = sections.take(4 * max_operations)
+        self._passing = sections.take(4 * num_ranks * max_operations if far else 0)
         self.tensors = align(sections.end, RING_ALIGNMENT)
         self.incoming = align(self.tensors + max_session_bytes, RING_ALIGNMENT)
         self.end = self.incoming + max_session_bytes if far else self.tensors + max_session_bytes
@@ -461,6 +462,10 @@ class SessionLayout:
     def outbox(self, operation: int) -> int:
         """What the others are told of this rank's part."""
         return self._outbox + 4 * operation
+
+    def passing(self, operation: int, rank: int) -> int:
+        """What this node's ranks are to be told of the part of `rank`, of another node, that this one passes on."""
+        return self._passing + 4 * (operation * self._num_ranks + rank)
 
 
 # ---- Engram on the cuda backend -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Megatron's pipeline communication over `ElasticBuffer.pp_send` and `pp_recv`.
+"""Megatron's pipeline communication over `ElasticBuffer.pp_send` and `pp_recv_inplace`.
 
 Activations travel on one channel and gradients on another, so that the two keep their order even where the next stage
 is the previous one, too (two stages with virtual stages). Receives are posted before sends.

@@ -108,7 +108,8 @@ __device__ __forceinline__ void refuse_row(const Common& c, int flag, int64_t en
           static_cast<uint32_t>(row >> 32));
 }
 
-// The barrier of all CTAs, by one thread of each. It has come: whether as the last one. `turn`: what to wait for, or to end.
+// The barrier of all CTAs, by one thread of each. This CTA has come; true if all others had before. `turn`: what those
+// wait for, and this one ends.
 __device__ inline bool grid_arrive(const Common& c, uint32_t* turn) {
   *turn = load_acquire_system(state_word(c, kGridTurn));
   if (atomic_add_acq_rel(state_word(c, kGridArrived), 1) != gridDim.x - 1) return false;

@@ -85,7 +85,8 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
   for (int p = near_begin(c) + threadIdx.x; p < near_end(c); p += blockDim.x) {
     peers[p] = reinterpret_cast<uint8_t* const*>(args.parts)[p - near_begin(c)];
   }
-  if (threadIdx.x < 4) pulled[threadIdx.x] = 0;  // and copies
+  if (threadIdx.x < kCounters) pulled[threadIdx.x] = 0;
+  if (threadIdx.x == 0) *copies = 0;
   bool goes_on = true;
   if (args.settled != 0) {
     __syncthreads();
@@ -178,15 +179,19 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
       if (peer_failed(c, p)) give_up(c, kPeerFailed, p, flag, number, number);
     }
   }
+  enum { kOthersCome, kLast, kLastAfterFailure };
   __syncthreads();
   uint32_t turn = 0;
-  if (threadIdx.x == 0) scratch[0] = grid_arrive(c, &turn) ? failed(c) ? 2 : 1 : 0;
+  if (threadIdx.x == 0) {
+    const bool last = grid_arrive(c, &turn);
+    scratch[0] = !last ? kOthersCome : failed(c) ? kLastAfterFailure : kLast;
+  }
   __syncthreads();
-  if (scratch[0] == 2) {
+  if (scratch[0] == kLastAfterFailure) {
     poison_outputs(args);
     return;
   }
-  if (scratch[0] == 1) {
+  if (scratch[0] == kLast) {
     if (threadIdx.x == 0) grid_release(c, turn);
     finish_fetch(args, number);
   }
@@ -194,7 +199,7 @@ EPV2_KERNEL(epv2_engram_fetch, EngramFetchArgs, kThreads) {
     reinterpret_cast<uint32_t*>(args.stale_slots)[i] = kEmpty;
   }
   if (*copies == 0) return;
-  if (scratch[0] == 0) {
+  if (scratch[0] == kOthersCome) {
     if (threadIdx.x == 0) grid_wait(c, turn);
     if (agree_failed(c, scratch)) return;
   }

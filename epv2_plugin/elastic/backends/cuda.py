@@ -31,6 +31,7 @@ from epv2_plugin.elastic.backends.cuda_engram import CudaEngram
 from epv2_plugin.elastic.backends.cuda_p2p import CudaPointToPoint
 from epv2_plugin.elastic.backends.cuda_sessions import CudaSessions
 from epv2_plugin.elastic.backends.device import Runtime, node_of
+from epv2_plugin.elastic.backends.inplace import record_use
 from epv2_plugin.elastic.backends.sender import Sender
 from epv2_plugin.elastic.backends.watch import Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, CommunicationTimeout
@@ -496,6 +497,7 @@ class CudaBackend:
             for tensor in inputs:
                 if tensor is not None and tensor.device.type == "cuda":
                     tensor.record_stream(runtime.comm_stream())
+                    record_use(tensor, runtime.comm_stream())
             yield self._begin([*previous, *before], caller)
 
     def _begin(self, previous: Sequence[Event], caller: Any) -> _Stream:

@@ -36,7 +36,7 @@ from epv2_plugin.jit.kernels import Kernel
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _STATE_WORDS, _ERROR_WORDS = 32, 32
-_MAX_ENTRIES = 1 << 28  # of which the hash table, a power of two above twice as many, has 2^30 slots
+_MAX_ENTRIES = 1 << 28  # of which each of two hash tables, a power of two above twice as many, has 2^30 slots
 _DIGITS = 256  # of a pass of the sort
 
 # Flags of csrc/kernels/engram/engram.cuh, which are what a wait is for; reasons to give up, as in ep/protocol.cuh.
@@ -267,7 +267,9 @@ class CudaEngram:
             # Between nodes a get from a rank that is gone has no end.
             settled = self._settled == now and not capturing and not self._between_nodes
             slots, stale, num_stale = self._slots, self._stale, self._num_stale
-            if slots.numel() < num_slots or capturing:
+            if capturing:
+                slots, num_stale = torch.full((num_slots,), -1, dtype=torch.int32, device=device), 0
+            elif slots.numel() < num_slots:
                 slots, stale = torch.full((2, num_slots), -1, dtype=torch.int32, device=device)
                 num_stale = 0
             self._launch(

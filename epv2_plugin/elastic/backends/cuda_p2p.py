@@ -22,6 +22,7 @@ the receiver's stream waits first: before that any part of both may be missing. 
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import math
 import os
@@ -296,6 +297,7 @@ class CudaPointToPoint:
         self._deferring = False  # whether there are any
         self._inplace: InPlace | None = None
         self._words: Window | None = None  # of `InPlace`
+        self._shares = True  # whether processes can share host memory, as far as is known
 
     # ---- base.PointToPoint ------------------------------------------------------------------------------------------
 
@@ -310,16 +312,13 @@ class CudaPointToPoint:
             if link.last is not None:
                 self._watch.finish(link.last)
         if self._inplace is not None:
-            if held := self._inplace.held:
-                raise RuntimeError(f"pp_set_config while {held} tensors of pp_recv_inplace are held: drop them first")
-            while not self._inplace.all_free:  # streams of the caller may still read them
-                self._watch.check()
-                time.sleep(1e-3)
+            self._await_slots(self._inplace)
         self._watch.drain()  # the caller's streams, too, may still wait for words that are about to be others
         self._attempts += 1
         rank, size, name = self.runtime.rank, self.runtime.size, f"pp_set_config #{self._attempts}"
-        ring_bytes = max_inflight * sizing.ring_slot_bytes(max_tensor_bytes)
-        num_rings = min(max(_USUAL_RINGS, self._num_bytes // ring_bytes), (size - 1) * NUM_CHANNELS)
+        slot_bytes = sizing.ring_slot_bytes(max_tensor_bytes)
+        room = (self._num_bytes - max_inplace * slot_bytes) // (max_inflight * slot_bytes)
+        num_rings = min(max(_USUAL_RINGS, room), (size - 1) * NUM_CHANNELS)
         values = f"(max_tensor_bytes, max_inflight) = {(max_tensor_bytes, max_inflight)}"
         mine = values, f"max_inplace = {max_inplace}", f"room for {num_rings} rings"
 
@@ -332,18 +331,18 @@ class CudaPointToPoint:
             for own, seen in zip(mine, text.split("\n"), strict=True):
                 if seen != own:
                     raise CommunicationError(rank, peer, phase, f"{own} as on this rank", seen)
+        words = self._shared_words() if max_inplace else None
         layout = RingLayout(
             num_ranks=size,
             num_channels=NUM_CHANNELS,
             max_inflight=max_inflight,
             max_tensor_bytes=max_tensor_bytes,
             num_rings=num_rings,
-            max_inplace=max_inplace,
+            max_inplace=0 if words is None else max_inplace,
             far=far,
         )
         if sender is not None:
             sender.meet(f"{name}, end of what was sent before")
-        words = self._shared_words() if max_inplace else None
         window = self._window
         if window is None or window.num_bytes < layout.end:
             window = self.runtime.window(align(layout.end, sizing.BUFFER_ALIGNMENT), ordered=far)
@@ -359,6 +358,7 @@ class CudaPointToPoint:
         # Only now: where the call was refused, links go on as they were, and new ones beside them.
         self._configured = self._attempts
         self._num_rings, self._max_inflight, self._layout, self._window = num_rings, max_inflight, layout, window
+        self._max_inplace = max_inplace
         self._bases = {peer: window.peer_pointer(peer, 0) for peer in self._near}
         self._inplace = None
         if words is not None:
@@ -446,7 +446,7 @@ class CudaPointToPoint:
                 # Else this one would come before those that are deferred; and a stream that waits from the very first
                 # tensor on holds up kernels that a program loads at its begin, maybe those that the sender needs.
                 if link.ring is not None and not link.deferred:
-                    made = self._inplace.offer(peer, channel, link.number, shape, dtype, link.stream)
+                    made = self._inplace.offer(peer, channel, link.number, shape, dtype)
                 if made is not None:
                     receive = _Receive(self, made[0], link, link.number, made[1])
                     link.number += 1
@@ -519,12 +519,33 @@ class CudaPointToPoint:
             raise RuntimeError(f"{call} can't be captured into a CUDA graph: tensors have numbers, which would repeat")
         self._put_deferred()
 
+    def _await_slots(self, inplace: InPlace) -> None:
+        """Wait until nobody has a tensor that lies in place, and streams of the caller have read them.
+
+        Raises:
+            RuntimeError: somebody has one, or the streams don't come to an end.
+        """
+        if inplace.held:
+            gc.collect()
+        if held := inplace.held:
+            raise RuntimeError(f"pp_set_config while {held} tensors of pp_recv_inplace are held: drop them first")
+        deadline = time.monotonic() + self._watch.timeout_seconds
+        while not inplace.all_free:
+            self._watch.heed(-1, "pp_set_config", "streams to have read tensors of pp_recv_inplace")
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"pp_set_config: streams that read tensors of pp_recv_inplace have not done so within "
+                    f"{self._watch.timeout_seconds:g} s"
+                )
+            time.sleep(1e-3)
+
     def _shared_words(self) -> Window | None:
         """Of `InPlace`, with nothing said to this rank; None if processes can't share host memory (collective)."""
-        if self._words is None and len(self._near) > 1:
+        if self._words is None and len(self._near) > 1 and self._shares:
             try:
                 self._words = InPlace.words(self.runtime)
             except UnavailableError as error:
+                self._shares = False
                 if self.runtime.rank == 0:
                     logger.warning("epv2: tensors of pp_recv_inplace are copied once more, out of a ring: %s", error)
         if self._words is not None:
@@ -570,7 +591,8 @@ class CudaPointToPoint:
 
     def _check_rings(self, used: int, where: str, owner: int, way: str) -> None:
         if used >= (limit := self._num_rings):
-            num_bytes = align((limit + 1) * self._layout.ring_bytes, sizing.BUFFER_ALIGNMENT)
+            inplace = self._max_inplace * self._layout.slot_bytes
+            num_bytes = align((limit + 1) * self._layout.ring_bytes + inplace, sizing.BUFFER_ALIGNMENT)
             raise BufferSizeError(
                 f"rank {self.runtime.rank}, {where}: the buffer of rank {owner} has room for rings {way} {limit} "
                 f"(rank, channel) pairs, and they are in use; {limit + 1} need num_bytes = {num_bytes}"
@@ -657,6 +679,8 @@ class CudaPointToPoint:
             self._sender().send(_RINGS, [], [(peer, link.returned, 1)], link.stream)
             self._traffic.network_bytes += kind.num_bytes
             self._traffic.direct_network_bytes += kind.num_bytes
+        if receive.slot is not None:
+            receive.slot.arrival = after
         receive.after, link.last = after, wait  # only now: another thread may wait for it at once
 
     def _taken_wait(self, wait: Wait, link: _Outgoing, number: int) -> StreamOp:

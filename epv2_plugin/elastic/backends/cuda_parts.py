@@ -103,6 +103,8 @@ class Parts:
         self._node = node_of(runtime)
         self._near = [peer for peer in self._peers if peer in self._node]
         self._far = [peer for peer in self._peers if peer not in self._node]
+        # Of the other nodes, the ranks with this one's place in its node.
+        self._rail = [peer for peer in self._far if (peer - runtime.rank) % len(self._node) == 0]
         self.bases = {peer: window.peer_pointer(peer, 0) for peer in self._node}
         # Every rank begins with another, so that not all write to the same one; with itself it ends.
         turns = [(runtime.rank + step) % runtime.size for step in range(1, runtime.size)]
@@ -219,7 +221,12 @@ class Parts:
         return [("write32", words.outbox, word), *passed, *words.told]
 
     def send(
-        self, operation: int, turn: int, stream: Any, pieces: Callable[[int], Sequence[tuple[int, int, int]]]
+        self,
+        operation: int,
+        turn: int,
+        stream: Any,
+        pieces: Callable[[int], Sequence[tuple[int, int, int]]],
+        passed_on: bool = False,
     ) -> None:
         """Bring ranks of other nodes their pieces, and say that they have them, behind `tell` on the stream.
 
@@ -227,16 +234,48 @@ class Parts:
             turn: a number that only grows; an operation that is left out in one turn does not matter in the next.
             pieces: what to bring to a rank: (byte there, byte here, number of bytes). Nobody writes to it before all
                 ranks have begun the next session, which each does behind all that it wants of the last.
+            passed_on: to one rank of each node, which does `pass_on`.
         """
         if self._sender is None:
             return
         raised = turn - self._sent.get(operation, 0)
         self._sent[operation] = turn
-        rank, layout = self._runtime.rank, self._layout
-        told = (layout.arrived(operation, rank), layout.outbox(operation), 4)
-        puts = [(peer, *piece) for peer in self._far for piece in [*pieces(peer), told] if piece[2]]
-        words = [(peer, layout.landed(operation, rank), raised) for peer in self._far]
+        rank, layout, peers = self._runtime.rank, self._layout, self._rail if passed_on else self._far
+        told = [(layout.arrived(operation, rank), layout.outbox(operation), 4)]
+        if passed_on:
+            told.append((layout.passing(operation, rank), layout.outbox(operation), 4))
+        puts = [(peer, *piece) for peer in peers for piece in [*pieces(peer), *told] if piece[2]]
+        words = [(peer, layout.landed(operation, rank), raised) for peer in peers]
         self._sender.send(self._way, puts, words, stream)
+
+    def pass_on(
+        self, operation: int, turn: int, offset: int, num_bytes: int, phase: str, text: str, lane: Any
+    ) -> tuple[list[Operation], Wait]:
+        """What copies the parts of other nodes that come to this rank, of `num_bytes` each, to the others of this one,
+        in the tensor at `offset`, and then what says so; to be noted behind that.
+
+        What they are told lies where nobody writes it but the network: a rank that gave up passes nothing on.
+        """
+        layout, own = self._layout, self.bases[self._runtime.rank]
+        count = turn & 0xFFFFFFFF
+        landed = {peer: layout.landed(operation, peer) for peer in self._rail}
+        waits: list[StreamOp] = [("wait32_geq", own + place, count) for place in landed.values()]
+        copies: list[CopyOp] = []
+        for peer in self._rail:
+            part, told = offset + peer * num_bytes, layout.passing(operation, peer)
+            copies += [("copy", base + part, own + part, num_bytes) for base in self._others]
+            copies += [("copy", base + layout.arrived(operation, peer), own + told, 4) for base in self._others]
+
+        def judge(seen: bytes) -> tuple[int, str] | None:
+            for peer, place in landed.items():
+                (raised,) = struct.unpack_from("<I", seen, place - layout.arrived(operation, 0))
+                if not reached(raised, count):
+                    return peer, ""
+            return None
+
+        look = (own + layout.arrived(operation, 0), layout.row_bytes)
+        wait = Wait(self._rail[0], phase, f"{text} to pass on", lane, look, judge, _released(waits))
+        return [*waits, *copies], wait
 
     def await_arrived(
         self,
@@ -249,17 +288,18 @@ class Parts:
         key: str,
         lane: Any,
         spoil: Spoil,
+        passed_on: bool = False,
     ) -> tuple[list[StreamOp], Wait]:
         """The wait for every rank's part of an operation, to be noted.
 
         Args:
-            turn: as in `send`.
+            turn, passed_on: as in `send`.
             text: what is expected of every rank. what: the same with the name of the call, left as `key` for a rank
                 that came with something else.
         """
         words, size, layout = self._words_of(operation), self._runtime.size, self._layout
         own, count = self.bases[self._runtime.rank], turn & 0xFFFFFFFF
-        landed = {peer: layout.landed(operation, peer) for peer in self._far}
+        landed = {peer: layout.landed(operation, peer) for peer in (self._rail if passed_on else self._far)}
         operations: list[StreamOp] = [("wait32_geq", own + place, count) for place in landed.values()]
         operations += [("wait32_eq", place, word) for place in words.places]
 
@@ -340,11 +380,11 @@ class Parts:
         what it sends of a gathered one: the caller gets that, too, and may write to it."""
         return self._layout.incoming + offset - self._layout.tensors + rank * num_bytes
 
-    def count(self, num_bytes: int) -> None:
+    def count(self, num_bytes: int, passed_on: bool = False) -> None:
         """Count bytes of a part, which cross to every other rank; as many come from each."""
         self._traffic.sent_bytes += len(self._peers) * num_bytes
         self._traffic.undeduplicated_bytes += len(self._peers) * num_bytes
-        self._traffic.network_bytes += len(self._far) * num_bytes
+        self._traffic.network_bytes += len(self._rail if passed_on else self._far) * num_bytes
         self._traffic.direct_network_bytes += len(self._far) * num_bytes
 
 

@@ -11,9 +11,10 @@ this rank tells that it has read, for which whoever is given that slot again wai
 
 Nothing here holds the host up, and nothing ends between two tensors: no rank waits for more than the slot it needs.
 
-Between nodes the network brings parts (`sender.py`): a gathered one from a place behind the slots, where it stays until
-every rank has opened the slot again, for the caller may fill his part of it before that; and what is to be summed, to
-such a place.
+Between nodes the network brings parts (`sender.py`): a gathered one once to each node, to the rank that has this one's
+place there, which copies it to the others of its node; from a place behind the slots, where it stays until every rank
+has opened the slot again, for the caller may fill his part of it before that. What is to be summed goes to such a place
+of the rank whose sum it is.
 """
 
 from __future__ import annotations
@@ -202,6 +203,10 @@ class CudaShards:
         try:
             self._sender = Sender(runtime, self._watch) if runtime.lsa_size < runtime.size else None
             self._open_stream, self._gather_stream, self._sum_stream = (runtime.new_stream() for _ in range(3))
+            with runtime.on_stream(self._gather_stream):
+                self._gather = runtime.current_handle()
+            passes_on = self._sender is not None and runtime.lsa_size > 1
+            self._pass_stream = runtime.new_stream() if passes_on else None
             self._rings = {
                 what: _Ring(runtime, self._watch, self.traffic, slots, what, self._sender)
                 for what, slots in ((_GATHERED, gathers), (_GRADIENTS, sums))
@@ -323,15 +328,27 @@ class CudaShards:
         operations += [*ring.parts.tell(number, word, [gone]), ("record", pushed.handle)]
         # One call: each takes longer than what it puts on the stream.
         runtime.stream_ops(operations, self._gather_stream)
+        ring.parts.count(part_bytes, passed_on=True)
+        ahead = [pushed]  # of what waits for it
         part = (offset + rank * part_bytes, staged, part_bytes)
-        ring.parts.send(number, turn + 1, self._gather_stream, lambda _: [part])
-        ring.parts.count(part_bytes)
+        ring.parts.send(number, turn + 1, self._gather_stream, lambda _: [part], passed_on=True)
+        if self._pass_stream is not None:
+            passing = runtime.event()
+            # The slots of this node's ranks are open where the stream of gathers is.
+            others, coming = ring.parts.pass_on(number, turn + 1, offset, part_bytes, name, text, "passed on")
+            noted = self._watch.note(coming)
+            operations = [("after", self._gather), *others, noted, ("record", passing.handle)]
+            runtime.stream_ops(operations, self._pass_stream)
+            ahead.append(passing)  # the caller may write to all of it then
 
         def complete() -> Any:
             lane, after = ("current", runtime.current_handle()), runtime.event()
             what, key = f"all-gather of {text}", f"gather {turn}"
-            arrived, arrival = ring.parts.await_arrived(number, turn + 1, word, name, text, what, key, lane, spoil)
-            waited: list[Operation] = [("await", pushed.handle), *arrived, self._watch.note(arrival)]
+            arrived, arrival = ring.parts.await_arrived(
+                number, turn + 1, word, name, text, what, key, lane, spoil, passed_on=True
+            )
+            waited: list[Operation] = [("await", event.handle) for event in ahead]
+            waited += [*arrived, self._watch.note(arrival)]
             if target is not None:
                 waited.append(("copy", target.data_ptr(), own, num_bytes))
             runtime.stream_ops([*waited, ("record", after.handle)])

@@ -146,7 +146,7 @@ class HostPointToPoint:
     def receive_inplace(
         self, shape: Sequence[int], dtype: torch.dtype, peer: int, channel: int
     ) -> tuple[torch.Tensor, HostEvent]:
-        tensor = torch.empty(tuple(shape), dtype=dtype)
+        tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu")
         return tensor, self.receive(tensor, peer, channel)
 
     def flush(self) -> None:

@@ -11,6 +11,7 @@ ring. A slot is free again once nobody has the tensor and the streams that waite
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,18 +27,28 @@ _AHEAD = 16  # tensors of a (rank, channel) that a receiver may have offered roo
 _TURN_SHIFT, _OFFERED = 32, 1 << 31
 
 
+_everywhere: weakref.WeakSet[InPlace] = weakref.WeakSet()  # of this process
+
+
+def record_use(tensor: torch.Tensor, stream: Any) -> None:
+    """What `tensor.record_stream(stream)` is for memory of torch's, where `tensor` lies in a slot: that is not free
+    before the stream has done what it had been given when nobody had the tensor any more."""
+    for owner in _everywhere:
+        owner.record_use(tensor.data_ptr(), stream)
+
+
 class Slot:
     """Memory for a tensor.
 
     Attributes:
-        storage: of the tensor that is there. arrival: stream that waits for it to come. streams: others, of users.
-        left: behind what streams still had to do when nobody had it any more.
+        storage: of the tensor that is there. arrival: behind its coming. streams: that use it.
+        left: behind what was still to be done when nobody had it any more.
     """
 
     def __init__(self, number: int):
         self.number = number
         self.storage: StorageWeakRef | None = None
-        self.arrival: Any = None
+        self.arrival: Event | None = None
         self.streams: list[Any] = []
         self.left: list[Event] = []
 
@@ -58,6 +69,7 @@ class InPlace:
         self._runtime, self._words, self._memory = runtime, words, memory
         self._first, self._begin, self._slot_bytes = node_of(runtime).start, begin, slot_bytes
         self._slots = [Slot(number) for number in range(count)]
+        _everywhere.add(self)
 
     @staticmethod
     def words(runtime: Runtime) -> Window:
@@ -87,29 +99,35 @@ class InPlace:
         for slot in self._slots:
             if slot.storage is not None and slot.storage.expired():
                 slot.storage = None
-                slot.left = [self._runtime.record(stream) for stream in slot.streams or [slot.arrival]]
+                slot.left = [self._runtime.record(stream) for stream in slot.streams]
+                if slot.arrival is not None:  # nobody may have waited for it
+                    slot.left.append(slot.arrival)
 
     def offer(
-        self, peer: int, channel: int, number: int, shape: Sequence[int], dtype: torch.dtype, arrival: Any
+        self, peer: int, channel: int, number: int, shape: Sequence[int], dtype: torch.dtype
     ) -> tuple[torch.Tensor, Slot] | None:
-        """A new tensor for what comes as `number` from `peer`; None if no slot is free, or the sender came first."""
+        """A new tensor for what comes as `number` from `peer`; None if no slot is free, the sender came first, or he
+        has not come to the tensor `_AHEAD` before. The caller sets `Slot.arrival`."""
         if (num_bytes := math.prod(shape) * dtype.itemsize) < LEAST_BYTES:
             return None
         self._collect()
         slot = next((slot for slot in self._slots if slot.free), None)
-        if slot is None or not self._say(peer, channel, number, slot.number):
+        if slot is None:
             return None
         flat = self._memory.part(self._begin + slot.number * self._slot_bytes, num_bytes)
-        slot.storage, slot.arrival, slot.streams = StorageWeakRef(flat.untyped_storage()), arrival, []
         # Not a view: Megatron frees nothing that is one.
         tensor = torch.empty(0, dtype=dtype, device=flat.device)
-        return tensor.set_(flat.untyped_storage(), 0, tuple(shape)), slot  # type: ignore[call-overload]
+        tensor.set_(flat.untyped_storage(), 0, tuple(shape))  # type: ignore[call-overload]
+        if not self._say(peer, channel, number, slot.number):
+            return None
+        slot.storage, slot.arrival, slot.streams = StorageWeakRef(flat.untyped_storage()), None, []
+        return tensor, slot
 
     def _say(self, peer: int, channel: int, number: int, slot: int) -> bool:
         rank, place, turn = self._runtime.rank, self._place(peer, channel, number), number // _AHEAD + 1
         seen = self._words.exchange(rank, place, 0, 0)
-        # Nor if the sender has not come to the tensor before in this place, whose offer stands there.
-        while seen >> _TURN_SHIFT < turn and not seen & _OFFERED:
+        # Only if the sender has come to the last tensor of this place, and not to this one.
+        while seen >> _TURN_SHIFT == turn - 1 and not seen & _OFFERED:
             found = self._words.exchange(rank, place, seen, turn << _TURN_SHIFT | _OFFERED | slot)
             if found == seen:
                 return True
@@ -125,6 +143,12 @@ class InPlace:
         if seen >> _TURN_SHIFT != turn or not seen & _OFFERED:
             return None
         return self._begin + (seen & _OFFERED - 1) * self._slot_bytes
+
+    def record_use(self, address: int, stream: Any) -> None:
+        """See `record_use`."""
+        number = (address - self._memory.peer_pointer(self._runtime.rank, self._begin)) // self._slot_bytes
+        if 0 <= number < len(self._slots) and stream not in (streams := self._slots[number].streams):
+            streams.append(stream)
 
     def _place(self, source: int, channel: int, number: int) -> int:
         """The byte, at the receiver, of the word about a tensor from `source`."""
