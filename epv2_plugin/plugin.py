@@ -19,9 +19,11 @@ logger = logging.getLogger("epv2_plugin")
 
 # Keys, and whole sections, that have nothing to act on with a backend.
 WITHOUT_EFFECT = {
-    "host": ("sm_budget", "network", "timeouts.gpu_seconds", "fsdp"),
+    "host": ("sm_budget", "network", "timeouts.gpu_seconds", "fsdp", "pipeline.max_inplace"),
     "cuda": ("sm_budget.pipeline", "sm_budget.fsdp", "fsdp"),
 }
+# Where stages are left to Megatron's own communicator.
+_OF_OUR_STAGES = ("pipeline.max_inflight", "pipeline.max_tensor_bytes", "pipeline.max_inplace")
 
 
 @dataclass
@@ -120,6 +122,8 @@ def _unused(config: PluginConfig, backend: str) -> list[str]:
     sections = {name: section for name, section in given.items() if isinstance(section, dict)}
     keys = [f"{name}.{key}" for name, section in sections.items() for key in section if section[key] != "stock"]
     idle = WITHOUT_EFFECT[backend]
+    if config.pipeline.transport == "stock" or (config.pipeline.transport == "auto" and backend == "cuda"):
+        idle += _OF_OUR_STAGES
     return [key for key in keys if key in idle or key.partition(".")[0] in idle]
 
 

@@ -25,6 +25,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -237,6 +238,8 @@ def bad_input(rank: int, size: int, kind: str) -> None:
         (ValueError, "max_inflight = 0: must be positive", lambda: buffer.pp_set_config(64, 0)),
         (ValueError, "max_tensor_bytes = -1", lambda: buffer.pp_set_config(-1, 1)),
         (ValueError, "max_inplace = -1: must be 0 or more", lambda: buffer.pp_set_config(64, 1, max_inplace=-1)),
+        (TypeError, r"max_inplace = 1\.5: must be an int", lambda: buffer.pp_set_config(64, 1, max_inplace=1.5)),
+        (TypeError, r"max_inflight = 2\.0: must be an int", lambda: buffer.pp_set_config(64, 2.0)),
         (
             BufferSizeError,
             "1 tensors of 1048576 bytes in flight and 3 in place need 8388608",
@@ -257,6 +260,18 @@ def bad_input(rank: int, size: int, kind: str) -> None:
         (ValueError, "src_rank = 2: must be another rank of the group \\(0 to 1", lambda: buffer.pp_recv(t, 2)),
         (ValueError, "channel = 4: must be 0 to 3", lambda: buffer.pp_send(t, 1 - rank, channel=4)),
         (TypeError, "t must be a tensor, got list", lambda: buffer.pp_send([t], 1 - rank)),
+        (TypeError, r"src_rank = 1\.0: must be an int", lambda: buffer.pp_recv(t, 1.0)),
+        (
+            TypeError,
+            r"channel = 1\.0: must be an int",
+            lambda: buffer.pp_recv_inplace((2,), torch.int8, 1 - rank, channel=1.0),
+        ),
+        (TypeError, "shape = 5: must be a sequence of ints", lambda: buffer.pp_recv_inplace(5, torch.int8, 1 - rank)),
+        (
+            BufferSizeError,
+            "has 1208925819614629174706176 bytes",
+            lambda: buffer.pp_recv_inplace((1 << 40, 1 << 40), torch.int8, 1 - rank),
+        ),
         (ValueError, "on meta", lambda: buffer.pp_recv(t.to("meta"), 1 - rank)),
         (
             BufferSizeError,
@@ -269,7 +284,7 @@ def bad_input(rank: int, size: int, kind: str) -> None:
             lambda: buffer.pp_recv_inplace((17,), torch.float32, 1 - rank),
         ),
         (ValueError, r"shape = \[2, -1\]: sizes must", lambda: buffer.pp_recv_inplace((2, -1), torch.int8, 1 - rank)),
-        (TypeError, "dtype must be a torch.dtype, got str", lambda: buffer.pp_recv_inplace((2,), "int8", 1 - rank)),
+        (TypeError, "dtype must be a torch.dtype, got 'int8'", lambda: buffer.pp_recv_inplace((2,), "int8", 1 - rank)),
         (ValueError, f"src_rank = {rank}: ", lambda: buffer.pp_recv_inplace((2,), torch.int8, rank)),
         (ValueError, "channel = 4: ", lambda: buffer.pp_recv_inplace((2,), torch.int8, 1 - rank, channel=4)),
     ]
@@ -283,9 +298,9 @@ def bad_input(rank: int, size: int, kind: str) -> None:
     assert torch.equal(into, t + 1 - rank)
     assert ElasticBuffer.get_pp_buffer_size_hint(1 << 20, 4) == 16 << 20
     assert ElasticBuffer.get_pp_buffer_size_hint(33, 1, num_peers=1) == 2 << 20
-    with pytest.raises(CommunicationError, match=r"pp_set_config #\d, values: .*\(128, .\) as on this|closed"):
+    with pytest.raises(CommunicationError, match=r"pp_set_config #\d+, values: .*\(128, .\) as on this|closed"):
         buffer.pp_set_config(128, 1 + rank)
-    with pytest.raises(CommunicationError, match=r"pp_set_config #\d, values: .*max_inplace = . as on this|closed"):
+    with pytest.raises(CommunicationError, match=r"pp_set_config #\d+, values: .*max_inplace = . as on this|closed"):
         make_buffer(kind, num_cpu_timeout_secs=10).pp_set_config(128, 1, max_inplace=rank)
     torch.set_default_device(None)
 
@@ -793,6 +808,7 @@ def large_and_small(rank: int, size: int, kind: str) -> None:
                 received = buffer.pp_recv(target, peer, async_with_compute_stream=True)
             else:
                 into[number], received = buffer.pp_recv_inplace(target.shape, target.dtype, peer)
+            dist.barrier()  # it is called for before it is sent
             buffer.pp_send(tensor, peer, async_with_compute_stream=number % 2 == 0)
             received.current_stream_wait()
         for tensor, target in zip(tensors, into, strict=True):

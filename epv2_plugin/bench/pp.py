@@ -22,7 +22,7 @@ IN_A_ROW = 8  # transfers, in one measurement of what goes through
 INFLIGHT = 4
 INPLACE = 20  # those in a row, and as many that streams have not come to the end of
 AHEAD = 2  # receives in a row before the first send
-OURS = {"epv2": True, "epv2, pp_recv": False}  # whether tensors may stay where they arrive
+OURS = {"epv2": False, "epv2, in place": True}  # whether tensors may stay where they arrive
 
 
 @dataclass(frozen=True)

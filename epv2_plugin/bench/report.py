@@ -248,11 +248,11 @@ def pp_text(document: dict[str, Any]) -> str:
     lines = [*head(document), *_wrap(f"{setup['ranks']} ranks in a ring, {setup['backend']} backend"), ""]
     what = f"median of {setup['iterations']} repetitions ± half of the interquartile range"
     share = document.get("inplace")
-    inplace = "" if share is None else f", {share:.0%} of whose tensors were copied only once"
+    inplace = "" if share is None else f" with room for it, {share:.0%} of whose large tensors were copied only once"
     lines += _wrap(
         f"Every rank sends {setup['large']} bytes to the next and receives as many; microseconds of the slowest rank, "
         f"{what}; GB/s in one direction, and its share of a plain copy's. torch = NCCL's send and receive, on the "
-        f"host gloo's; epv2 = pp_send and pp_recv_inplace{inplace}."
+        f"host gloo's; epv2 = pp_send and pp_recv, in place = pp_recv_inplace{inplace}."
     )
     lines += _shares(document["large_us"], setup["large"])
     lines += _wrap(f"The same, {document['in_a_row']} started before the first is waited for; microseconds of one.")

@@ -75,7 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     pp = kinds.add_parser(
         "pp",
         help="transfers between pipeline stages against a plain copy and NCCL, and GEMMs beside them",
-        description="Measure pp_send with pp_recv_inplace and with pp_recv around a ring of ranks, the plain copy and "
+        description="Measure pp_send with pp_recv and with pp_recv_inplace around a ring of ranks, the plain copy and "
         "torch's send and receive in turn; on GPUs also a bf16 GEMM alone and beside transfers.",
     )
     pp.add_argument("--ranks", type=positive, help="ranks of the ring (default: 2, or torchrun's)")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar
@@ -911,6 +913,7 @@ class ElasticBuffer:
     ) -> int:
         """Bytes for `pp_set_config` with these values and `num_peers` ranks to exchange with; a multiple of 2 MiB."""
         _check_positive(max_tensor_bytes=max_tensor_bytes, max_inflight=max_inflight, num_peers=num_peers)
+        _check_ints(max_inplace=max_inplace)
         if max_inplace < 0:
             raise ValueError(f"max_inplace = {max_inplace}: must be 0 or more")
         return sizing.ring_bytes(max_tensor_bytes, max_inflight, num_peers, max_inplace)
@@ -924,15 +927,16 @@ class ElasticBuffer:
             max_inflight: tensors on their way from one rank to another, per channel, before `pp_send` blocks (on a GPU:
                 before the stream of such sends does).
             max_inplace: tensors of `pp_recv_inplace` that may lie at once where they have arrived, each of which takes
-                `max_tensor_bytes` of every rank's GPU; all others are copied out of a ring.
+                `max_tensor_bytes` of every rank's GPU; 0 = all are copied out of a ring, which was faster over NVLink
+                (docs/performance.md).
 
         On a GPU a rank has room for what comes from four (rank, channel) pairs, or from as many as `num_bytes` of the
         buffer has rings of `max_inflight` tensors for, and may send to as many. Who sends first takes a ring; a sender
         that finds none is refused.
 
         Raises:
-            ValueError: a value is not positive. BufferSizeError: more than the buffer's `num_bytes`. RuntimeError:
-                somebody has tensors of `pp_recv_inplace`.
+            TypeError, ValueError: a value is no int, or too small. BufferSizeError: more than the buffer's `num_bytes`.
+            RuntimeError: on a GPU, somebody has tensors of `pp_recv_inplace`.
             CommunicationError: another rank came with other values, or a peer died or did not come in time.
         """
         needed = self.get_pp_buffer_size_hint(max_tensor_bytes, max_inflight, max_inplace=max_inplace)
@@ -1008,11 +1012,11 @@ class ElasticBuffer:
         """Receive into a new tensor what `src_rank` sends by `pp_send`, as the next receive from it on the channel.
 
         On a GPU, inside a node, the sender copies straight into the tensor if that has 1 MiB or more, was called for
-        before the send (but not 16 tensors before), is not the first one between the two on the channel, and one of
-        `max_inplace` slots is free; otherwise it is copied out of a ring, as by `pp_recv`. A slot is free again once
-        the tensor and its event are dropped and the streams that waited for the event have come that far. Asynchronous
-        operations of buffers are waited for, too; for any other stream that uses the tensor let these wait, as torch's
-        `record_stream` does nothing here.
+        before the send (by a receive that is less than 16 ahead of the sends), is not the first one between the two on
+        the channel, and one of `max_inplace` slots is free; otherwise it is copied out of a ring, as by `pp_recv`. A
+        slot is free again once both the tensor and its event are dropped and the streams that waited for the event have
+        come that far. Asynchronous operations of buffers are waited for, too; for any other stream that uses the tensor
+        let these wait, as torch's `record_stream` does nothing here.
 
         Returns:
             The tensor, of the memory of this buffer maybe, which goes with it (`destroy` warns); and the event after
@@ -1023,11 +1027,14 @@ class ElasticBuffer:
         """
         self._check_rings()
         if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
-        sizes = torch.Size(shape)
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+        try:
+            sizes = torch.Size(shape)
+        except TypeError as error:
+            raise TypeError(f"shape = {shape!r}: must be a sequence of ints") from error
         if any(size < 0 for size in sizes):
             raise ValueError(f"shape = {list(sizes)}: sizes must be 0 or more")
-        self._check_peer("src_rank", src_rank, channel, sizes.numel() * dtype.itemsize, "the tensor")
+        self._check_peer("src_rank", src_rank, channel, math.prod(sizes) * dtype.itemsize, "the tensor")
         tensor, event = self._open().point_to_point.receive_inplace(sizes, dtype, src_rank, channel)
         return tensor, EventOverlap(event)
 
@@ -1047,6 +1054,7 @@ class ElasticBuffer:
             raise RuntimeError("call pp_set_config before pp_send and pp_recv")
 
     def _check_peer(self, name: str, peer: int, channel: int, num_bytes: int, what: str) -> None:
+        _check_ints(**{name: peer, "channel": channel})
         if not 0 <= peer < self.num_ranks or peer == self.rank_idx:
             raise ValueError(
                 f"{name} = {peer}: must be another rank of the group (0 to {self.num_ranks - 1}, not {self.rank_idx})"
@@ -1253,9 +1261,18 @@ def _check_sizes(num_bytes: int | None, sizes: dict[str, int], timeouts: dict[st
 
 
 def _check_positive(**values: int) -> None:
+    _check_ints(**values)
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} = {value}: must be positive")
+
+
+def _check_ints(**values: int) -> None:
+    for name, value in values.items():
+        try:
+            operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} = {value!r}: must be an int") from None
 
 
 def _shapes(shapes: Sequence[int] | Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], bool]:

@@ -150,6 +150,7 @@ class HostPointToPoint:
         return tensor, self.receive(tensor, peer, channel)
 
     def flush(self) -> None:
+        self._transport.check()
         for (peer, channel), link in self._outgoing.items():
             while link.inflight:
                 self._finish_oldest(link, peer, self._phase("pp_send", link.inflight[0].number, peer, channel))
