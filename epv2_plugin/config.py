@@ -117,7 +117,8 @@ class Fsdp(Section):
 
     `window_bytes` bounds the gathered parameters that are under way at once, and as many again of unreduced gradients;
     `auto` takes twice the model's largest layer, so that one can be fetched ahead, and more where more are prefetched
-    by name. On a GPU both are allocated when it is applied, in slots of the largest layer.
+    by name. On a GPU both are allocated when it is applied, in slots of the largest layer; between nodes as much again
+    for what is to be summed, and a rank's part of what is gathered.
     """
 
     collectives: Literal["auto", "stock"] = "auto"

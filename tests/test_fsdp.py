@@ -160,6 +160,7 @@ def in_turn(rank: int, size: int, kind: str, slots: int) -> None:
         turn, work, out = under_way.pop(0)
         work.wait()
         assert out.view(size, columns)[:, 7].tolist() == [100.0 * turn + r for r in range(size)]
+        out.fill_(-1.0)  # the caller's by now, all of it
 
     def check_sum() -> None:
         turn, work, out = sums.pop(0)
@@ -188,6 +189,11 @@ def in_turn(rank: int, size: int, kind: str, slots: int) -> None:
         check()
     while sums:
         check_sum()
+    parts, later = (carrier.unreduced((size, 4), torch.float32).zero_() for _ in range(2))
+    carrier.reduce_scatter(torch.empty(4, device=device), later, 1.0)()
+    with pytest.raises(ValueError, match="reduce-scatter #12 behind #13: must be in the order of `unreduced`"):
+        carrier.reduce_scatter(torch.empty(4, device=device), parts, 1.0)
+    carrier.close()
     carrier.close()
 
 
@@ -557,8 +563,9 @@ def test_ranks_with_layers_of_another_size(pool: Callable[[int], Pool], kind: st
     assert any(f"expected {shapes[0]}" in message and shapes[1] in message for message in messages), messages
 
 
-def absent(rank: int, size: int, kind: str, how: str, first: str) -> tuple[str, bool]:
-    """Rank 1 is killed or stays away after some steps. What the others say, and if nothing looks like a result."""
+def absent(rank: int, size: int, kind: str, how: str, first: str, who: int = 1) -> tuple[str, bool]:
+    """Rank `who` is killed or stays away after some steps, or as soon as it has opened a slot. What the others say, and
+    if nothing looks like a result."""
     device, carrier = device_of(kind), make_carrier(kind, 1 << 12, seconds=3)
     gather, scatter = both(carrier)
     options: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -581,9 +588,11 @@ def absent(rank: int, size: int, kind: str, how: str, first: str) -> tuple[str, 
 
     steps(*[gathers, reduces] * 3)
     dist.barrier()
-    if rank == 1 and how == "killed":
+    if rank == who and how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 1:
+    if rank == who:
+        if how == "opens":
+            results[:] = [gather.allocate((4 * size,), **options)]
         time.sleep(8)
         return "", True
     begin, last = time.monotonic(), gathers if first == "gather" else reduces
@@ -598,25 +607,27 @@ def absent(rank: int, size: int, kind: str, how: str, first: str) -> tuple[str, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "how", "first"),
+    ("kind", "how", "first", "who"),
     [
-        ("emulated", "killed", "gather"),
-        ("emulated", "late", "reduce"),
-        ("emulated/1", "killed", "reduce"),
-        ("emulated/1", "late", "gather"),
-        ("emulated/2", "killed", "gather"),  # which was to pass on what the other node sends
+        ("emulated", "killed", "gather", 1),
+        ("emulated", "late", "reduce", 1),
+        ("emulated/1", "killed", "reduce", 1),
+        ("emulated/1", "late", "gather", 1),
+        ("emulated/2", "killed", "gather", 1),
+        ("emulated/2", "opens", "gather", 1),  # and was to pass on what the other node sends
+        ("emulated/2", "opens", "gather", 2),
     ],
 )
-def test_a_rank_that_does_not_come_is_named(kind: str, how: str, first: str) -> None:
+def test_a_rank_that_does_not_come_is_named(kind: str, how: str, first: str, who: int) -> None:
     ranks = 4 if kind == "emulated/2" else 3
-    check_absent(harness.outcomes(ranks, absent, kind, how, first, timeout=60), first)
+    check_absent(harness.outcomes(ranks, absent, kind, how, first, who, timeout=60), first, who)
 
 
-def check_absent(results: list[harness.Outcome], first: str) -> None:
-    for rank in range(0, len(results), 2):
+def check_absent(results: list[harness.Outcome], first: str, who: int = 1) -> None:
+    for rank in sorted({*range(len(results))} - {who}):
         assert results[rank].error == "", results[rank].error
         message, nothing = results[rank].value
         name = "all-gather" if first == "gather" else "reduce-scatter"
-        assert f"rank {rank}, waiting for rank 1 in {name} #3" in message
+        assert f"rank {rank}, waiting for rank {who} in {name} #3" in message
         assert "nothing within 3 s" in message
         assert nothing

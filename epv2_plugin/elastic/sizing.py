@@ -425,11 +425,19 @@ class SessionLayout:
         begun: words of the ranks: the session that each has begun. Between nodes (`far`) twice as many of 64 bits
             behind them, which ranks of other nodes raise. begun_bytes: of all these. begun_outbox: this rank's, for
             the others to get.
-        row_bytes: of the words about an operation. tensors: where gathered tensors begin. incoming: as much, for what
-            is on its way between nodes; none in one node. end: behind the last.
+        row_bytes: of the words about an operation. tensors: where gathered tensors begin. incoming: as much, or
+            `incoming_bytes`, for what is on its way between nodes; none in one node. end: behind the last.
     """
 
-    def __init__(self, *, num_ranks: int, max_operations: int, max_session_bytes: int, far: bool = False):
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        max_operations: int,
+        max_session_bytes: int,
+        far: bool = False,
+        incoming_bytes: int | None = None,
+    ):
         self._far_words = align(4 * num_ranks, 8)
         self.row_bytes = self._far_words + 8 * num_ranks if far else 4 * num_ranks
         sections = _Sections(0)
@@ -441,7 +449,8 @@ class SessionLayout:
         self._passing = sections.take(4 * num_ranks * max_operations if far else 0)
         self.tensors = align(sections.end, RING_ALIGNMENT)
         self.incoming = align(self.tensors + max_session_bytes, RING_ALIGNMENT)
-        self.end = self.incoming + max_session_bytes if far else self.tensors + max_session_bytes
+        incoming_bytes = max_session_bytes if incoming_bytes is None else incoming_bytes
+        self.end = self.incoming + incoming_bytes if far else self.tensors + max_session_bytes
 
     def begun_far(self, rank: int) -> int:
         """How many sessions `rank`, of another node, has begun; 64 bits."""

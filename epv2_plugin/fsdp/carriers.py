@@ -51,8 +51,8 @@ class Carrier(Protocol):
     def groups(self) -> dict[str, Any]:
         """What runs here, for `status()`."""
 
-    def close(self) -> None:
-        """Release it; nothing may be under way."""
+    def close(self, abandon: bool = False) -> None:
+        """Release it; nothing may be under way. Every rank of the group does, unless `abandon`: some may not."""
 
 
 class HostCarrier:
@@ -96,7 +96,7 @@ class HostCarrier:
             "sent_bytes": self._buffer.traffic.sent_bytes,
         }
 
-    def close(self) -> None:
+    def close(self, abandon: bool = False) -> None:
         self._buffer.destroy()
 
     def _admit(self, whole_PN: torch.Tensor, what: str) -> None:
@@ -130,8 +130,8 @@ class HostCarrier:
 
 
 class CudaCarrier:
-    """`Carrier` between GPUs that reach each other's memory: an all-gather by copy engines alone, a reduce-scatter by
-    one kernel of `sm_budget.fsdp` CTAs.
+    """`Carrier` between GPUs: an all-gather by copy engines alone, between nodes with a warp that tells the network, a
+    reduce-scatter by one kernel of `sm_budget.fsdp` CTAs.
 
     Every rank of `group` makes it at the same time.
 
@@ -184,8 +184,8 @@ class CudaCarrier:
             "sent_bytes": self._shards.traffic.sent_bytes,
         }
 
-    def close(self) -> None:
-        self._shards.close()
+    def close(self, abandon: bool = False) -> None:
+        self._shards.close(abandon)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import weakref
@@ -155,7 +156,8 @@ def apply(model: nn.Module, config: str | os.PathLike[str] | dict[str, Any] | Pl
             carriers[group] = _carrier(loaded, backend, group, need)
     except BaseException as error:
         for carrier in carriers.values():
-            carrier.close()
+            with contextlib.suppress(Exception):  # what is raised below is why
+                carrier.close(abandon=True)
         if isinstance(error, UnavailableError):
             raise loaded.fail("fsdp.collectives", f"{error}. 'stock' leaves them to FSDP2") from error
         raise
@@ -190,8 +192,9 @@ def remove(model: nn.Module) -> None:
         if (param_group := reference()) is not None:
             for name, comm in zip(_COMMS, comms, strict=True):
                 setattr(param_group, name, comm)
-    for carrier in installed.carriers.values():
-        carrier.close()
+    with contextlib.ExitStack() as steps:  # one that fails must not keep the others from it
+        for carrier in reversed(installed.carriers.values()):
+            steps.callback(carrier.close)
 
 
 def watch(model: nn.Module, wrap: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> None:

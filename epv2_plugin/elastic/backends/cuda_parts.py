@@ -75,8 +75,8 @@ class Parts:
         window, layout: the same on every rank. name: of the window, in texts that ranks leave for each other.
         sender: brings parts to other nodes; None = there is one node. way: what it knows the window by; of those of one
             name the last is in use.
-        in_order: no rank begins again before all that it was sent since it last began has landed, so that nothing has
-            to be `ready`.
+        in_order: a rank that begins again has got all that lay before in the memory that it opens with that, so that
+            nothing has to be `ready`.
 
     Attributes:
         bases: where the windows of this node's ranks begin.
@@ -233,7 +233,7 @@ class Parts:
         Args:
             turn: a number that only grows; an operation that is left out in one turn does not matter in the next.
             pieces: what to bring to a rank: (byte there, byte here, number of bytes). Nobody writes to it before all
-                ranks have begun the next session, which each does behind all that it wants of the last.
+                ranks have begun again, with a session or this slot, behind all that they want of what was there.
             passed_on: to one rank of each node, which does `pass_on`.
         """
         if self._sender is None:
@@ -254,17 +254,20 @@ class Parts:
         """What copies the parts of other nodes that come to this rank, of `num_bytes` each, to the others of this one,
         in the tensor at `offset`, and then what says so; to be noted behind that.
 
-        What they are told lies where nobody writes it but the network: a rank that gave up passes nothing on.
+        What they are told lies where nobody writes it but the network, so that a rank that gives up says nothing of a
+        part that has not come.
         """
         layout, own = self._layout, self.bases[self._runtime.rank]
         count = turn & 0xFFFFFFFF
         landed = {peer: layout.landed(operation, peer) for peer in self._rail}
-        waits: list[StreamOp] = [("wait32_geq", own + place, count) for place in landed.values()]
-        copies: list[CopyOp] = []
-        for peer in self._rail:
+        waits: list[StreamOp] = []
+        operations: list[Operation] = []
+        for peer, place in landed.items():
             part, told = offset + peer * num_bytes, layout.passing(operation, peer)
-            copies += [("copy", base + part, own + part, num_bytes) for base in self._others]
-            copies += [("copy", base + layout.arrived(operation, peer), own + told, 4) for base in self._others]
+            waits.append(("wait32_geq", own + place, count))
+            operations.append(waits[-1])
+            operations += [("copy", base + part, own + part, num_bytes) for base in self._others]
+            operations += [("copy", base + layout.arrived(operation, peer), own + told, 4) for base in self._others]
 
         def judge(seen: bytes) -> tuple[int, str] | None:
             for peer, place in landed.items():
@@ -274,8 +277,9 @@ class Parts:
             return None
 
         look = (own + layout.arrived(operation, 0), layout.row_bytes)
-        wait = Wait(self._rail[0], phase, f"{text} to pass on", lane, look, judge, _released(waits))
-        return [*waits, *copies], wait
+        spoil = [(own + offset + peer * num_bytes, num_bytes) for peer in self._rail]
+        wait = Wait(self._rail[0], phase, f"{text} to pass on", lane, look, judge, _released(waits), spoil)
+        return operations, wait
 
     def await_arrived(
         self,
@@ -313,6 +317,8 @@ class Parts:
                 (raised,) = struct.unpack_from("<I", seen, place - layout.arrived(operation, 0))
                 if not reached(raised, count):
                     missing.append(peer)
+            # Those whose parts come directly first: a part that is passed on may be missing because of them.
+            missing.sort(key=lambda peer: passed_on and peer in self._far and peer not in self._rail)
             return (missing[0], "") if missing else None
 
         wait = Wait(

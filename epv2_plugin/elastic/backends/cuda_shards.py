@@ -88,13 +88,17 @@ class _Ring:
     ):
         self._runtime, self._limit, self._what = runtime, slots, what
         slot_bytes = align(slots.num_bytes, sizing.RING_ALIGNMENT)
+        # Of a gathered tensor only this rank's part leaves from there.
+        self._staged_bytes = align(-(-slots.num_bytes // runtime.size), sizing.RING_ALIGNMENT)
         self._layout = SessionLayout(
             num_ranks=runtime.size,
             max_operations=slots.count,
             max_session_bytes=slots.count * slot_bytes,
             far=sender is not None,
+            incoming_bytes=slots.count * self._staged_bytes if what == _GATHERED else None,
         )
         self._slot_bytes, self._turn = slot_bytes, 0
+        self.reduced = -1  # the last turn that was reduced
         num_bytes = align(self._layout.end, sizing.BUFFER_ALIGNMENT)
         self._window = runtime.window(num_bytes, ordered=sender is not None)
         self.num_bytes = self._window.num_bytes
@@ -108,6 +112,10 @@ class _Ring:
     def offset(self, turn: int) -> int:
         """Where its tensor begins in every window."""
         return self._layout.tensors + self.number(turn) * self._slot_bytes
+
+    def staged(self, turn: int) -> int:
+        """Where this rank's part of a gathered tensor leaves for other nodes from."""
+        return self._layout.incoming + self.number(turn) * self._staged_bytes
 
     def own(self, turn: int) -> int:
         """The same in this rank's window, as an address."""
@@ -156,7 +164,7 @@ class _Ring:
             ValueError: it lies in the window, but was not handed out, or has been used.
         """
         place = tensor.data_ptr() - self.parts.bases[self._runtime.rank]
-        if not self._layout.tensors <= place < self._layout.end:
+        if not self._layout.tensors <= place < self._layout.tensors + len(self._slots) * self._slot_bytes:
             return None
         number, inside = divmod(place - self._layout.tensors, self._slot_bytes)
         slot = self._slots[number]
@@ -172,7 +180,7 @@ class CudaShards:
     Args:
         runtime: the device; `close` closes it. timeout_seconds: after which a wait gives up.
         gathers, sums: room for gathered tensors, and for those that are to be summed.
-        num_sms: CTAs of a reduce-scatter, 0 = few; an all-gather has none.
+        num_sms: CTAs of a reduce-scatter, 0 = few; an all-gather has none, but for a warp that tells the network.
 
     Attributes:
         traffic: bytes to other ranks so far. num_sms: as it runs. window_bytes: of this rank's windows.
@@ -187,7 +195,7 @@ class CudaShards:
             raise ValueError(f"num_sms = {num_sms}: must be at most the device's {runtime.num_sms}")
         self.num_sms = min(num_sms or sizing.REDUCE_SCATTER_SMS, runtime.num_sms)
         self.traffic = Traffic()
-        self._runtime = runtime
+        self._runtime, self._closed = runtime, False
         values = f"{gathers.count} x {gathers.num_bytes} and {sums.count} x {sums.num_bytes} bytes"
 
         def step() -> str:
@@ -221,16 +229,22 @@ class CudaShards:
         """Transport, device and versions."""
         return dict(self._runtime.description)
 
-    def close(self) -> None:
-        """Release everything; what was handed out is gone. Collective between nodes."""
-        try:
-            self._end_transfers()
-        finally:
-            self._runtime.close(abandon=self._watch.failure is not None)
+    def close(self, abandon: bool = False) -> None:
+        """Release everything; what was handed out is gone. Once is enough.
 
-    def _end_transfers(self) -> None:
+        Between nodes all ranks come, unless `abandon`: some may not.
+        """
+        if self._closed:
+            return
+        self._closed = True
         try:
-            if self._sender is not None and self._watch.failure is None:
+            self._end_transfers(abandon)
+        finally:
+            self._runtime.close(abandon=abandon or self._watch.failure is not None)
+
+    def _end_transfers(self, abandon: bool) -> None:
+        try:
+            if self._sender is not None and self._watch.failure is None and not abandon:
                 # Memory must not go while other nodes still put something there, if only words that nobody waits for.
                 self._watch.drain()
                 self._sender.meet("the end of FSDP2's collectives")
@@ -319,7 +333,7 @@ class CudaShards:
         opened, opening = ring.parts.await_begun(turn + 1, f"{name}, slot", "an open slot", "gathers", spoil)
         offset, rank, part_bytes = ring.offset(turn), runtime.rank, shard_N.nbytes
         copies = ring.parts.push(shard_N, offset)
-        staged = ring.parts.incoming(rank, offset, part_bytes)
+        staged = ring.staged(turn)
         if self._sender is not None:
             copies.append(("copy", ring.parts.bases[rank] + staged, shard_N.data_ptr(), part_bytes))
         done = Wait(runtime.rank, "", "", "gathers")
@@ -362,10 +376,11 @@ class CudaShards:
         Sums run in fp32 in rank order and are rounded once.
 
         Args:
-            out_N: anywhere. parts_PN: of `unreduced`; any other is copied first.
+            out_N: anywhere. parts_PN: of `unreduced`, in the order in which they were handed out; any other is copied
+                first.
 
         Raises:
-            As `all_gather`.
+            As `all_gather`. ValueError: another that was handed out later has been reduced.
         """
         ring, runtime = self._begin(_GRADIENTS), self._runtime
         if not parts_PN.numel():
@@ -374,6 +389,9 @@ class CudaShards:
         copied = turn is None
         if turn is None:
             turn = ring.take(parts_PN.nbytes)
+        if turn < ring.reduced:  # peers take what was read for all before
+            raise ValueError(f"reduce-scatter #{turn} behind #{ring.reduced}: must be in the order of `unreduced`")
+        ring.reduced = turn
         text = f"{text_of(parts_PN.shape, parts_PN.dtype)} times {scale:g}"
         own, name, number, num_bytes = ring.own(turn), f"reduce-scatter #{turn}", ring.number(turn), parts_PN.nbytes
         word, spoil = ring.word(turn, text), [(own, num_bytes)]
