@@ -72,8 +72,9 @@ def test_tables_between_emulated_nodes(cluster: tuple[int, int]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["direct", "hybrid"])
-def test_twenty_seeds_of_chaos(mode: str) -> None:
-    run((2, 2), "cuda", mode, range(1, 21), 25)  # 500 random cases
+@pytest.mark.parametrize("cluster", CLUSTERS, ids=lambda cluster: "x".join(map(str, cluster)))
+def test_twenty_seeds_of_chaos(cluster: tuple[int, int], mode: str) -> None:
+    run(cluster, "cuda", mode, range(1, 21), 25 if cluster == (2, 2) else 5)  # 500 random cases, and 100 each
 
 
 def on_a_node(rank: int, size: int, mode: str, work: Callable[..., Any], *args: Any) -> Any:
