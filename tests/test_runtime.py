@@ -613,6 +613,19 @@ def test_streams_that_the_driver_does_not_order(fakes: Fakes, call: str) -> None
     assert sum(each.startswith("cuEventCreate") for each in calls) == (2 if call == "cuEventCreate" else 1)
 
 
+def test_whether_a_stream_has_come_to_an_event(fakes: Fakes) -> None:
+    not_ready, captured = 600, 907
+    for answer, said in ((None, "True"), (not_ready, "False"), (captured, "False")):
+        options = {} if answer is None else {"FAKE_EVENT": str(answer)}
+        lines, calls = fakes.run("print(_C.Event().passed())", nccl=False, **options)
+        assert lines == [said]
+        # Relaxed for the call alone, or a capture that another thread has begun would forbid it.
+        relaxed, back = (f"cuThreadExchangeStreamCaptureMode {mode}" for mode in (2, 0))
+        assert calls[-3:] == [relaxed, "cuEventQuery", back]
+    lines, calls = fakes.run("refused(_C.Event().passed)", nccl=False, FAKE_FAIL="cuEventQuery")
+    assert lines == ["Error: cuEventQuery: CUDA_ERROR_OUT_OF_MEMORY (in words)"]
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 KERNEL = "import struct; args = struct.pack('III', 1, 2, 3); f = _C.Module.load(b'code').function('kernel_a')\n"

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "fake.h"
 
@@ -120,6 +121,20 @@ CUresult cuEventCreate(CUevent* made, unsigned flags) {
 CUresult cuEventRecord(CUevent, CUstream on) {
   note("cuEventRecord stream=%zu", reinterpret_cast<size_t>(on));
   return answer("cuEventRecord");
+}
+
+// FAKE_EVENT: what it answers.
+CUresult cuEventQuery(CUevent) {
+  note("cuEventQuery");
+  const char* result = std::getenv("FAKE_EVENT");
+  return result == nullptr ? answer("cuEventQuery") : static_cast<CUresult>(std::atoi(result));
+}
+
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+  static CUstreamCaptureMode current = CU_STREAM_CAPTURE_MODE_GLOBAL;
+  note("cuThreadExchangeStreamCaptureMode %d", *mode);
+  std::swap(current, *mode);
+  return CUDA_SUCCESS;
 }
 
 CUresult cuStreamWaitEvent(CUstream on, CUevent, unsigned flags) {
