@@ -122,7 +122,7 @@ def _unused(config: PluginConfig, backend: str) -> list[str]:
     sections = {name: section for name, section in given.items() if isinstance(section, dict)}
     keys = [f"{name}.{key}" for name, section in sections.items() for key in section if section[key] != "stock"]
     idle = WITHOUT_EFFECT[backend]
-    if config.pipeline.transport == "stock" or (config.pipeline.transport == "auto" and backend == "cuda"):
+    if config.pipeline.transport == "stock":
         idle += _OF_OUR_STAGES
     return [key for key in keys if key in idle or key.partition(".")[0] in idle]
 

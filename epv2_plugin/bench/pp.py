@@ -141,8 +141,8 @@ class _Ring:
     def transfers(self, num_bytes: int, count: int = 1) -> dict[str, Callable[[], object]]:
         """So many of each kind, all started before the first is waited for."""
 
-        def all_of(start: Callable[[int], Callable[[], object]]) -> None:
-            for wait in [start(num_bytes) for _ in range(count)]:
+        def torchs() -> None:
+            for wait in [self.start_torchs(num_bytes) for _ in range(count)]:
                 wait()
 
         def ours(inplace: bool) -> None:
@@ -158,7 +158,7 @@ class _Ring:
         return {
             **{name: partial(ours, inplace) for name, inplace in OURS.items()},
             "plain copy": lambda: self.copy(num_bytes, count),
-            "torch": lambda: all_of(self.start_torchs),
+            "torch": torchs,
         }
 
     def pings(self, num_bytes: int) -> dict[str, Callable[[], object]]:

@@ -384,16 +384,15 @@ class CudaPointToPoint:
             operations.append(self._taken_wait(wait, link, number - self._max_inflight))
         link.recent.append(kind)
         slot, outbox, inbox, address = link.slots[index], link.outboxes[index], link.inboxes[index], dense.data_ptr()
-        pieces = kind.pieces if link.near else [(0, kind.num_bytes)]
         operations.append(("write64", outbox, number))
         if kind is not oldest:  # else they are there
             operations += [("write64", outbox + 8 * i, word) for i, word in enumerate(kind.words, 1)]
         passed = self._watch.note(wait)
-        if self._inplace is not None and link.near:
-            place = self._inplace.accept(peer, channel, number)
-            if place is not None:
-                slot, pieces = self._bases[peer] + place, [(0, kind.num_bytes)]
-                self._traffic.inplace_bytes += kind.num_bytes
+        place = self._inplace.accept(peer, channel, number) if self._inplace is not None and link.near else None
+        if place is not None:
+            slot = self._bases[peer] + place
+            self._traffic.inplace_bytes += kind.num_bytes
+        pieces = kind.pieces if link.near and place is None else [(0, kind.num_bytes)]
         begin, end = 0, _HEADER_BYTES + 4  # of the record: what the peer is told behind a piece
         for offset, num_bytes in pieces:
             if num_bytes:
@@ -507,8 +506,8 @@ class CudaPointToPoint:
         self._watch.check()
         assert receive.after is not None
         self.runtime.wait(receive.after)
-        if receive.slot is not None and (stream := self.runtime.current_stream()) not in receive.slot.streams:
-            receive.slot.streams.append(stream)
+        if receive.slot is not None:
+            receive.slot.use(self.runtime.current_stream())
         self._watch.check()
 
     # ---- links ------------------------------------------------------------------------------------------------------
@@ -650,12 +649,10 @@ class CudaPointToPoint:
             keep=(dense,),
         )
         operations: list[StreamOp | CopyOp | OrderOp] = []
-        if stays:
-            pass  # nobody uses that memory
-        elif receive.before is None:
-            operations.append(("after", runtime.current_handle()))
-        else:
+        if receive.before is not None:
             operations.append(("await", receive.before.handle))
+        elif not stays:  # else nobody uses that memory
+            operations.append(("after", runtime.current_handle()))
         if not link.near:
             operations.append(("wait32_geq", link.landed, count))
             wait.also = (link.landed, 4)

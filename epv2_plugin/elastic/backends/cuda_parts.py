@@ -77,6 +77,7 @@ class Parts:
             name the last is in use.
         in_order: a rank that begins again has got all that lay before in the memory that it opens with that, so that
             nothing has to be `ready`.
+        passed_on: what a rank sends to other nodes goes to one rank of each, which does `pass_on`.
 
     Attributes:
         bases: where the windows of this node's ranks begin.
@@ -93,9 +94,10 @@ class Parts:
         sender: Sender | None = None,
         way: str = "sessions",
         in_order: bool = False,
+        passed_on: bool = False,
     ):
         self._runtime, self._watch, self._traffic, self._sender = runtime, watch, traffic, sender
-        self._way, self._in_order = way, in_order
+        self._way, self._in_order, self._passed_on = way, in_order, passed_on
         if sender is not None:
             sender.enroll(way, window)
         self._window, self._layout, self._name = window, layout, name
@@ -103,8 +105,9 @@ class Parts:
         self._node = node_of(runtime)
         self._near = [peer for peer in self._peers if peer in self._node]
         self._far = [peer for peer in self._peers if peer not in self._node]
-        # Of the other nodes, the ranks with this one's place in its node.
-        self._rail = [peer for peer in self._far if (peer - runtime.rank) % len(self._node) == 0]
+        # Of other nodes, who sends to this rank and gets from it: all, or those with its place in their node.
+        apart = len(self._node) if passed_on else 1
+        self._direct = [peer for peer in self._far if (peer - runtime.rank) % apart == 0]
         self.bases = {peer: window.peer_pointer(peer, 0) for peer in self._node}
         # Every rank begins with another, so that not all write to the same one; with itself it ends.
         turns = [(runtime.rank + step) % runtime.size for step in range(1, runtime.size)]
@@ -141,7 +144,9 @@ class Parts:
         begun: list[StreamOp] = [("wait32_geq", own + place, value) for place in places.values()]
         phase, expected = f"{self._name}, begin #{count}", "other nodes to begin, too"
         look = (own + layout.begun, layout.begun_bytes)
-        wait = Wait(self._far[0], phase, expected, "ready", look, self._judge(places, value), _released(begun))
+        wait = Wait(
+            self._far[0], phase, expected, "ready", look, self._judge(places, layout.begun, value), _released(begun)
+        )
         passed = self._watch.note(wait)
         wait.since += self._watch.timeout_seconds  # an operation that waits for the same says more
         runtime.stream_ops([*begun, passed], stream)
@@ -161,8 +166,8 @@ class Parts:
         count &= 0xFFFFFFFF
         operations: list[StreamOp] = [("wait32_geq", own + place, count) for place in [*near.values(), *ready.values()]]
         # Who has not begun comes before who is not ready: that one may be waiting for him.
-        first = self._judge({**near, **far}, count)
-        second = self._judge(ready, count)
+        first = self._judge({**near, **far}, layout.begun, count)
+        second = self._judge(ready, layout.begun, count)
         wait = Wait(
             self._peers[0] if self._peers else self._runtime.rank,
             phase,
@@ -175,15 +180,13 @@ class Parts:
         )
         return operations, wait
 
-    def _judge(self, places: dict[int, int], count: int) -> Callable[[bytes], tuple[int, str] | None]:
-        """What tells by the words about begins which rank's, at `places`, is not at `count` yet."""
+    @staticmethod
+    def _judge(places: dict[int, int], base: int, count: int) -> Callable[[bytes], tuple[int, str] | None]:
+        """What tells by the words from `base` on which rank's, at `places`, is not at `count` yet."""
 
         def judge(words: bytes) -> tuple[int, str] | None:
-            for peer, place in places.items():
-                (seen,) = struct.unpack_from("<I", words, place - self._layout.begun)
-                if not reached(seen, count):
-                    return peer, ""
-            return None
+            behind = _behind(words, places, base, count)
+            return (behind[0], "") if behind else None
 
         return judge
 
@@ -226,7 +229,6 @@ class Parts:
         turn: int,
         stream: Any,
         pieces: Callable[[int], Sequence[tuple[int, int, int]]],
-        passed_on: bool = False,
     ) -> None:
         """Bring ranks of other nodes their pieces, and say that they have them, behind `tell` on the stream.
 
@@ -234,18 +236,17 @@ class Parts:
             turn: a number that only grows; an operation that is left out in one turn does not matter in the next.
             pieces: what to bring to a rank: (byte there, byte here, number of bytes). Nobody writes to it before all
                 ranks have begun again, with a session or this slot, behind all that they want of what was there.
-            passed_on: to one rank of each node, which does `pass_on`.
         """
         if self._sender is None:
             return
         raised = turn - self._sent.get(operation, 0)
         self._sent[operation] = turn
-        rank, layout, peers = self._runtime.rank, self._layout, self._rail if passed_on else self._far
+        rank, layout = self._runtime.rank, self._layout
         told = [(layout.arrived(operation, rank), layout.outbox(operation), 4)]
-        if passed_on:
+        if self._passed_on:
             told.append((layout.passing(operation, rank), layout.outbox(operation), 4))
-        puts = [(peer, *piece) for peer in peers for piece in [*pieces(peer), *told] if piece[2]]
-        words = [(peer, layout.landed(operation, rank), raised) for peer in peers]
+        puts = [(peer, *piece) for peer in self._direct for piece in [*pieces(peer), *told] if piece[2]]
+        words = [(peer, layout.landed(operation, rank), raised) for peer in self._direct]
         self._sender.send(self._way, puts, words, stream)
 
     def pass_on(
@@ -258,8 +259,8 @@ class Parts:
         part that has not come.
         """
         layout, own = self._layout, self.bases[self._runtime.rank]
-        count = turn & 0xFFFFFFFF
-        landed = {peer: layout.landed(operation, peer) for peer in self._rail}
+        count, row = turn & 0xFFFFFFFF, layout.arrived(operation, 0)
+        landed = {peer: layout.landed(operation, peer) for peer in self._direct}
         waits: list[StreamOp] = []
         operations: list[Operation] = []
         for peer, place in landed.items():
@@ -269,16 +270,9 @@ class Parts:
             operations += [("copy", base + part, own + part, num_bytes) for base in self._others]
             operations += [("copy", base + layout.arrived(operation, peer), own + told, 4) for base in self._others]
 
-        def judge(seen: bytes) -> tuple[int, str] | None:
-            for peer, place in landed.items():
-                (raised,) = struct.unpack_from("<I", seen, place - layout.arrived(operation, 0))
-                if not reached(raised, count):
-                    return peer, ""
-            return None
-
-        look = (own + layout.arrived(operation, 0), layout.row_bytes)
-        spoil = [(own + offset + peer * num_bytes, num_bytes) for peer in self._rail]
-        wait = Wait(self._rail[0], phase, f"{text} to pass on", lane, look, judge, _released(waits), spoil)
+        look, judge = (own + row, layout.row_bytes), self._judge(landed, row, count)
+        spoil = [(own + offset + peer * num_bytes, num_bytes) for peer in self._direct]
+        wait = Wait(self._direct[0], phase, f"{text} to pass on", lane, look, judge, _released(waits), spoil)
         return operations, wait
 
     def await_arrived(
@@ -292,18 +286,17 @@ class Parts:
         key: str,
         lane: Any,
         spoil: Spoil,
-        passed_on: bool = False,
     ) -> tuple[list[StreamOp], Wait]:
         """The wait for every rank's part of an operation, to be noted.
 
         Args:
-            turn, passed_on: as in `send`.
+            turn: as in `send`.
             text: what is expected of every rank. what: the same with the name of the call, left as `key` for a rank
                 that came with something else.
         """
         words, size, layout = self._words_of(operation), self._runtime.size, self._layout
         own, count = self.bases[self._runtime.rank], turn & 0xFFFFFFFF
-        landed = {peer: layout.landed(operation, peer) for peer in (self._rail if passed_on else self._far)}
+        landed = {peer: layout.landed(operation, peer) for peer in self._direct}
         operations: list[StreamOp] = [("wait32_geq", own + place, count) for place in landed.values()]
         operations += [("wait32_eq", place, word) for place in words.places]
 
@@ -313,12 +306,9 @@ class Parts:
             for peer in missing:
                 if same_turn(arrived[peer], word):
                     return peer, self._refusal(peer, what, key)
-            for peer, place in landed.items():
-                (raised,) = struct.unpack_from("<I", seen, place - layout.arrived(operation, 0))
-                if not reached(raised, count):
-                    missing.append(peer)
+            missing += _behind(seen, landed, layout.arrived(operation, 0), count)
             # Those whose parts come directly first: a part that is passed on may be missing because of them.
-            missing.sort(key=lambda peer: passed_on and peer in self._far and peer not in self._rail)
+            missing.sort(key=lambda peer: peer in self._far and peer not in self._direct)
             return (missing[0], "") if missing else None
 
         wait = Wait(
@@ -386,12 +376,19 @@ class Parts:
         what it sends of a gathered one: the caller gets that, too, and may write to it."""
         return self._layout.incoming + offset - self._layout.tensors + rank * num_bytes
 
-    def count(self, num_bytes: int, passed_on: bool = False) -> None:
+    def count(self, num_bytes: int) -> None:
         """Count bytes of a part, which cross to every other rank; as many come from each."""
         self._traffic.sent_bytes += len(self._peers) * num_bytes
         self._traffic.undeduplicated_bytes += len(self._peers) * num_bytes
-        self._traffic.network_bytes += len(self._rail if passed_on else self._far) * num_bytes
+        self._traffic.network_bytes += len(self._direct) * num_bytes
         self._traffic.direct_network_bytes += len(self._far) * num_bytes
+
+
+def _behind(words: bytes, places: dict[int, int], base: int, count: int) -> list[int]:
+    """The ranks whose words, at `places` of what begins at `base`, are not at `count` yet."""
+    return [
+        peer for peer, place in places.items() if not reached(struct.unpack_from("<I", words, place - base)[0], count)
+    ]
 
 
 def _released(waits: Sequence[StreamOp]) -> list[StreamOp]:

@@ -102,7 +102,18 @@ class _Ring:
         num_bytes = align(self._layout.end, sizing.BUFFER_ALIGNMENT)
         self._window = runtime.window(num_bytes, ordered=sender is not None)
         self.num_bytes = self._window.num_bytes
-        self.parts = Parts(runtime, watch, traffic, self._window, self._layout, what, sender, what, in_order=True)
+        self.parts = Parts(
+            runtime,
+            watch,
+            traffic,
+            self._window,
+            self._layout,
+            what,
+            sender,
+            what,
+            in_order=True,
+            passed_on=what == _GATHERED,
+        )
         self._slots = [_Slot() for _ in range(slots.count)]
 
     def number(self, turn: int) -> int:
@@ -342,10 +353,10 @@ class CudaShards:
         operations += [*ring.parts.tell(number, word, [gone]), ("record", pushed.handle)]
         # One call: each takes longer than what it puts on the stream.
         runtime.stream_ops(operations, self._gather_stream)
-        ring.parts.count(part_bytes, passed_on=True)
+        ring.parts.count(part_bytes)
         ahead = [pushed]  # of what waits for it
         part = (offset + rank * part_bytes, staged, part_bytes)
-        ring.parts.send(number, turn + 1, self._gather_stream, lambda _: [part], passed_on=True)
+        ring.parts.send(number, turn + 1, self._gather_stream, lambda _: [part])
         if self._pass_stream is not None:
             passing = runtime.event()
             # The slots of this node's ranks are open where the stream of gathers is.
@@ -358,9 +369,7 @@ class CudaShards:
         def complete() -> Any:
             lane, after = ("current", runtime.current_handle()), runtime.event()
             what, key = f"all-gather of {text}", f"gather {turn}"
-            arrived, arrival = ring.parts.await_arrived(
-                number, turn + 1, word, name, text, what, key, lane, spoil, passed_on=True
-            )
+            arrived, arrival = ring.parts.await_arrived(number, turn + 1, word, name, text, what, key, lane, spoil)
             waited: list[Operation] = [("await", event.handle) for event in ahead]
             waited += [*arrived, self._watch.note(arrival)]
             if target is not None:

@@ -56,6 +56,11 @@ class Slot:
     def free(self) -> bool:
         return self.storage is None and all(event.passed() for event in self.left)
 
+    def use(self, stream: Any) -> None:
+        """Note that a stream uses the tensor."""
+        if stream not in self.streams:
+            self.streams.append(stream)
+
 
 class InPlace:
     """What a rank offers, and what others offer it.
@@ -147,8 +152,8 @@ class InPlace:
     def record_use(self, address: int, stream: Any) -> None:
         """See `record_use`."""
         number = (address - self._memory.peer_pointer(self._runtime.rank, self._begin)) // self._slot_bytes
-        if 0 <= number < len(self._slots) and stream not in (streams := self._slots[number].streams):
-            streams.append(stream)
+        if 0 <= number < len(self._slots):
+            self._slots[number].use(stream)
 
     def _place(self, source: int, channel: int, number: int) -> int:
         """The byte, at the receiver, of the word about a tensor from `source`."""
