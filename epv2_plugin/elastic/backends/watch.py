@@ -266,8 +266,12 @@ class Watch:
         waiting = [wait for wait in heads if wait.look is not None and now - wait.since > _PATIENCE]
         waiting.sort(key=lambda wait: wait.since)
         if waiting and (notice := self._notice()) is not None:
-            first = next((wait for wait in waiting if wait.peer == notice["rank"]), waiting[0])
-            peer = (self._judge(first) or (first.peer,))[0]
+            missing = [(self._judge(wait) or (wait.peer,))[0] for wait in waiting]
+            # The rank that both lack, if there is one, rather than the one that is merely held up by it.
+            refused = notice["peer"] == self._runtime.rank
+            wanted = (notice["rank"],) if refused else (notice["peer"], notice["rank"])
+            peer = next((rank for rank in wanted if rank in missing), missing[0])
+            first = waiting[missing.index(peer)]
             self._give_up(self._told(notice, peer, first.phase, first.expected), tell=False)
             return
         for wait in waiting:
