@@ -30,11 +30,12 @@ pytestmark = pytest.mark.gpu
 
 
 def words_and_copies(rank: int, size: int) -> None:
-    """Words on own and mapped memory, waits EQ and GEQ, copies between ranks with words as data, several streams."""
+    """Words on own and mapped memory and at a peer, waits EQ and GEQ, copies between ranks with words as data, several
+    streams."""
     take_device()
     runtime = CudaRuntime(dist.group.WORLD, 60)
     window, mapped = runtime.window(1 << 20), runtime.mapped(64)
-    own, peer = window.peer_pointer(rank, 0), window.peer_pointer((rank + 1) % size, 0)
+    own, peer, source = (window.peer_pointer((rank + step) % size, 0) for step in (0, 1, -1))
     assert own == window.tensor.data_ptr() == window.part(0, 64).data_ptr()
     first, second = runtime.new_stream(), runtime.new_stream()
     with runtime.on_stream(first):
@@ -58,7 +59,30 @@ def words_and_copies(rank: int, size: int) -> None:
     torch.cuda.synchronize()
     assert window.tensor[64:72].view(torch.int64).item() == 1 << 40
     assert bool((window.tensor[256:320] == 255).all())
+    if runtime.writes_to_peers():
+        large = 1 << 19  # bytes in the second half, behind which the words come
+        for turn in range(1, 30):
+            sent = torch.randint(256, (large,), dtype=torch.uint8, device="cuda", generator=_generator(rank, turn))
+            got = torch.empty_like(sent)
+            torch.cuda.synchronize()
+            runtime.stream_ops([("copy", peer + large, sent.data_ptr(), large), ("write32", peer + 8, turn)], second)
+            came = [("wait32_eq", own + 8, turn), ("copy", got.data_ptr(), own + large, large)]
+            runtime.stream_ops([*came, ("write32", source + 16, turn)], first)
+            runtime.stream_ops([("wait32_eq", own + 16, turn), ("write32", mapped.pointer, 2 + turn)], second)
+            deadline = time.monotonic() + 20
+            while int(words[0]) != 2 + turn:
+                assert time.monotonic() < deadline, words.tolist()
+                time.sleep(1e-4)
+            torch.cuda.synchronize()
+            expected = torch.randint(
+                256, (large,), dtype=torch.uint8, device="cuda", generator=_generator((rank - 1) % size, turn)
+            )
+            assert torch.equal(got, expected)
     runtime.close()
+
+
+def _generator(rank: int, turn: int) -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(1000 * rank + turn)
 
 
 @pytest.mark.parametrize("size", [2, 4])

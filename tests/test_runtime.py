@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -762,6 +762,8 @@ def runtime_case(rank: int, size: int, cuda: str, case: str) -> Any:
             result = _launch_twice(runtime)
         if case == "nodes":
             result = _networks(runtime)
+        if case.startswith("words"):
+            result = _words_at_peers(runtime, case)
         if case.startswith("host memory"):
             result = _host_memory(runtime, case)
         if case == "unequal networks":
@@ -828,6 +830,29 @@ def _host_memory(runtime: CudaRuntime, case: str) -> list[Any]:
         runtime.close(abandon=True)
         return [*seen, mapped, Path("/proc/self/maps").read_text().count("memfd:epv2-")]
     return seen + [ctypes.string_at(window.lsa_pointer(peer, 8191) - (1 << 48), 1) for peer in range(size)]
+
+
+def _words_at_peers(runtime: CudaRuntime, case: str) -> list[Any]:
+    """What the runtime finds, asked twice, and what it gave to the stream."""
+    given: list[Any] = []
+    on_stream = runtime.stream_ops
+
+    def stream_ops(operations: Sequence[Any], stream: Any) -> None:
+        given.extend(operations)
+        if case == "words, refused" and runtime.rank == 1:
+            os.environ["FAKE_FAIL"] = "cuStreamBatchMemOp"
+            on_stream(operations, stream)
+        if operations[0][0] == "copy" and not (case == "words, lost" and runtime.rank == 1):
+            for _, seen, _, count in operations:
+                ctypes.memmove(seen - (1 << 48), ctypes.byref(ctypes.c_uint32(given[0][2])), count)
+
+    window = types.SimpleNamespace(peer_pointer=lambda peer, offset: 4096 * (1 + peer) + offset)
+    stream = types.SimpleNamespace(cuda_stream=5)
+    changes = {"stream_ops": stream_ops, "window": lambda _: window, "new_stream": lambda: stream}
+    with mock.patch.multiple(runtime, **changes), mock.patch.object(device, "_REST_SECONDS", 0.2):
+        found = [runtime.writes_to_peers(), runtime.writes_to_peers()]
+    assert [tell[0] for tell in device.tell(runtime, 7, 8, [16])] == ["write32", "write32" if found[0] else "copy"]
+    return [*found, runtime.description["words_at_peers"], [(name, at) for name, at, *_ in given if name != "copy"]]
 
 
 def _networks(runtime: CudaRuntime) -> list[str]:
@@ -918,6 +943,17 @@ def test_runtime_across_nodes(fakes: Fakes, tmp_path: Path) -> None:
     for log in logs:
         created = [call for call in log if call.startswith("ncclDevComm")]
         assert created == ["ncclDevCommCreate lsa=0 contexts=2 signals=3 counters=0 connection=1", "ncclDevCommDestroy"]
+
+
+@pytest.mark.parametrize("case", ["words", "words, refused", "words, lost"])
+def test_words_at_peers_are_tried(fakes: Fakes, tmp_path: Path, case: str) -> None:
+    """The driver takes them, or refuses them on one rank, or they never come: then that rank has them copied."""
+    results, logs = _ranks(fakes, case, tmp_path)
+    assert not any(r.error for r in results), results
+    taken, copied = [True, True, "written"], [False, False, "copied"]
+    words = [[("write32", 4096 * 2)], [("write32", 4096 + 4)]]
+    assert [r.value for r in results] == [[*taken, words[0]], [*(taken if case == "words" else copied), words[1]]]
+    assert ("cuStreamBatchMemOp 1 flags=0 stream=5" in logs[1]) == (case == "words, refused")
 
 
 def test_host_memory_of_a_node(fakes: Fakes, tmp_path: Path) -> None:

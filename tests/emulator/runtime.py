@@ -396,12 +396,17 @@ class EmulatedRuntime:
         """Write words, wait for words and streams, and copy on a stream, None = the current one.
 
         Raises:
-            RuntimeError: a word is not this rank's own, or (on its stream) no value came within `limit_seconds`.
+            RuntimeError: a word is not where this rank may write or wait, or (on its stream) no value came within
+                `limit_seconds`.
         """
         own = [window.tensor for window in self._windows] + [mapped.tensor for mapped in self._mapped]
+        written = own
+        if self.writes_to_peers():
+            written = own + [window.mappings[peer] for window in self._windows for peer in window.node]
         for name, address, *_ in operations:
             if name.startswith(("write", "wait")) and not any(
-                0 <= address - memory.data_ptr() < memory.numel() for memory in own
+                0 <= address - memory.data_ptr() < memory.numel()
+                for memory in (written if name.startswith("write") else own)
             ):
                 raise RuntimeError(f"{name} at {address:#x}: neither in a window of this rank nor in mapped memory")
         stream = stream or self.current_stream()
@@ -420,6 +425,10 @@ class EmulatedRuntime:
                     self._put(self._events[handle].set, stream)
                 else:
                     self._put(functools.partial(self._wait_event, self._events[handle]), stream)
+
+    def writes_to_peers(self) -> bool:
+        """Whether words of peers can be written: this device is as many drivers, of which the odd ranks' refuse it."""
+        return self.rank % 2 == 0
 
     def _run(self, operations: Sequence[Any]) -> None:
         for name, address, value, *rest in operations:

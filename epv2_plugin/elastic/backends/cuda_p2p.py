@@ -10,9 +10,10 @@ has offered memory for goes there, in one copy, and stays (`inplace.py`); record
 What crosses a link comes first: a copy inside the sender before that would wait for the copy engine where that is busy
 with what this rank receives, and the next rank for it, and so on around a ring of ranks.
 
-Streams write words only into their own rank's memory; a copy brings them to the peer, as data. Every link has a stream
-for each direction. The sender takes a free ring with its first send and says which, once, through torch's store;
-receives that are posted before that are put on their stream once it has, in order.
+Streams write words at the peer where the driver takes that, else into their own rank's memory, from where a copy brings
+them, as data: it may have to wait for a copy engine. Every link has a stream for each direction. The sender takes a
+free ring with its first send and says which, once, through torch's store; receives that are posted before that are put
+on their stream once it has, in order.
 
 Inside a node there is no kernel. To a rank of another node the tensor goes through a slot of the sender's, from where
 the network brings it, and the record, into the slot there (`sender.py`). Then it raises a word of the link, for which
@@ -38,7 +39,17 @@ import torch
 
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import NUM_CHANNELS, Traffic, describe_kind
-from epv2_plugin.elastic.backends.device import CopyOp, Event, OrderOp, Put, Runtime, StreamOp, Window, node_of
+from epv2_plugin.elastic.backends.device import (
+    CopyOp,
+    Event,
+    OrderOp,
+    Put,
+    Runtime,
+    StreamOp,
+    Window,
+    node_of,
+    tell,
+)
 from epv2_plugin.elastic.backends.inplace import InPlace, Slot
 from epv2_plugin.elastic.backends.sender import Sender
 from epv2_plugin.elastic.backends.watch import Wait, Watch
@@ -151,10 +162,12 @@ class _Outgoing(_Link):
 
     Args:
         ring: where the peer keeps what comes. staging: in this rank's window, what goes to a peer that is not near.
+        writes: streams can write at near peers.
 
     Attributes:
-        slots, outboxes: addresses of the slots that tensors are copied to, and of the records about them in this rank's
-            window. inboxes: where these go at the peer: addresses where it is near, else bytes of its window.
+        slots, outboxes: addresses of the slots that tensors are copied to, and of where streams write the records about
+            them: in this rank's window, unless they can write at the peer. inboxes: where these go at the peer:
+            addresses where it is near, else bytes of its window.
         ways, records: of a peer that is not near: each slot, as (byte there, byte here), and what brings the record.
         landed: there, of how many tensors have come; a byte of its window.
         taken: address of how many the peer says it has taken.
@@ -171,14 +184,15 @@ class _Outgoing(_Link):
         layout: RingLayout,
         ring: int,
         staging: int,
+        writes: bool,
     ):
         super().__init__("out", peer, channel, stream, bases, layout.max_inflight)
         own, numbers = bases[rank], range(layout.max_inflight)
         steps = [n * layout.slot_bytes for n in numbers]
         records = [layout.record(peer, channel, n, outgoing=True) for n in numbers]
         self.slots = [(bases[peer] + ring if self.near else own + staging) + step for step in steps]
-        self.outboxes = [own + record for record in records]
         self.inboxes = [bases.get(peer, 0) + layout.record(rank, channel, n, outgoing=False) for n in numbers]
+        self.outboxes = self.inboxes if self.near and writes else [own + record for record in records]
         self.ways = [(ring + step, staging + step) for step in steps]
         num_bytes = _HEADER_BYTES + _FAR_WORD_BYTES
         self.records: list[Put] = [(peer, to, own, num_bytes) for to, own in zip(self.inboxes, records, strict=True)]
@@ -355,6 +369,7 @@ class CudaPointToPoint:
             self.runtime.meeting.agree(f"{name}/zeroed", lambda: "", f"{name}, end")
         if sender is not None:
             sender.enroll(_RINGS, window)
+        self.runtime.writes_to_peers()  # now, as it is collective
         # Only now: where the call was refused, links go on as they were, and new ones beside them.
         self._configured = self._attempts
         self._num_rings, self._max_inflight, self._layout, self._window = num_rings, max_inflight, layout, window
@@ -404,7 +419,8 @@ class CudaPointToPoint:
             if last:
                 operations.append(passed)
             if link.near:
-                operations.append(("copy", inbox + begin, outbox + begin, end - begin))
+                if outbox != inbox:
+                    operations.append(("copy", inbox + begin, outbox + begin, end - begin))
                 begin, end = end, end + 4
         # One call: under MPS each call of the driver takes longer than the copy of a small tensor.
         runtime.stream_ops(operations, link.stream)
@@ -566,7 +582,7 @@ class CudaPointToPoint:
         ring, staging = self._free_ring(peer, where), layout.staging + len(self._outgoing) * layout.ring_bytes
         stream = self._stream("out", peer, channel)
         link = self._outgoing[peer, channel] = _Outgoing(
-            peer, channel, stream, self._bases, rank, layout, ring, staging
+            peer, channel, stream, self._bases, rank, layout, ring, staging, self.runtime.writes_to_peers()
         )
         self.runtime.meeting.post(self._key(rank, peer, channel), str(ring))
         return link
@@ -667,10 +683,9 @@ class CudaPointToPoint:
         if not link.near:
             operations.append(passed)
         else:
-            operations += [("write32", link.taken, count), passed]
-            if len(pieces) > 1:  # a smaller tensor leaves these as they are, and some turn has the same words again
-                operations += [("write32", word, 0) for word in words[1:]]
-            operations.append(("copy", link.inbox, link.taken, 4))
+            # A smaller tensor leaves the others as they are, and some turn has the same words again.
+            zeroed: list[StreamOp] = [("write32", word, 0) for word in words[1:]]
+            operations += tell(runtime, count, link.taken, [link.inbox], [passed, *zeroed])
         runtime.stream_ops(operations, link.stream)
         if not link.near:
             self._sender().send(_RINGS, [], [(peer, link.returned, 1)], link.stream)

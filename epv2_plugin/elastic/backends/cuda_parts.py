@@ -1,6 +1,6 @@
 """Parts of tensors in the windows of all ranks, and the words about them: what sessions and shards share.
 
-Streams write words only into their own rank's memory; a copy brings them to the peers, as data. Between nodes parts
+A stream writes words into its own rank's memory and into that of peers on the node (`device.tell`). Between nodes parts
 come through the network (`sender.py`), with the same words, and are there once a second word, of 64 bits, has been
 raised to the number of their turn.
 """
@@ -19,7 +19,7 @@ import torch
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import Traffic, describe_kind
 from epv2_plugin.elastic.backends.cuda_p2p import reached, same_turn
-from epv2_plugin.elastic.backends.device import CopyOp, OrderOp, Runtime, StreamOp, Window, node_of
+from epv2_plugin.elastic.backends.device import CopyOp, OrderOp, Runtime, StreamOp, Window, node_of, tell
 from epv2_plugin.elastic.backends.sender import Sender
 from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.sizing import LaunchShape, SessionLayout
@@ -40,12 +40,12 @@ class _Words:
     """Addresses of the words of an operation.
 
     Attributes:
-        outbox: that this rank's part is ready. told: copies of that to the node's other ranks.
+        outbox: that this rank's part is ready. inboxes: the same at the node's other ranks.
         arrived: of every rank. places: of every other rank.
     """
 
     outbox: int
-    told: list[CopyOp]
+    inboxes: list[int]
     arrived: int
     places: list[int]
 
@@ -116,6 +116,7 @@ class Parts:
         self._begun = self._ready = 0  # what other nodes were told
         self._sent: dict[int, int] = {}  # by operation: its last turn, which other nodes were told
         self._sums: dict[tuple[torch.dtype, int, int], _Sum] = {}
+        runtime.writes_to_peers()  # now, as it is collective
 
     def begin(self, count: int, stream: Any, ahead: Sequence[Operation] = (), behind: Sequence[Operation] = ()) -> None:
         """Tell every rank that this one has begun `count`, a number that only grows; with what else goes to the stream
@@ -123,8 +124,8 @@ class Parts:
         runtime = self._runtime
         own = self.bases[runtime.rank] + self._layout.begun_outbox
         inbox = self._layout.begun + 4 * runtime.rank
-        told: list[CopyOp] = [("copy", base + inbox, own, 4) for base in self._others]
-        runtime.stream_ops([*ahead, ("write32", own, count & 0xFFFFFFFF), *told, *behind], stream)
+        told = tell(runtime, count & 0xFFFFFFFF, own, [base + inbox for base in self._others])
+        runtime.stream_ops([*ahead, *told, *behind], stream)
         if self._sender is not None:
             word = self._layout.begun_far(runtime.rank)
             self._sender.send(self._way, (), [(peer, word, count - self._begun) for peer in self._far], stream)
@@ -212,7 +213,7 @@ class Parts:
             outbox, inbox = own + layout.outbox(operation), layout.arrived(operation, self._runtime.rank)
             words = self._words[operation] = _Words(
                 outbox=outbox,
-                told=[("copy", base + inbox, outbox, 4) for base in self._others],
+                inboxes=[base + inbox for base in self._others],
                 arrived=own + layout.arrived(operation, 0),
                 places=[own + layout.arrived(operation, peer) for peer in self._peers],
             )
@@ -221,7 +222,7 @@ class Parts:
     def tell(self, operation: int, word: int, passed: Sequence[StreamOp] = ()) -> list[Operation]:
         """What says to every rank of the node that this rank's part of an operation is ready, with what marks that."""
         words = self._words_of(operation)
-        return [("write32", words.outbox, word), *passed, *words.told]
+        return tell(self._runtime, word, words.outbox, words.inboxes, passed)
 
     def send(
         self,

@@ -150,8 +150,14 @@ class Runtime(Protocol):
 
     def stream_ops(self, operations: Sequence[StreamOp | CopyOp | OrderOp], stream: Any = None) -> None:
         """Write words, wait for words and other streams, and copy, in the order of a stream, None = the current one.
-        Words are of this rank's own memory only, or of mapped memory: not every driver takes a peer's, which copies
-        reach."""
+        Words are of this rank's own memory or of mapped memory; those of a peer on this node can be written where
+        `writes_to_peers` says so."""
+
+    def writes_to_peers(self) -> bool:
+        """Whether `stream_ops` can write words of peers on this node, all of them (collective). Else a copy brings
+        words there, which takes a copy engine: it may be at work on something large.
+
+        No driver says what it takes, so it is tried, once. Ranks may get different answers, and need not agree."""
 
     def comm_stream(self) -> Any:
         """The stream set aside for communication; None where launches are made one after the other."""
@@ -201,6 +207,7 @@ OrderOp = tuple[str, int]
 
 _PHASE = "creation of the buffer"
 _REST_SECONDS = 5.0
+_TRIED = 0x5EED
 _left: list[CudaRuntime] = []  # what can't be closed, as a stream still uses it
 _runtimes_made: dict[str, int] = {}
 _functions: dict[tuple[Kernel, int], _C.Function] = {}
@@ -291,6 +298,7 @@ class CudaRuntime:
         self._mapped: list[_C.Mapped | _C.SharedMapped] = []
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._own_streams: list[_C.Stream] = []
+        self._writes_to_peers: bool | None = None
         self._communicator: _C.Communicator | None = None
         states = self.meeting.agree("state", self._start)
         if len(versions := {state.split()[0] for state in states}) > 1:
@@ -401,6 +409,32 @@ class CudaRuntime:
                 raw.close()
             raise
         return _CudaWindow(made[0], node_of(self), self.rank, self.device)
+
+    def writes_to_peers(self) -> bool:
+        if self._writes_to_peers is None:
+            window = self.window(8 * self.size)
+            self._writes_to_peers = self._try_words(window)
+            self.description["words_at_peers"] = "written" if self._writes_to_peers else "copied"
+        return self._writes_to_peers
+
+    def _try_words(self, window: _CudaWindow) -> bool:
+        """Write a word at every peer of the node, in a window that nobody else uses, and see if it comes."""
+        peers = [peer for peer in node_of(self) if peer != self.rank]
+        seen, stream = self.mapped(4 * self.size), self.new_stream()
+        words = {peer: window.peer_pointer(peer, 4 * self.rank) for peer in peers}
+        try:
+            self.stream_ops([("write32", word, _TRIED) for word in words.values()], stream)
+        except self._library.Error as error:
+            logger.info("epv2: rank %d can't write words at peers, so copies bring them: %s", self.rank, error)
+            return False
+        self.stream_ops([("copy", seen.pointer + 4 * peer, word, 4) for peer, word in words.items()], stream)
+        found, deadline = seen.tensor.view(torch.int32), time.monotonic() + _REST_SECONDS
+        while any(int(found[peer]) != _TRIED for peer in peers):
+            if time.monotonic() > deadline:
+                logger.warning("epv2: words that rank %d writes at peers don't come, so copies bring them", self.rank)
+                return False
+            time.sleep(1e-4)
+        return True
 
     def host_window(self, num_bytes: int) -> _CudaWindow:
         _refuse_capture("host memory that ranks share")
@@ -704,6 +738,17 @@ def _check_device() -> Any:
     library = load_compiled()
     library.load_nccl(_nccl_candidates())
     return library
+
+
+def tell(
+    runtime: Runtime, word: int, own: int, places: Sequence[int], passed: Sequence[StreamOp] = ()
+) -> list[StreamOp | CopyOp | OrderOp]:
+    """What writes a word of this rank at `own`, then says that something has `passed`, then brings the word to `places`
+    at peers of this node."""
+    written: list[StreamOp | CopyOp | OrderOp] = [("write32", own, word), *passed]
+    if runtime.writes_to_peers():
+        return [*written, *[("write32", place, word) for place in places]]
+    return [*written, *[("copy", place, own, 4) for place in places]]
 
 
 def node_of(runtime: Runtime) -> range:
