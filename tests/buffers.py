@@ -101,7 +101,18 @@ class OnNodesOfTwo(EmulatedCarrier):
     per_node = 2
 
 
-EMULATED_CARRIERS = {"emulated": EmulatedCarrier, "emulated/1": OnNodesOfOne, "emulated/2": OnNodesOfTwo}
+class OnNodesOfThree(EmulatedCarrier):
+    """Of three each."""
+
+    per_node = 3
+
+
+EMULATED_CARRIERS = {
+    "emulated": EmulatedCarrier,
+    "emulated/1": OnNodesOfOne,
+    "emulated/2": OnNodesOfTwo,
+    "emulated/3": OnNodesOfThree,
+}
 
 
 @contextmanager

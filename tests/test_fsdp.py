@@ -68,7 +68,8 @@ def _gradients(rank: int, size: int, columns: int, dtype: torch.dtype) -> torch.
 
 
 def collectives(rank: int, size: int, kind: str, name: str, columns: int) -> None:
-    """Both objects on plain tensors, synchronous and not, against sums made by hand in the documented order."""
+    """Both objects on plain tensors, synchronous and not, against sums made by hand in the documented order: each
+    node's, then those, on the cuda backend."""
     group, dtype, device = dist.group.WORLD, DTYPES[name], device_of(kind)
     carrier = make_carrier(kind, 1 << 18, sms=2)
     gather, scatter = both(carrier)
@@ -88,9 +89,13 @@ def collectives(rank: int, size: int, kind: str, name: str, columns: int) -> Non
         del out, own
     if kind == "emulated":
         assert carrier.runtime.launches == [], "an all-gather is done by copy engines"
+    per_node = size if kind == "host" else carrier._shards._runtime.lsa_size
     total = torch.zeros(columns)
-    for source in range(size):
-        total += _gradients(source, size, columns, dtype).view(size, columns)[rank].float()
+    for first in range(0, size, per_node):
+        of_node = torch.zeros(columns)
+        for source in range(first, first + per_node):
+            of_node += _gradients(source, size, columns, dtype).view(size, columns)[rank].float()
+        total += of_node
     ops = {"SUM": (dist.ReduceOp.SUM, 1.0), "AVG": (dist.ReduceOp.AVG, 1 / size)}
     ops["PREMUL"] = (dist._make_nccl_premul_sum(0.3), torch.tensor(0.3).item())
     for op, scale in ops.values():
@@ -104,13 +109,12 @@ def collectives(rank: int, size: int, kind: str, name: str, columns: int) -> Non
             if work is not None:
                 work.wait()
             assert torch.equal(reduced.cpu(), (total * scale).to(dtype))
-    if kind.startswith("emulated/"):
-        per_node = int(kind[-1])
-        part, nodes = columns * dtype.itemsize, size // per_node
-        # A gather crosses once to each other node, a reduce-scatter to each rank there.
-        counted = carrier._shards.traffic
+    if per_node < size:
+        part, others = columns * dtype.itemsize, size // per_node - 1
+        # Once to each other node; what a node has summed is not rounded yet.
+        counted, summed = carrier._shards.traffic, columns * 4 if per_node > 1 else part
         assert counted.direct_network_bytes == 14 * (size - per_node) * part
-        assert counted.network_bytes == (5 * (nodes - 1) + 9 * (size - per_node)) * part
+        assert counted.network_bytes == others * (5 * part + 9 * summed)
     if kind == "emulated":
         kernels = [launch.kernel for launch in carrier.runtime.launches]
         assert kernels == ["epv2_reduce_scatter"] * 9
@@ -126,9 +130,21 @@ def test_sums_run_in_fp32_in_rank_order_and_are_rounded_once(
     pool(3).run(collectives, kind, name, columns)
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("emulated/1", 3), ("emulated/2", 4), ("emulated/2", 6)])
-def test_sums_and_gathers_between_nodes(pool: Callable[[int], Pool], kind: str, ranks: int) -> None:
-    pool(ranks).run(collectives, kind, "bf16", 1200)
+@pytest.mark.parametrize(
+    ("kind", "ranks", "name", "columns"),
+    [
+        ("emulated/1", 3, "bf16", 1200),
+        ("emulated/2", 4, "bf16", 12000),
+        ("emulated/2", 6, "bf16", 1200),
+        ("emulated/3", 6, "fp16", 16),
+        ("emulated/2", 4, "fp16", 37),
+        ("emulated/2", 4, "fp32", 1200),
+    ],
+)
+def test_sums_and_gathers_between_nodes(
+    pool: Callable[[int], Pool], kind: str, ranks: int, name: str, columns: int
+) -> None:
+    pool(ranks).run(collectives, kind, name, columns)
 
 
 def in_flight(rank: int, size: int) -> None:
@@ -318,15 +334,19 @@ LAYOUTS = {"reshard": (True, 0), "keep": (False, 0), "to-two-ranks": (2, 0), "di
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_model_trains_as_on_one_process(pool: Callable[[int], Pool], name: str) -> None:
-    """On the host to rounding, on the device to the host's bits."""
+    """On the host to rounding, on the device to the host's bits; between nodes, whose sums are added, to rounding."""
     reshard, factor = LAYOUTS[name]
     found = pool(4).run(trained, reshard, False, False, "host", factor)
     losses, gradients = one_process(4, factor)
     torch.testing.assert_close(found[0][0], losses, rtol=1e-5, atol=0)
     for ours, theirs in zip(found[0][1], gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
-    for kind in ("host", "emulated", *["emulated/2"] * (name == "reshard")):
+    for kind in ("host", "emulated"):
         assert same_bits(pool(4).run(trained, reshard, False, False, kind, factor), found)
+    if name == "reshard":
+        between = pool(4).run(trained, reshard, False, False, "emulated/2", factor)
+        torch.testing.assert_close(between[0][:2], found[0][:2], rtol=1e-6, atol=1e-7)
+        assert same_bits(pool(4).run(trained, reshard, False, False, "emulated/2", factor), between)
 
 
 @SEVERAL_GROUPS
@@ -617,20 +637,24 @@ def absent(rank: int, size: int, kind: str, how: str, first: str, who: int = 1) 
         ("emulated/1", "late", "gather", 1),
         ("emulated/2", "killed", "gather", 1),
         ("emulated/2", "known", "gather", 1),  # rank 2 was to pass on to rank 0, and is not the one that is missing
+        ("emulated/2", "late", "reduce", 3),  # rank 2 was to send to rank 0 what both have
         ("emulated/2", "opens", "gather", 1),  # and was to pass on what the other node sends
         ("emulated/2", "opens", "gather", 2),
     ],
 )
 def test_a_rank_that_does_not_come_is_named(kind: str, how: str, first: str, who: int) -> None:
     ranks = 4 if kind == "emulated/2" else 3
-    check_absent(harness.outcomes(ranks, absent, kind, how, first, who, timeout=60), first, who)
+    by_nodes = (kind, first) == ("emulated/2", "reduce")
+    check_absent(harness.outcomes(ranks, absent, kind, how, first, who, timeout=60), first, who, by_nodes)
 
 
-def check_absent(results: list[harness.Outcome], first: str, who: int = 1) -> None:
+def check_absent(results: list[harness.Outcome], first: str, who: int = 1, by_nodes: bool = False) -> None:
+    """`by_nodes`: who waits for another node's sum knows whom that lacks from its rank there."""
     for rank in sorted({*range(len(results))} - {who}):
         assert results[rank].error == "", results[rank].error
         message, nothing = results[rank].value
         name = "all-gather" if first == "gather" else "reduce-scatter"
-        assert f"rank {rank}, waiting for rank {who} in {name} #3" in message
+        assert message.startswith(f"rank {rank}, waiting for rank")
+        assert f"{'' if by_nodes else f'rank {rank}, '}waiting for rank {who} in {name} #3" in message
         assert re.search("nothing within [23] s", message), message
         assert nothing

@@ -1228,23 +1228,24 @@ def test_a_buffer_can_be_destroyed_at_any_time(pool: Callable[[int], Pool], kind
 
 
 def late_receiver(rank: int, size: int, kind: str) -> None:
-    """Rank 0 destroys its buffer with a send under way, and the last rank only then begins to receive."""
-    buffer = make_buffer(kind, num_cpu_timeout_secs=30)
-    buffer.pp_set_config(1 << 10, 1)
-    tensors = [torch.full((5,), float(number), device=buffer.device) for number in range(2)]
-    if rank == 0:
-        for tensor in tensors:
-            buffer.pp_send(tensor, size - 1, async_with_compute_stream=True)
-    elif rank == size - 1:
-        time.sleep(2.5)
-        for tensor in tensors:
-            into = torch.empty_like(tensor)
-            buffer.pp_recv(into, 0)
-            settle(buffer)
-            assert torch.equal(into, tensor)
-    buffer.destroy()
+    """Rank 0 destroys its buffer with a send or two under way, and the last rank only then begins to receive."""
+    for max_inflight in (1, 2):
+        buffer = make_buffer(kind, num_cpu_timeout_secs=30)
+        buffer.pp_set_config(1 << 10, max_inflight)
+        tensors = [torch.full((5,), float(number), device=buffer.device) for number in range(2)]
+        if rank == 0:
+            for tensor in tensors:
+                buffer.pp_send(tensor, size - 1, async_with_compute_stream=True)
+        elif rank == size - 1:
+            time.sleep(1.5)
+            for tensor in tensors:
+                into = torch.empty_like(tensor)
+                buffer.pp_recv(into, 0)
+                settle(buffer)
+                assert torch.equal(into, tensor)
+        buffer.destroy()
 
 
-@pytest.mark.parametrize("kind", ["emulated", NODES])
+@pytest.mark.parametrize("kind", ["host", "emulated", NODES])
 def test_destroying_a_buffer_waits_for_its_transfers(pool: Callable[[int], Pool], kind: str) -> None:
     pool(2).run(late_receiver, kind)

@@ -275,8 +275,8 @@ class ElasticBuffer:
         return self._open().traffic
 
     def destroy(self) -> None:
-        """Release the buffer; calling it again does nothing. Operations in flight must have been waited for; transfers
-        that a GPU's streams still have to make are waited for here.
+        """Release the buffer; calling it again does nothing. Operations in flight must have been waited for; sends, and
+        transfers that a GPU's streams still have to make, are waited for here.
 
         Raises:
             CommunicationError: such a transfer did not end within the timeout. The buffer is released all the same.

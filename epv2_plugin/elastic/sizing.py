@@ -621,15 +621,18 @@ def reduce_shape(num_ranks: int, part_bytes: int, num_sms: int) -> tuple[int, La
     groups = 3
     ctas = min(num_sms, -(-part_bytes // (groups * _LARGEST_PIECE)))
     share = -(-part_bytes // (ctas * groups))
-    return ctas, _ring_shape(share, addresses=num_ranks, others=1, most_warps=24)
+    # Sums that take half the room begin at multiples of 16 bytes, too.
+    return ctas, _ring_shape(share, addresses=num_ranks, others=1, most_warps=24, alignment=2 * ROW_ALIGNMENT)
 
 
 _CONSUMER_BYTES = 2048  # of a piece that a warp adds
 _LARGEST_PIECE = 7 * _CONSUMER_BYTES
 
 
-def _ring_shape(row_bytes: int, *, addresses: int, others: int, most_warps: int, words: int = 0) -> LaunchShape:
-    piece = _piece(row_bytes, _LARGEST_PIECE)
+def _ring_shape(
+    row_bytes: int, *, addresses: int, others: int, most_warps: int, words: int = 0, alignment: int = ROW_ALIGNMENT
+) -> LaunchShape:
+    piece = _piece(row_bytes, _LARGEST_PIECE, alignment)
     group_warps = others + -(-piece // _CONSUMER_BYTES)
     groups = most_warps // group_warps
     fixed = SCRATCH_BYTES + 8 * addresses + 4 * words
@@ -657,7 +660,7 @@ def engram_shape(kernel: str, num_ranks: int, between_nodes: bool) -> LaunchShap
     }[kernel]
 
 
-def _piece(row_bytes: int, most: int) -> int:
+def _piece(row_bytes: int, most: int, alignment: int = ROW_ALIGNMENT) -> int:
     """Bytes of the equal pieces, at most `most` each, that a row is cut into."""
     pieces = -(-row_bytes // most)
-    return align(-(-row_bytes // pieces), ROW_ALIGNMENT)
+    return align(-(-row_bytes // pieces), alignment)

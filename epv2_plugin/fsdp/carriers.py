@@ -45,7 +45,7 @@ class Carrier(Protocol):
     def reduce_scatter(self, out_N: torch.Tensor, parts_PN: torch.Tensor, scale: float) -> Wait:
         """Start summing row p of every rank's parts for rank p, times `scale`; returns the wait for it.
 
-        Sums run in fp32 in rank order and are rounded once.
+        Sums run in fp32 in rank order and are rounded once; between nodes of several GPUs each node's, and then those.
         """
 
     def groups(self) -> dict[str, Any]:

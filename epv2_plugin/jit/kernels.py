@@ -132,11 +132,18 @@ BETWEEN_NODES = _expert_kernels(EPV2_NODES="1")
 DISPATCH_SEND = _ep("dispatch_send", "DispatchSendArgs", EPV2_NODES="1")
 COMBINE_PUT = _ep("combine_put", "CombineArgs", EPV2_NODES="1")
 COMBINE_RELAY = _summing("combine_relay", EPV2_NODES="1")
-# By the dtype that is summed.
-REDUCE_SCATTER = {
-    dtype: Kernel("epv2_reduce_scatter", "sessions/reduce_scatter.cu", "ReduceScatterArgs", (("EPV2_DTYPE", code),))
-    for dtype, code in (_DTYPES | {"fp64": "4"}).items()
-}
+
+
+def _sum_of_ranks(dtype: str, sums: str | None = None) -> Kernel:
+    defines = [("EPV2_DTYPE", dtype), *([("EPV2_SUM_DTYPE", sums)] if sums else [])]
+    return Kernel("epv2_reduce_scatter", "sessions/reduce_scatter.cu", "ReduceScatterArgs", tuple(defines))
+
+
+# By the dtype that is summed; between nodes the sum of a node's ranks, which is not rounded, and that of nodes.
+REDUCE_SCATTER = {dtype: _sum_of_ranks(code) for dtype, code in (_DTYPES | {"fp64": "4"}).items()}
+_NARROW = {dtype: code for dtype, code in _DTYPES.items() if dtype != "fp32"}
+NODE_SUM = REDUCE_SCATTER | {dtype: _sum_of_ranks(code, _DTYPES["fp32"]) for dtype, code in _NARROW.items()}
+NODES_SUM = REDUCE_SCATTER | {dtype: _sum_of_ranks(_DTYPES["fp32"], code) for dtype, code in _NARROW.items()}
 
 
 def _engram(name: str, struct: str, **defines: str) -> Kernel:
@@ -178,6 +185,7 @@ KERNELS: tuple[Kernel, ...] = (
     COMBINE_PUT,
     *COMBINE_RELAY.values(),
     *REDUCE_SCATTER.values(),
+    *(sums[dtype] for sums in (NODE_SUM, NODES_SUM) for dtype in _NARROW),
     *ENGRAM_IN_NODE.all(),
     *ENGRAM_BETWEEN_NODES.all(),
     ENGRAM_PUT,

@@ -143,9 +143,11 @@ __device__ __forceinline__ void load_vectors(SharedPointer data, uint4* raw, IsT
   }
 }
 
-// What a consumer does beside adding: nothing.
+// What a consumer does with a sum: 16 bytes of the values that it added, as the `number`-th such of `out`.
 struct AddOnly {
-  __device__ __forceinline__ Wide finish(Wide sum) const { return sum; }
+  __device__ __forceinline__ void store(uint8_t* out, int number, const Wide* sum) const {
+    store_streaming(out + number * 16, narrow(sum));
+  }
 };
 
 // A consumer warp, number `consumer` of its group: add what comes until the producer's end.
@@ -203,9 +205,7 @@ __device__ inline void consume(const Ring& ring, int consumer, int last_vectors,
 #pragma unroll
       for (int v = 0; v < kVectors; v++) {
         const int i = first_vector + v * kWarp;
-#pragma unroll
-        for (int j = 0; j < kPerVector; j++) sum[v][j] = work.finish(sum[v][j]);
-        if (i < vectors) store_streaming(out + i * 16, narrow(sum[v]));
+        if (i < vectors) work.store(out, i, sum[v]);
       }
       if (++piece == num_pieces) {
         piece = 0;

@@ -1,5 +1,8 @@
-// Sums of this rank's part over the ranks' windows, in rank order, in fp32 (fp64 of fp64), scaled, rounded once. The
-// stream has waited for every rank's part before: no rank waits for another in here.
+// Sums of a rank's part over the ranks' windows, in rank order, in fp32 (fp64 of fp64), scaled, rounded once. The
+// stream has waited for every part before: no rank waits for another in here.
+//
+// Between nodes the same kernel sums what a node has for a rank, which is not rounded, and then what nodes have brought:
+// EPV2_SUM_DTYPE is what sums are rounded to, EPV2_DTYPE unless given.
 //
 // Each group of warps takes pieces of the part in turn, and its producer feeds every rank's to the ring before it goes
 // on. A link between GPUs takes 2 us and more to answer: the rings, which fill an SM's shared memory, hide that.
@@ -10,10 +13,49 @@ using namespace epv2;
 
 namespace {
 
+#ifndef EPV2_SUM_DTYPE
+#define EPV2_SUM_DTYPE EPV2_DTYPE
+#endif
+
+using Sum = std::conditional_t<EPV2_SUM_DTYPE == 4, uint64_t, std::conditional_t<EPV2_SUM_DTYPE == 3, uint32_t, uint16_t>>;
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  return EPV2_SUM_DTYPE == 1 ? pack_bf16(low, high) : pack_half(low, high);
+}
+
 struct Scaled {
   Wide factor;
 
-  __device__ __forceinline__ Wide finish(Wide sum) const { return sum * factor; }
+  // As AddOnly, but rounded to Sum, which may take half or twice the room.
+  __device__ __forceinline__ void store(uint8_t* out, int number, const Wide* sum) const {
+    Wide scaled[kPerVector];
+#pragma unroll
+    for (int i = 0; i < kPerVector; i++) scaled[i] = sum[i] * factor;
+    uint8_t* to = out + number * kPerVector * sizeof(Sum);
+#if EPV2_SUM_DTYPE == EPV2_DTYPE
+    store_streaming(to, narrow(scaled));
+#elif EPV2_SUM_DTYPE == 3
+#pragma unroll
+    for (int i = 0; i < kPerVector; i += 4) {
+      store_streaming(to + 4 * i, make_uint4(__float_as_uint(scaled[i]), __float_as_uint(scaled[i + 1]),
+                                             __float_as_uint(scaled[i + 2]), __float_as_uint(scaled[i + 3])));
+    }
+#else
+    const uint64_t high = pack(scaled[2], scaled[3]);
+    *reinterpret_cast<uint64_t*>(to) = high << 32 | pack(scaled[0], scaled[1]);
+#endif
+  }
+
+  __device__ __forceinline__ Sum round(Wide sum) const {
+#if EPV2_SUM_DTYPE == 4
+    const double value = sum * factor;
+    return static_cast<uint64_t>(double_high(value)) << 32 | double_low(value);
+#elif EPV2_SUM_DTYPE == 3
+    return __float_as_uint(sum * factor);
+#else
+    return static_cast<Sum>(pack(sum * factor, 0));
+#endif
+  }
 };
 
 // Where a group's pieces lie: every `step`-th from `first` on.
@@ -43,7 +85,8 @@ __device__ void produce(const ReduceScatterArgs& args, const Pieces& pieces, con
     const uint64_t offset = pieces.offset(piece);
     const int bytes = pieces.bytes(piece);
     for (int rank = 0; rank < args.num_ranks; rank++) {
-      producer.push(parts[rank] + offset, out + offset, bytes, rank == 0, rank == args.num_ranks - 1);
+      producer.push(parts[rank] + offset, out + offset / sizeof(Value) * sizeof(Sum), bytes, rank == 0,
+                    rank == args.num_ranks - 1);
     }
   }
   producer.end();
@@ -59,7 +102,7 @@ __device__ void add(const Scaled& scaled, const Pieces& pieces, const Ring& ring
 // One value after the other, as 16 bytes of which only the first count: where a rank's part is no multiple of 16 bytes,
 // no other rank's begins at one.
 __device__ void sum_values(const ReduceScatterArgs& args, const Scaled& scaled, const uint8_t* const* parts) {
-  Value* out = reinterpret_cast<Value*>(args.out);
+  Sum* out = reinterpret_cast<Sum*>(args.out);
   const auto load = [&](int rank, uint64_t i, Wide* wide) {
     const uint64_t bits = reinterpret_cast<const Value*>(parts[rank])[i];
     widen(make_uint4(static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), 0, 0), wide);
@@ -72,9 +115,7 @@ __device__ void sum_values(const ReduceScatterArgs& args, const Scaled& scaled, 
       load(rank, i, value);
       sum[0] += value[0];
     }
-    sum[0] = scaled.finish(sum[0]);
-    const uint4 bits = narrow(sum);
-    out[i] = static_cast<Value>(static_cast<uint64_t>(bits.y) << 32 | bits.x);
+    out[i] = scaled.round(sum[0]);
   }
 }
 
@@ -91,7 +132,7 @@ EPV2_KERNEL(epv2_reduce_scatter, ReduceScatterArgs, 768) {
   }
   init_rings(args);
   const Scaled scaled{static_cast<Wide>(args.scale)};
-  if (args.offset % 16 != 0 || args.count * sizeof(Value) % 16 != 0 || args.out % 16 != 0) {
+  if (args.offset % 16 != 0 || args.incoming % 16 != 0 || args.count * sizeof(Value) % 16 != 0 || args.out % 16 != 0) {
     sum_values(args, scaled, parts);
     return;
   }

@@ -12,7 +12,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,18 +41,18 @@ class _Words:
 
     Attributes:
         outbox: that this rank's part is ready. inboxes: the same at the node's other ranks.
-        arrived: of every rank. places: of every other rank.
+        arrived: of every rank. places: of every other rank, by its number.
     """
 
     outbox: int
     inboxes: list[int]
     arrived: int
-    places: list[int]
+    places: dict[int, int]
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """What sums of one size and dtype have in common: how they are launched, and with which arguments."""
+    """What sums of one size and kind have in common: how they are launched, and with which arguments."""
 
     kernel: Kernel
     struct: type[args.Arguments]
@@ -61,10 +61,16 @@ class _Sum:
     shape: LaunchShape
 
 
-def prepare_sums(runtime: Runtime) -> None:
-    """Load the kernels of `Parts.sum` while no stream waits for anything."""
-    for kernel in kernels.REDUCE_SCATTER.values():
-        runtime.prepare(kernel)
+def sum_bytes(dtype: torch.dtype) -> int:
+    """Of a sum of such values that is not rounded yet."""
+    return max(4, dtype.itemsize)
+
+
+def prepare_sums(runtime: Runtime, by_nodes: bool = False) -> None:
+    """Load the kernels of `Parts.sum`, or of `sum_node` and `sum_nodes`, while no stream waits for anything."""
+    for sums in (kernels.NODE_SUM, kernels.NODES_SUM) if by_nodes else (kernels.REDUCE_SCATTER,):
+        for kernel in sums.values():
+            runtime.prepare(kernel)
 
 
 class Parts:
@@ -77,10 +83,12 @@ class Parts:
             name the last is in use.
         in_order: a rank that begins again has got all that lay before in the memory that it opens with that, so that
             nothing has to be `ready`.
-        passed_on: what a rank sends to other nodes goes to one rank of each, which does `pass_on`.
+        by_nodes: what a rank sends to other nodes goes to one rank of each, that with its place there, which does
+            `pass_on`; or it is the sum of its node.
 
     Attributes:
-        bases: where the windows of this node's ranks begin.
+        bases: where the windows of this node's ranks begin. num_nodes: of which this is number `node`; `to_nodes`:
+            those ranks of others, by node, that this one sends to `by_nodes`.
     """
 
     def __init__(
@@ -94,10 +102,10 @@ class Parts:
         sender: Sender | None = None,
         way: str = "sessions",
         in_order: bool = False,
-        passed_on: bool = False,
+        by_nodes: bool = False,
     ):
         self._runtime, self._watch, self._traffic, self._sender = runtime, watch, traffic, sender
-        self._way, self._in_order, self._passed_on = way, in_order, passed_on
+        self._way, self._in_order = way, in_order
         if sender is not None:
             sender.enroll(way, window)
         self._window, self._layout, self._name = window, layout, name
@@ -106,8 +114,10 @@ class Parts:
         self._near = [peer for peer in self._peers if peer in self._node]
         self._far = [peer for peer in self._peers if peer not in self._node]
         # Of other nodes, who sends to this rank and gets from it: all, or those with its place in their node.
-        apart = len(self._node) if passed_on else 1
+        apart = len(self._node) if by_nodes else 1
         self._direct = [peer for peer in self._far if (peer - runtime.rank) % apart == 0]
+        self.num_nodes, self.node = runtime.size // len(self._node), runtime.rank // len(self._node)
+        self.to_nodes = {peer // len(self._node): peer for peer in self._direct}
         self.bases = {peer: window.peer_pointer(peer, 0) for peer in self._node}
         # Every rank begins with another, so that not all write to the same one; with itself it ends.
         turns = [(runtime.rank + step) % runtime.size for step in range(1, runtime.size)]
@@ -115,7 +125,7 @@ class Parts:
         self._words: dict[int, _Words] = {}
         self._begun = self._ready = 0  # what other nodes were told
         self._sent: dict[int, int] = {}  # by operation: its last turn, which other nodes were told
-        self._sums: dict[tuple[torch.dtype, int, int], _Sum] = {}
+        self._sums: dict[Any, _Sum] = {}
         runtime.writes_to_peers()  # now, as it is collective
 
     def begin(self, count: int, stream: Any, ahead: Sequence[Operation] = (), behind: Sequence[Operation] = ()) -> None:
@@ -215,7 +225,7 @@ class Parts:
                 outbox=outbox,
                 inboxes=[base + inbox for base in self._others],
                 arrived=own + layout.arrived(operation, 0),
-                places=[own + layout.arrived(operation, peer) for peer in self._peers],
+                places={peer: own + layout.arrived(operation, peer) for peer in self._peers},
             )
         return words
 
@@ -230,6 +240,7 @@ class Parts:
         turn: int,
         stream: Any,
         pieces: Callable[[int], Sequence[tuple[int, int, int]]],
+        passed_on: bool = False,
     ) -> None:
         """Bring ranks of other nodes their pieces, and say that they have them, behind `tell` on the stream.
 
@@ -237,6 +248,7 @@ class Parts:
             turn: a number that only grows; an operation that is left out in one turn does not matter in the next.
             pieces: what to bring to a rank: (byte there, byte here, number of bytes). Nobody writes to it before all
                 ranks have begun again, with a session or this slot, behind all that they want of what was there.
+            passed_on: they do `pass_on` with them.
         """
         if self._sender is None:
             return
@@ -244,7 +256,7 @@ class Parts:
         self._sent[operation] = turn
         rank, layout = self._runtime.rank, self._layout
         told = [(layout.arrived(operation, rank), layout.outbox(operation), 4)]
-        if self._passed_on:
+        if passed_on:
             told.append((layout.passing(operation, rank), layout.outbox(operation), 4))
         puts = [(peer, *piece) for peer in self._direct for piece in [*pieces(peer), *told] if piece[2]]
         words = [(peer, layout.landed(operation, rank), raised) for peer in self._direct]
@@ -287,23 +299,26 @@ class Parts:
         key: str,
         lane: Any,
         spoil: Spoil,
+        of: Literal["all", "node", "nodes"] = "all",
     ) -> tuple[list[StreamOp], Wait]:
         """The wait for every rank's part of an operation, to be noted.
 
         Args:
-            turn: as in `send`.
+            turn: as in `send`. of: those of all ranks; of this node; or what those that send here from other nodes have
+                of theirs.
             text: what is expected of every rank. what: the same with the name of the call, left as `key` for a rank
                 that came with something else.
         """
         words, size, layout = self._words_of(operation), self._runtime.size, self._layout
         own, count = self.bases[self._runtime.rank], turn & 0xFFFFFFFF
-        landed = {peer: layout.landed(operation, peer) for peer in self._direct}
+        peers = {"all": self._peers, "node": self._near, "nodes": self._direct}[of]
+        landed = {peer: layout.landed(operation, peer) for peer in self._direct} if of != "node" else {}
         operations: list[StreamOp] = [("wait32_geq", own + place, count) for place in landed.values()]
-        operations += [("wait32_eq", place, word) for place in words.places]
+        operations += [("wait32_eq", words.places[peer], word) for peer in peers]
 
         def judge(seen: bytes) -> tuple[int, str] | None:
             arrived = struct.unpack_from(f"<{size}I", seen)
-            missing = [peer for peer in self._peers if arrived[peer] != word]
+            missing = [peer for peer in peers if arrived[peer] != word]
             for peer in missing:
                 if same_turn(arrived[peer], word):
                     return peer, self._refusal(peer, what, key)
@@ -313,7 +328,7 @@ class Parts:
             return (missing[0], "") if missing else None
 
         wait = Wait(
-            self._peers[0] if self._peers else self._runtime.rank,
+            peers[0] if peers else self._runtime.rank,
             phase,
             f"{text} as on this rank",
             lane,
@@ -337,34 +352,61 @@ class Parts:
 
     def sum(self, offset: int, out: torch.Tensor, scale: float, num_sms: int, stream: Any) -> None:
         """Put `scale` times the sum of this rank's part of the tensor at `offset` of every window into `out`."""
-        num_bytes = out.nbytes
-        if not num_bytes:
+        place, brought = offset + self._runtime.rank * out.nbytes, self.incoming(0, offset, out.nbytes)
+        near, kernel = len(self._node), kernels.REDUCE_SCATTER[_DTYPES[out.dtype]]
+        kind = (kernel, out.itemsize, out.numel(), self._runtime.size, self._node[0], near)
+        self._add(kind, (place, brought, out.data_ptr()), scale, num_sms, stream)
+
+    def sum_node(self, place: int, part: torch.Tensor, to: int, num_sms: int, stream: Any) -> None:
+        """Sum what is at `place` of this node's windows, values as those of `part`, and put that at `to` of this one,
+        in fp32 (fp64 of fp64)."""
+        near = len(self._node)
+        kind = (kernels.NODE_SUM[_DTYPES[part.dtype]], part.itemsize, part.numel(), near, 0, near)
+        self._add(kind, (place, 0, self.bases[self._runtime.rank] + to), 1.0, num_sms, stream)
+
+    def sum_nodes(self, place: int, out: torch.Tensor, scale: float, num_sms: int, stream: Any) -> None:
+        """Put `scale` times the sum of what `sum_node` has made on each node into `out`; in this rank's window they lie
+        from `place` on, one behind the other."""
+        kind = (kernels.NODES_SUM[_DTYPES[out.dtype]], sum_bytes(out.dtype), out.numel(), self.num_nodes, 0, 0)
+        self._add(kind, (0, place, out.data_ptr()), scale, num_sms, stream)
+
+    def _add(
+        self,
+        kind: tuple[Kernel, int, int, int, int, int],
+        places: tuple[int, int, int],
+        scale: float,
+        num_sms: int,
+        stream: Any,
+    ) -> None:
+        """Launch a sum.
+
+        Args:
+            kind: the kernel, bytes of a value, how many, of how many parts, and which of these lie in the node's
+                windows: the first, and their number. places: of those, of the others in this window, and the sums'
+                address.
+        """
+        if not kind[2]:
             return
-        kind = (out.dtype, num_bytes, num_sms)
-        if (made := self._sums.get(kind)) is None:
-            made = self._sums[kind] = self._sum_of(*kind)
-        arguments = made.struct.fill(
-            made.packed,
-            offset=offset + self._runtime.rank * num_bytes,
-            out=out.data_ptr(),
-            scale=scale,
-            incoming=self._layout.incoming + offset - self._layout.tensors,
-        )
+        if (made := self._sums.get((kind, num_sms))) is None:
+            made = self._sums[kind, num_sms] = self._sum_of(*kind, num_sms)
+        offset, incoming, out = places
+        arguments = made.struct.fill(made.packed, offset=offset, incoming=incoming, out=out, scale=scale)
         threads, shared_bytes = made.shape.threads, made.shape.shared_bytes
         self._runtime.launch(
             made.kernel, arguments, ctas=made.ctas, threads=threads, shared_bytes=shared_bytes, stream=stream
         )
 
-    def _sum_of(self, dtype: torch.dtype, num_bytes: int, num_sms: int) -> _Sum:
-        kernel = kernels.REDUCE_SCATTER[_DTYPES[dtype]]
-        ctas, shape = sizing.reduce_shape(self._runtime.size, num_bytes, num_sms)
+    def _sum_of(
+        self, kernel: Kernel, value_bytes: int, count: int, num_parts: int, first: int, near: int, num_sms: int
+    ) -> _Sum:
+        ctas, shape = sizing.reduce_shape(num_parts, count * value_bytes, num_sms)
         struct_type = kernels.args_type(kernel)
         packed = struct_type.pack(
             window=self._window.handle,
-            count=num_bytes // dtype.itemsize,
-            num_ranks=self._runtime.size,
-            first=self._node[0],
-            near=len(self._node),
+            count=count,
+            num_ranks=num_parts,
+            first=first,
+            near=near,
             own=self._runtime.rank - self._node[0],
             piece_bytes=shape.piece_bytes,
             num_groups=shape.groups,
@@ -377,11 +419,12 @@ class Parts:
         what it sends of a gathered one: the caller gets that, too, and may write to it."""
         return self._layout.incoming + offset - self._layout.tensors + rank * num_bytes
 
-    def count(self, num_bytes: int) -> None:
-        """Count bytes of a part, which cross to every other rank; as many come from each."""
+    def count(self, num_bytes: int, sent: int | None = None) -> None:
+        """Count bytes of a part, which cross to every other rank; as many come from each. `sent`: what goes to a rank
+        of another node, where that is not the part."""
         self._traffic.sent_bytes += len(self._peers) * num_bytes
         self._traffic.undeduplicated_bytes += len(self._peers) * num_bytes
-        self._traffic.network_bytes += len(self._direct) * num_bytes
+        self._traffic.network_bytes += len(self._direct) * (num_bytes if sent is None else sent)
         self._traffic.direct_network_bytes += len(self._far) * num_bytes
 
 

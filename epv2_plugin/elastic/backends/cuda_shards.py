@@ -6,15 +6,17 @@ modulo their number, at the same place on every rank. The caller gets such a ten
 
 An all-gather copies this rank's part into everybody's window and then a word that says so. Before that it waits until
 every rank has opened the slot, which a rank does when it hands the slot out, behind all that it still does with what
-lay there before. A reduce-scatter waits for everybody's word, and one kernel sums over all windows in rank order; then
-this rank tells that it has read, for which whoever is given that slot again waits, on the stream that will fill it.
+lay there before. A reduce-scatter waits for everybody's word, and one kernel sums over the node's windows in rank
+order; then this rank tells that it has read, for which whoever is given that slot again waits, on the stream that will
+fill it.
 
 Nothing here holds the host up, and nothing ends between two tensors: no rank waits for more than the slot it needs.
 
 Between nodes the network brings parts (`sender.py`): a gathered one once to each node, to the rank that has this one's
 place there, which copies it to the others of its node; from a place behind the slots, where it stays until every rank
-has opened the slot again, for the caller may fill his part of it before that. What is to be summed goes to such a place
-of the rank whose sum it is.
+has opened the slot again, for the caller may fill his part of it before that. What is to be summed a node sums first,
+for a rank of another that with its place in the node; that goes there, to a place behind the slots, in fp32, and the
+rank sums what nodes have, in their order. A node of one rank has nothing to sum, and sends its part as it is.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import Traffic
 from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word
-from epv2_plugin.elastic.backends.cuda_parts import Operation, Parts, prepare_sums, text_of
+from epv2_plugin.elastic.backends.cuda_parts import Operation, Parts, prepare_sums, sum_bytes, text_of
 from epv2_plugin.elastic.backends.device import Runtime
 from epv2_plugin.elastic.backends.sender import Sender
-from epv2_plugin.elastic.backends.watch import Wait, Watch
+from epv2_plugin.elastic.backends.watch import LATER_SECONDS, Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError
 from epv2_plugin.elastic.sizing import SessionLayout, align
 
@@ -88,14 +90,18 @@ class _Ring:
     ):
         self._runtime, self._limit, self._what = runtime, slots, what
         slot_bytes = align(slots.num_bytes, sizing.RING_ALIGNMENT)
-        # Of a gathered tensor only this rank's part leaves from there.
-        self._staged_bytes = align(-(-slots.num_bytes // runtime.size), sizing.RING_ALIGNMENT)
+        part_bytes, self.by_nodes = -(-slots.num_bytes // runtime.size), 1 < runtime.lsa_size < runtime.size
+        # Of a gathered tensor only this rank's part leaves from there; of sums, which take twice the room, a part to
+        # each node, and as many come.
+        sums_bytes = 2 * part_bytes * (runtime.size // runtime.lsa_size)
+        staged = {_GATHERED: 1, _GRADIENTS: 2 if self.by_nodes else 0}[what]
+        self._staged_bytes = align(part_bytes if what == _GATHERED else sums_bytes, sizing.RING_ALIGNMENT)
         self._layout = SessionLayout(
             num_ranks=runtime.size,
             max_operations=slots.count,
             max_session_bytes=slots.count * slot_bytes,
             far=sender is not None,
-            incoming_bytes=slots.count * self._staged_bytes if what == _GATHERED else None,
+            incoming_bytes=slots.count * staged * self._staged_bytes if staged else None,
         )
         self._slot_bytes, self._turn = slot_bytes, 0
         self.reduced = -1  # the last turn that was reduced
@@ -112,7 +118,7 @@ class _Ring:
             sender,
             what,
             in_order=True,
-            passed_on=what == _GATHERED,
+            by_nodes=self.by_nodes,
         )
         self._slots = [_Slot() for _ in range(slots.count)]
 
@@ -125,8 +131,12 @@ class _Ring:
         return self._layout.tensors + self.number(turn) * self._slot_bytes
 
     def staged(self, turn: int) -> int:
-        """Where this rank's part of a gathered tensor leaves for other nodes from."""
+        """Where this rank's part of a gathered tensor leaves for other nodes from; or its node's sums."""
         return self._layout.incoming + self.number(turn) * self._staged_bytes
+
+    def brought(self, turn: int) -> int:
+        """Where sums of other nodes come to."""
+        return self.staged(turn) + len(self._slots) * self._staged_bytes
 
     def own(self, turn: int) -> int:
         """The same in this rank's window, as an address."""
@@ -207,11 +217,12 @@ class CudaShards:
         self.num_sms = min(num_sms or sizing.REDUCE_SCATTER_SMS, runtime.num_sms)
         self.traffic = Traffic()
         self._runtime, self._closed = runtime, False
+        by_nodes = 1 < runtime.lsa_size < runtime.size
         values = f"{gathers.count} x {gathers.num_bytes} and {sums.count} x {sums.num_bytes} bytes"
 
         def step() -> str:
             check_connections()
-            prepare_sums(runtime)
+            prepare_sums(runtime, by_nodes)
             return values
 
         phase = "windows of shards"
@@ -224,8 +235,7 @@ class CudaShards:
             self._open_stream, self._gather_stream, self._sum_stream = (runtime.new_stream() for _ in range(3))
             with runtime.on_stream(self._gather_stream):
                 self._gather = runtime.current_handle()
-            passes_on = self._sender is not None and runtime.lsa_size > 1
-            self._pass_stream = runtime.new_stream() if passes_on else None
+            self._pass_stream = runtime.new_stream() if by_nodes else None
             self._rings = {
                 what: _Ring(runtime, self._watch, self.traffic, slots, what, self._sender)
                 for what, slots in ((_GATHERED, gathers), (_GRADIENTS, sums))
@@ -356,7 +366,7 @@ class CudaShards:
         ring.parts.count(part_bytes)
         ahead = [pushed]  # of what waits for it
         part = (offset + rank * part_bytes, staged, part_bytes)
-        ring.parts.send(number, turn + 1, self._gather_stream, lambda _: [part])
+        ring.parts.send(number, turn + 1, self._gather_stream, lambda _: [part], passed_on=ring.by_nodes)
         if self._pass_stream is not None:
             passing = runtime.event()
             # The slots of this node's ranks are open where the stream of gathers is.
@@ -382,7 +392,7 @@ class CudaShards:
     def reduce_scatter(self, out_N: torch.Tensor, parts_PN: torch.Tensor, scale: float) -> Callable[[], None]:
         """Start summing row p of every rank's parts for rank p, times `scale`; returns as `all_gather`.
 
-        Sums run in fp32 in rank order and are rounded once.
+        Sums run in fp32 in rank order and are rounded once; between nodes each node's, and then those in their order.
 
         Args:
             out_N: anywhere. parts_PN: of `unreduced`, in the order in which they were handed out; any other is copied
@@ -403,28 +413,53 @@ class CudaShards:
         ring.reduced = turn
         text = f"{text_of(parts_PN.shape, parts_PN.dtype)} times {scale:g}"
         own, name, number, num_bytes = ring.own(turn), f"reduce-scatter #{turn}", ring.number(turn), parts_PN.nbytes
-        word, spoil = ring.word(turn, text), [(own, num_bytes)]
-        stream, done = self._sum_stream, runtime.event()
+        word, stream, done = ring.word(turn, text), self._sum_stream, runtime.event()
         read, waits = self._await_read(ring, turn) if copied else ([], [])
-        what, key = f"reduce-scatter of {text}", f"sum {turn}"
-        arrived, arrival = ring.parts.await_arrived(number, turn + 1, word, name, text, what, key, "sums", spoil)
-        *passed, here = self._watch.note_all([*waits, arrival])
-        operations: list[Operation] = [("after", runtime.current_handle()), *read, *passed]
+        before = len(waits)
+        what, key, parts, offset = f"reduce-scatter of {text}", f"sum {turn}", ring.parts, ring.offset(turn)
+        expected = (number, turn + 1, word, name, text, what, key, "sums")
+        arrived, arrival = parts.await_arrived(*expected, [(own, num_bytes)], "node" if ring.by_nodes else "all")
+        waits.append(arrival)
+        if ring.by_nodes:
+            sums_bytes = out_N.numel() * sum_bytes(out_N.dtype)
+            sums = [(own - offset + ring.brought(turn), parts.num_nodes * sums_bytes)]
+            landed, landing = parts.await_arrived(*expected, sums, "nodes")
+            waits.append(landing)
+        *passed, last = self._watch.note_all(waits)
+        operations: list[Operation] = [("after", runtime.current_handle()), *read, *passed[:before]]
         if copied:
             operations.append(("copy", own, parts_PN.data_ptr(), num_bytes))
-        operations += ring.parts.tell(number, word)
-        offset, part_bytes = ring.offset(turn), out_N.nbytes
-        if self._sender is not None:
+        operations += parts.tell(number, word)
+        if ring.by_nodes:
+            landing.since += LATER_SECONDS  # a rank that the node lacks is to be named by the node
+            runtime.stream_ops([*operations, *arrived, passed[-1]], stream)
+            self._sum_for_nodes(ring, turn, out_N, stream)
+            operations, arrived = [], landed
+        elif self._sender is not None:
             runtime.stream_ops(operations, stream)
+            place, part_bytes = parts.incoming(runtime.rank, offset, out_N.nbytes), out_N.nbytes
+            parts.send(number, turn + 1, stream, lambda peer: [(place, offset + peer * part_bytes, part_bytes)])
             operations = []
-            place = ring.parts.incoming(runtime.rank, offset, part_bytes)
-            ring.parts.send(number, turn + 1, stream, lambda peer: [(place, offset + peer * part_bytes, part_bytes)])
-        runtime.stream_ops([*operations, *arrived, here], stream)
-        ring.parts.sum(offset, out_N, scale, self.num_sms, stream)
+        runtime.stream_ops([*operations, *arrived, last], stream)
+        if ring.by_nodes:
+            parts.sum_nodes(ring.brought(turn), out_N, scale, self.num_sms, stream)
+            parts.count(out_N.nbytes, sums_bytes)
+        else:
+            parts.sum(offset, out_N, scale, self.num_sms, stream)
+            parts.count(out_N.nbytes)
         summed = Wait(runtime.rank, "", "", "sums", keep=(out_N, *((parts_PN,) if copied else ())))
-        ring.parts.begin(turn + 1, stream, [self._watch.note(summed), ("record", done.handle)])
-        ring.parts.count(out_N.nbytes)
+        parts.begin(turn + 1, stream, [self._watch.note(summed), ("record", done.handle)])
         return self._started(ring, _Operation(turn, done))
+
+    def _sum_for_nodes(self, ring: _Ring, turn: int, part_N: torch.Tensor, stream: Any) -> None:
+        """Sum what this node has for the ranks with this one's place in theirs, itself included, and send it."""
+        parts, sums_bytes = ring.parts, part_N.numel() * sum_bytes(part_N.dtype)
+        staged, place = ring.staged(turn), ring.brought(turn) + parts.node * sums_bytes
+        for node, peer in {**parts.to_nodes, parts.node: self._runtime.rank}.items():
+            to = place if node == parts.node else staged + node * sums_bytes
+            parts.sum_node(ring.offset(turn) + peer * part_N.nbytes, part_N, to, self.num_sms, stream)
+        places = {peer: staged + node * sums_bytes for node, peer in parts.to_nodes.items()}
+        parts.send(ring.number(turn), turn + 1, stream, lambda peer: [(place, places[peer], sums_bytes)])
 
     def _started(self, ring: _Ring, operation: _Operation) -> Callable[[], None]:
         ring.slot(operation.turn).last = operation

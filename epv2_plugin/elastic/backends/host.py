@@ -372,10 +372,13 @@ class HostBackend:
         self.transport.refuse(call, error)
 
     def close(self, seconds: float | None = None) -> None:
-        del seconds  # whoever waits does so himself
-        if "engram" in self.__dict__:
-            self.engram.close()
-        self.transport.close()
+        try:
+            if "point_to_point" in self.__dict__ and not self.transport.failed:
+                self.point_to_point.flush(seconds)  # gloo would drop what a peer has not asked for yet
+        finally:
+            if "engram" in self.__dict__:
+                self.engram.close()
+            self.transport.close()
 
     def all_gather(self, name: str, value: int) -> list[int]:
         """Every rank's `value` (64 bits, signed), by rank."""

@@ -149,22 +149,24 @@ class HostPointToPoint:
         tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu")
         return tensor, self.receive(tensor, peer, channel)
 
-    def flush(self) -> None:
+    def flush(self, seconds: float | None = None) -> None:
+        """As `base.PointToPoint`; each tensor has `seconds`, None = the timeout."""
         self._transport.check()
         for (peer, channel), link in self._outgoing.items():
             while link.inflight:
-                self._finish_oldest(link, peer, self._phase("pp_send", link.inflight[0].number, peer, channel))
+                phase = self._phase("pp_send", link.inflight[0].number, peer, channel)
+                self._finish_oldest(link, peer, phase, seconds)
 
     def _phase(self, call: str, number: int, peer: int, channel: int) -> str:
         way = f"to rank {peer}" if call == "pp_send" else f"from rank {peer}"
         where = f"slot {number % self._max_inflight} of {self._max_inflight}"
         return f"{call} {way}, tensor #{number}, {where}" + (f", channel {channel}" if channel else "")
 
-    def _finish_oldest(self, link: _Link, peer: int, phase: str) -> None:
+    def _finish_oldest(self, link: _Link, peer: int, phase: str, seconds: float | None = None) -> None:
         """Wait until the peer has taken the oldest tensor of a link; `phase` is what waits for it."""
         oldest = link.inflight[0]
         expected = oldest.expected if phase == oldest.phase else f"{oldest.expected} of {oldest.phase}"
-        deadline = time.monotonic() + self._transport.timeout_seconds
+        deadline = time.monotonic() + (self._transport.timeout_seconds if seconds is None else seconds)
         for work in oldest.works:
             self._wait(work, peer, phase, expected, deadline - time.monotonic())
         link.inflight.popleft()

@@ -33,6 +33,9 @@ _WORDS = 4096  # waits under way
 _TICK = 0.02  # seconds between two looks at the words
 _PATIENCE = 0.5  # seconds before a wait is looked into, and between two such looks
 _NOTICE_SECONDS = 2.0  # in which the others see a notice, before streams go on here as if all were well
+# By how much later than others a wait begins that may be in vain because of what another rank waits for: that one is
+# to give up first, as it knows who is missing.
+LATER_SECONDS = 2 * _PATIENCE
 _SCOUT_SECONDS = 0.5  # in which a device that is not held up answers
 _SPOILED_WORDS = 512  # of each piece of memory that are spoiled where the device can't be asked to fill it
 _LOOK_BYTES = 64  # that a wait looks at, at most, for each rank
