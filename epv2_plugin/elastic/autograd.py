@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from epv2_plugin.elastic.buffer import ElasticBuffer
 from epv2_plugin.elastic.event import EventOverlap, HostEvent
@@ -109,6 +110,7 @@ class _Dispatch(torch.autograd.Function):
         return recv_x, recv_idx, recv_weights, handle, event
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_x: Any, _idx: Any, grad_weights: Any, *_: Any) -> Any:
         wanted = grad_weights if ctx.needs_input_grad[2] else None
         dx, dweights, _ = ctx.buffer.combine(grad_x, ctx.handle, topk_weights=wanted, **ctx.budget)
@@ -124,6 +126,7 @@ class _Combine(torch.autograd.Function):
         return combined, event
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Any, _: Any) -> Any:
         expanded = ctx.handle.do_expand
         # Gap rows took no part in the sum: their gradient is zero.
@@ -140,6 +143,7 @@ class _AllGather(torch.autograd.Function):
         return buffer.all_gather([tensor.contiguous() for tensor in tensors], keep=True)  # for the backward
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return None, *_complete(ctx.buffer, ctx.buffer.reduce_scatter, grads[:-1])
 
@@ -151,6 +155,7 @@ class _ReduceScatter(torch.autograd.Function):
         return buffer.reduce_scatter([tensor.contiguous() for tensor in tensors])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return None, *_complete(ctx.buffer, partial(ctx.buffer.all_gather, keep=True), grads[:-1])
 

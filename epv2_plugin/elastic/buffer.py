@@ -24,7 +24,7 @@ from epv2_plugin.elastic.backends.cuda import CudaBackend
 from epv2_plugin.elastic.backends.device import CudaRuntime, Meeting
 from epv2_plugin.elastic.backends.host import HostBackend
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError
-from epv2_plugin.elastic.event import Event, EventOverlap
+from epv2_plugin.elastic.event import Event, EventOverlap, HostEvent, StreamEvent
 from epv2_plugin.elastic.handle import EPHandle, Route
 from epv2_plugin.elastic.model import num_qps
 from epv2_plugin.elastic.modes import ranks_of_a_node
@@ -50,6 +50,37 @@ def _collective(call: _Call) -> _Call:
             return call(self, *args, **kwargs)
 
     return counted  # type: ignore[return-value]
+
+
+def _deepep_names(**ours: str) -> Callable[[_Call], _Call]:
+    """Let a call take keywords by DeepEP's names, too: `theirs="ours"`."""
+
+    def decorate(call: _Call) -> _Call:
+        @functools.wraps(call)
+        def renamed(*args: Any, **kwargs: Any) -> Any:
+            for theirs, name in ours.items():
+                if theirs in kwargs:
+                    if name in kwargs:
+                        raise TypeError(f"{call.__name__}() got {name} and {theirs}, which are the same argument")
+                    kwargs[name] = kwargs.pop(theirs)
+            return call(*args, **kwargs)
+
+        return renamed  # type: ignore[return-value]
+
+    return decorate
+
+
+class _Capture:
+    """`capture`, of a buffer or, as DeepEP has it, of the class."""
+
+    def __get__(self, buffer: ElasticBuffer | None, owner: type) -> Callable[[], EventOverlap]:
+        def capture() -> EventOverlap:
+            """An event of what the current stream has been given so far; on the host that is done already."""
+            if buffer is not None:
+                return EventOverlap(buffer._open().capture())
+            return EventOverlap(StreamEvent() if torch.cuda.is_available() else HostEvent())
+
+        return capture
 
 
 class ElasticBuffer:
@@ -143,6 +174,7 @@ class ElasticBuffer:
         self.use_fp8_dispatch, self.explicitly_destroy = use_fp8_dispatch, explicitly_destroy
         self.allow_hybrid_mode, self.allow_multiple_reduction = allow_hybrid_mode, allow_multiple_reduction
         self.num_allocated_qps, self.num_cpu_bytes = num_allocated_qps, num_cpu_bytes
+        self.deterministic, self.prefer_overlap_with_compute = deterministic, prefer_overlap_with_compute
         self._limit_bytes = None if num_bytes is None else num_bytes - num_cpu_bytes  # of rings and sessions
         self._max_tensor_bytes = 0  # of pp_send and pp_recv
         self._theoretical_sms: dict[tuple[float, ...], int] = {}
@@ -331,9 +363,7 @@ class ElasticBuffer:
             torch.cuda.current_stream(backend.device).synchronize()
             backend.capture().current_stream_wait()
 
-    def capture(self) -> EventOverlap:
-        """An event of what the current stream has been given so far; on the host that is done already."""
-        return EventOverlap(self._open().capture())
+    capture = _Capture()
 
     def get_comm_stream(self) -> Any:
         """The stream of asynchronous operations: none on the host (`torch.cuda.stream(None)` does nothing)."""
@@ -436,7 +466,7 @@ class ElasticBuffer:
             topk_idx, num_experts = self._check_routing(x_TH, topk_idx, num_experts)
             alignment = 1 if expert_alignment is None else expert_alignment
             limit = self.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank
-            exact = do_cpu_sync is not False
+            exact = do_cpu_sync is None or bool(do_cpu_sync)
             route = None
             if alignment < 1:
                 raise ValueError(f"expert_alignment = {alignment}: must be 1 or more")
@@ -700,8 +730,8 @@ class ElasticBuffer:
             use_tma_aligned_col_major_sf: return the scales column-major, columns padded to 16 bytes.
 
         Returns:
-            hook: waits for the rows; returns data `[T * K, H]` and, for an e4m3 table, their scales `[T, K * S]`, else
-            None. Every call returns the same tensors.
+            hook: waits for the rows; returns data `[T * K, H]` (as DeepEP says; its code gives `[T, K * H]`, the same
+            memory) and, for an e4m3 table, their scales `[T, K * S]`, else None. Every call returns the same tensors.
 
         Raises:
             TypeError, ValueError, BufferSizeError: wrong dtype, shape or value, or more than the buffer was made for;
@@ -908,6 +938,7 @@ class ElasticBuffer:
     # ---- point-to-point, all-gather and reduce-scatter ----------------------------------------------------------
 
     @staticmethod
+    @_deepep_names(num_max_tensor_bytes="max_tensor_bytes", num_max_inflight_tensors="max_inflight")
     def get_pp_buffer_size_hint(
         max_tensor_bytes: int, max_inflight: int, num_peers: int = 2, *, max_inplace: int = 0
     ) -> int:
@@ -919,6 +950,7 @@ class ElasticBuffer:
         return sizing.ring_bytes(max_tensor_bytes, max_inflight, num_peers, max_inplace)
 
     @_collective
+    @_deepep_names(num_max_tensor_bytes="max_tensor_bytes", num_max_inflight_tensors="max_inflight")
     def pp_set_config(self, max_tensor_bytes: int, max_inflight: int, *, max_inplace: int = 0) -> None:
         """Make `pp_send` and `pp_recv` ready. Every rank calls it, with the same values; earlier sends are completed.
 
@@ -949,6 +981,7 @@ class ElasticBuffer:
         self._open().point_to_point.configure(max_tensor_bytes, max_inflight, max_inplace)
         self._max_tensor_bytes = max_tensor_bytes
 
+    @_deepep_names(dst_rank_idx="dst_rank")
     def pp_send(
         self,
         t: torch.Tensor,
@@ -983,6 +1016,7 @@ class ElasticBuffer:
         event = self._open().point_to_point.send(t, dst_rank, channel, copy=not async_with_compute_stream)
         return EventOverlap(event)
 
+    @_deepep_names(src_rank_idx="src_rank")
     def pp_recv(
         self,
         t: torch.Tensor,
@@ -1047,6 +1081,8 @@ class ElasticBuffer:
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"t must be a tensor, got {type(t).__name__}")
         self._check_device("t", t)
+        if t.is_conj() or t.is_neg():
+            raise ValueError("t is a conjugated or negated view: must be resolved (resolve_conj, resolve_neg)")
         self._check_peer(name, peer, channel, t.nbytes, "t")
 
     def _check_rings(self) -> None:
@@ -1076,12 +1112,16 @@ class ElasticBuffer:
         return sum(sizing.session_bytes(ranks, shape, dtype.itemsize) for shape in _shapes(shapes)[0])
 
     @staticmethod
+    @_deepep_names(num_max_session_bytes="max_session_bytes")
     def get_agrs_buffer_size_hint(group: dist.ProcessGroup, max_session_bytes: int) -> int:
         """Bytes for `agrs_set_config` with `max_session_bytes`, a multiple of 2 MiB."""
         _check_positive(max_session_bytes=max_session_bytes)
         return sizing.align(max_session_bytes, sizing.BUFFER_ALIGNMENT)
 
     @_collective
+    @_deepep_names(
+        num_max_session_bytes="max_session_bytes", num_max_all_gathers_per_session="max_all_gathers_per_session"
+    )
     def agrs_set_config(self, max_session_bytes: int, max_all_gathers_per_session: int, *, num_sms: int = 0) -> None:
         """Make all-gather sessions ready. Every rank calls it, with the same values.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from epv2_plugin.elastic.buffer import ElasticBuffer
 from epv2_plugin.elastic.quant import per_token_cast_back
@@ -87,6 +88,7 @@ class _Fetch(torch.autograd.Function):
         return data.to(dtype or data.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         rows, sums = ctx.buffer.engram_reduce(ctx.indices, grad)()
         if ctx.scale != 1.0:

@@ -40,16 +40,38 @@ class HostEvent:
                 raise
 
 
+class StreamEvent:
+    """All that the current CUDA stream has been given so far."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def current_stream_wait(self) -> None:
+        """Make the current CUDA stream wait for it."""
+        torch.cuda.current_stream().wait_event(self._event)
+
+
 class EventOverlap:
     """Handle on an operation in flight, with DeepEP's interface.
 
     `with event: work()` runs `work` while the data travels and waits at the end of the block. Outputs of an
     operation called with `async_with_compute_stream=True` hold no data before the wait.
+
+    Args:
+        event: to wait for. extra_tensors: kept alive as long as this.
     """
 
-    def __init__(self, event: Event | None = None):
-        self.event = event
+    def __init__(self, event: Event | None = None, extra_tensors: tuple[torch.Tensor, ...] | None = None):
+        self.event, self.extra_tensors = event, extra_tensors
         self._release_on_exit = False
+        self._hook: Callable[[], None] | None = None
+
+    def register_hook_after_wait(self, hook_after_wait: Callable[[], None]) -> None:
+        """Call it, once, after the next wait. Raises RuntimeError if there is one already."""
+        if self._hook is not None:
+            raise RuntimeError("this EventOverlap has a hook already: one at a time")
+        self._hook = hook_after_wait
 
     def current_stream_wait(self, release_handle: bool = False) -> None:
         """Make the current stream (on the host: the caller) wait for the operation.
@@ -62,6 +84,9 @@ class EventOverlap:
         """
         if self.event is not None:
             self.event.current_stream_wait()
+        if (hook := self._hook) is not None:
+            self._hook = None
+            hook()
         if release_handle:
             self.event = None
 

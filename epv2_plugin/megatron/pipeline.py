@@ -43,7 +43,7 @@ class Handle:
         self._event = event
 
     def wait(self) -> None:
-        """Wait for a received tensor. A sent one needs no waiting: the buffer holds it until the peer has it."""
+        """Wait for a received tensor, or until the peer has a sent one, which may be written to then."""
         if self._event is not None:
             self._event.current_stream_wait()
 
@@ -52,8 +52,8 @@ class PipelineCommunicator(P2PCommunicator):
     """Megatron's communicator between stages, over an `ElasticBuffer` that all communicators of a group share.
 
     Pass it to a schedule as `p2p_communicator`, or let `enable()` put it where Megatron's schedules look. What it sends
-    it holds until sent: Megatron may free or drop its tensors at once. A sent tensor must not be written to before the
-    next stage has it where the schedule overlaps; otherwise it may be, because the buffer has a copy.
+    it holds until sent: Megatron may free or drop its tensors at once. Where the schedule overlaps, a sent tensor must
+    not be written to before its handle was waited for; otherwise it may be, because the buffer has a copy.
 
     Raises:
         ConfigError: the configuration names other parallel degrees. CommunicationError: as `ElasticBuffer.pp_send`.
@@ -95,11 +95,9 @@ class PipelineCommunicator(P2PCommunicator):
         from_prev = self._receive(prev_shape, self._prev, FORWARD, "recv_prev", handles) if recv_prev else None
         from_next = self._receive(next_shape, self._next, BACKWARD, "recv_next", handles) if recv_next else None
         if tensor_send_next is not None:
-            self._send(tensor_send_next, self._next, FORWARD, copy=wait_on_reqs)
-            handles["send_next"] = Handle()
+            handles["send_next"] = self._send(tensor_send_next, self._next, FORWARD, copy=wait_on_reqs)
         if tensor_send_prev is not None:
-            self._send(tensor_send_prev, self._prev, BACKWARD, copy=wait_on_reqs)
-            handles["send_prev"] = Handle()
+            handles["send_prev"] = self._send(tensor_send_prev, self._prev, BACKWARD, copy=wait_on_reqs)
         if not wait_on_reqs:
             return from_prev, from_next, handles
         for handle in handles.values():
@@ -144,9 +142,10 @@ class PipelineCommunicator(P2PCommunicator):
             event.current_stream_wait()
         return sizes[0].tolist(), sizes[1].tolist()
 
-    def _send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool = True) -> None:
+    def _send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool = True) -> Handle:
         assert self.buffer is not None
-        self.buffer.pp_send(tensor.detach(), peer, channel=channel, async_with_compute_stream=not copy)
+        event = self.buffer.pp_send(tensor.detach(), peer, channel=channel, async_with_compute_stream=not copy)
+        return Handle(None if copy else event)  # a copy need not be waited for
 
     def _receive(self, shape: Any, peer: int, channel: int, name: str, handles: dict[str, Handle]) -> torch.Tensor:
         assert self.buffer is not None

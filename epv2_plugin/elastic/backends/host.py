@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from epv2_plugin.elastic.backends.base import PointToPoint, Received, Sessions, Traffic, machine_name
+from epv2_plugin.elastic.backends.base import Received, Sessions, Traffic, machine_name
 from epv2_plugin.elastic.backends.host_engram import HostEngram
 from epv2_plugin.elastic.backends.host_p2p import HostPointToPoint
 from epv2_plugin.elastic.backends.host_sessions import HostSessions
@@ -95,7 +95,7 @@ class _RowExchange:
         self._most_rows = 0
         self._waits: list[Callable[[], None]] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._received = torch.empty(0, layout.stride, dtype=torch.uint8)
+        self._received = torch.empty(0, layout.stride, dtype=torch.uint8, device="cpu")
         self._own = self._mine = self._received
 
     def receive_early(self, most_rows: int) -> None:
@@ -104,7 +104,7 @@ class _RowExchange:
         if not 0 < size * most_rows * self._stride <= _EARLY_BYTES:
             return
         self._most_rows = most_rows
-        self._early = torch.empty(size, most_rows * self._stride, dtype=torch.uint8)
+        self._early = torch.empty(size, most_rows * self._stride, dtype=torch.uint8, device="cpu")
         room = {p: self._early[p] for p in self._operation.peers}
         self._waits.append(self._operation.receive(_ROWS, room, "rows", self._kind))
 
@@ -116,14 +116,14 @@ class _RowExchange:
         late = {p: part for p, part in flat.items() if splits[p] > self._most_rows}
         if self._early is not None:
             # Who has made room gets a message in any case, be it one that only says: none, or later.
-            nothing = torch.zeros(1, dtype=torch.uint8)
+            nothing = torch.zeros(1, dtype=torch.uint8, device="cpu")
             early = {p: flat[p] if p not in late and splits[p] else nothing for p in flat}
             self._operation.send(_ROWS, early, "rows", self._kind)
         self._operation.send(_LATE_ROWS, late, "rows", self._kind)
 
     def receive(self, splits: list[int]) -> None:
         """Receive `splits[p]` rows from rank p, now that their number is known."""
-        self._received = torch.empty(sum(splits), self._stride, dtype=torch.uint8)
+        self._received = torch.empty(sum(splits), self._stride, dtype=torch.uint8, device="cpu")
         parts = self._received.split(splits)
         late = {p: parts[p].view(-1) for p in self._operation.peers if splits[p] > self._most_rows}
         self._waits.append(self._operation.receive(_LATE_ROWS, late, "rows", self._kind))
@@ -152,7 +152,7 @@ class HostRoute:
         self.topk_idx_TK = topk_idx_TK
         num_tokens, self.num_topk = topk_idx_TK.shape
         self.rank_TK = topk_idx_TK.div(self.num_local_experts, rounding_mode="floor")  # -1 stays -1
-        goes_TP = torch.zeros(num_tokens, num_ranks + 1, dtype=torch.bool)
+        goes_TP = torch.zeros(num_tokens, num_ranks + 1, dtype=torch.bool, device="cpu")
         goes_TP.scatter_(1, self.rank_TK.masked_fill(self.rank_TK < 0, num_ranks), True)
         self.goes_PT = goes_TP[:, :num_ranks].t().contiguous()
         self.sent_splits: list[int] = self.goes_PT.sum(1).tolist()
@@ -176,7 +176,7 @@ class HostRoute:
 
     def local_to(self, values_TK: torch.Tensor, fill: float) -> torch.Tensor:
         """`values_TK` for every row sent `[S, K]`, with `fill` at the positions that lead to another rank."""
-        destination_S = torch.repeat_interleave(torch.tensor(self.sent_splits))
+        destination_S = torch.repeat_interleave(torch.tensor(self.sent_splits, device="cpu"))
         elsewhere_SK = self.rank_TK.index_select(0, self.sent_token_S) != destination_S.unsqueeze(1)
         return values_TK.index_select(0, self.sent_token_S).masked_fill_(elsewhere_SK, fill)
 
@@ -195,11 +195,11 @@ class HostRoute:
 
     @property
     def received_per_source(self) -> torch.Tensor:
-        return torch.tensor(self.rows_per_source, dtype=torch.int32)
+        return torch.tensor(self.rows_per_source, dtype=torch.int32, device="cpu")
 
     @property
     def received_per_expert(self) -> torch.Tensor:
-        return torch.tensor(self.rows_per_expert, dtype=torch.int32)
+        return torch.tensor(self.rows_per_expert, dtype=torch.int32, device="cpu")
 
     @property
     def recv_topk_idx(self) -> torch.Tensor:
@@ -211,10 +211,10 @@ class HostRoute:
         local_RK = self.recv_topk_idx
         flat = local_RK.flatten()
         order = flat.masked_fill(flat < 0, self.num_local_experts).argsort(stable=True)[: sum(self.rows_per_expert)]
-        place = torch.arange(order.numel())
+        place = torch.arange(order.numel(), device="cpu")
         if self.expert_alignment > 1:
-            counts = torch.tensor(self.rows_per_expert)
-            gaps = torch.tensor([align(n, self.expert_alignment) - n for n in self.rows_per_expert])
+            counts = torch.tensor(self.rows_per_expert, device="cpu")
+            gaps = torch.tensor([align(n, self.expert_alignment) - n for n in self.rows_per_expert], device="cpu")
             place += (gaps.cumsum(0) - gaps).repeat_interleave(counts)
         return order, place
 
@@ -237,7 +237,7 @@ class HostRoute:
     def expanded_row_RK(self) -> torch.Tensor:
         """Expanded row of every received (row, top-k position), -1 = none."""
         order, place = self._expert_order
-        rows = torch.full((self.num_rows * self.num_topk,), -1, dtype=torch.int64)
+        rows = torch.full((self.num_rows * self.num_topk,), -1, dtype=torch.int64, device="cpu")
         return rows.index_copy_(0, order, place).view(self.num_rows, self.num_topk)
 
     @cached_property
@@ -272,19 +272,19 @@ class HostRoute:
         """As `sent_row_TK` where every (token, expert) pair comes back as a row of its own."""
         flat = self.rank_TK.flatten()
         order = flat.masked_fill(flat < 0, self.num_ranks).argsort(stable=True)[: sum(self.pairs_per_rank)]
-        rows = torch.full((flat.numel(),), -1, dtype=torch.int64)
-        return rows.index_copy_(0, order, torch.arange(order.numel())).view_as(self.rank_TK)
+        rows = torch.full((flat.numel(),), -1, dtype=torch.int64, device="cpu")
+        return rows.index_copy_(0, order, torch.arange(order.numel(), device="cpu")).view_as(self.rank_TK)
 
     @property
     def dst_buffer_slot_idx(self) -> torch.Tensor:
-        first_P = torch.tensor([0, *self.sent_splits]).cumsum(0)
+        first_P = torch.tensor([0, *self.sent_splits], device="cpu").cumsum(0)
         slot_TK = self.sent_row_TK - first_P[self.rank_TK.clamp(min=0)]
         return slot_TK.masked_fill_(self.rank_TK < 0, -1).to(torch.int32)
 
     @property
     def recv_src_metadata(self) -> torch.Tensor:
         local_RK, token_R = self._arrived()
-        source_R = torch.repeat_interleave(torch.tensor(self.rows_per_source))
+        source_R = torch.repeat_interleave(torch.tensor(self.rows_per_source, device="cpu"))
         first_R = (local_RK >= 0).to(torch.uint8).argmax(1) if local_RK.numel() else source_R
         rows_RK = self.expanded_row_RK if self.expanded else torch.full_like(local_RK, -1)
         head = torch.stack([source_R * self.num_max_tokens_per_rank + token_R, source_R * self.num_topk + first_R], 1)
@@ -316,7 +316,7 @@ class HostBackend:
     ):
         self.transport = Transport(group, timeout_seconds)
         self.traffic = Traffic()
-        self.point_to_point: PointToPoint = HostPointToPoint(self.transport, self.traffic)
+        self.point_to_point: HostPointToPoint = HostPointToPoint(self.transport, self.traffic)
         self.sessions: Sessions = HostSessions(self.transport, self.traffic)
         self._allow_multiple_reduction, self._limit_bytes = allow_multiple_reduction, limit_bytes
         self._most_tokens = 0  # of any rank in any dispatch so far; every rank has seen the same
@@ -362,7 +362,9 @@ class HostBackend:
         return None
 
     def combine_buffer(self, route: HostRoute, hidden: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(sum(align(n, route.expert_alignment) for n in route.rows_per_expert), hidden, dtype=dtype)
+        return torch.empty(
+            sum(align(n, route.expert_alignment) for n in route.rows_per_expert), hidden, dtype=dtype, device="cpu"
+        )
 
     @cached_property
     def engram(self) -> HostEngram:
@@ -373,7 +375,7 @@ class HostBackend:
 
     def close(self, seconds: float | None = None) -> None:
         try:
-            if "point_to_point" in self.__dict__ and not self.transport.failed:
+            if not self.transport.failed:
                 self.point_to_point.flush(seconds)  # gloo would drop what a peer has not asked for yet
         finally:
             if "engram" in self.__dict__:
@@ -383,7 +385,7 @@ class HostBackend:
     def all_gather(self, name: str, value: int) -> list[int]:
         """Every rank's `value` (64 bits, signed), by rank."""
         operation, size = self.transport.begin(name), self.transport.size
-        values = torch.full((size, 1), value, dtype=torch.int64)
+        values = torch.full((size, 1), value, dtype=torch.int64, device="cpu")
         own = values.view(torch.uint8).clone()
         wait = operation.receive(_ROWS, {p: values.view(torch.uint8)[p] for p in operation.peers}, "value", ())
         operation.send(_ROWS, {p: own[p] for p in operation.peers}, "value", ())
@@ -455,7 +457,7 @@ class HostBackend:
         if not cached:
             wait_header()
             if statistics is not None:
-                statistics += torch.tensor(route.rows_per_expert, dtype=statistics.dtype)
+                statistics += torch.tensor(route.rows_per_expert, dtype=statistics.dtype, device="cpu")
             exchange.receive(route.rows_per_source)
 
         num_recv, num_expanded = route.num_rows, sum(align(n, alignment) for n in route.rows_per_expert)
@@ -466,12 +468,12 @@ class HostBackend:
         num_out = num_expanded if expand else num_recv
         # Rows that a worst-case size leaves over are zero: harmless to whatever computes on all rows.
         gaps = num_out != (sum(route.rows_per_expert) if expand else route.num_rows)
-        make = torch.zeros if gaps and (zero_padding or not exact) else torch.empty
+        make = partial(torch.zeros if gaps and (zero_padding or not exact) else torch.empty, device="cpu")
         out_x = make(num_out, x_TH.shape[1], dtype=x_TH.dtype)
         out_scales = None if scales is None else make(num_out, scales.shape[1], dtype=scales.dtype)
         if out_scales is not None and column_major_scales:
             out_scales = out_scales.new_zeros(out_scales.shape[1], align(num_out, 4)).t()[:num_out]
-        out_idx = None if expand else torch.full((num_out, num_topk), -1, dtype=torch.int64)
+        out_idx = None if expand else torch.full((num_out, num_topk), -1, dtype=torch.int64, device="cpu")
         out_weights = None
         if topk_weights_TK is not None:
             out_weights = make((num_out,) if expand else (num_out, route.num_topk), dtype=torch.float32)
@@ -534,14 +536,16 @@ class HostBackend:
         if weights is None and layout.stride == layout.data_bytes:
             sent = rows.view(torch.uint8)
         else:
-            sent = torch.empty(rows.shape[0], layout.stride, dtype=torch.uint8)
+            sent = torch.empty(rows.shape[0], layout.stride, dtype=torch.uint8, device="cpu")
             sent[:, : layout.data_bytes] = rows.view(torch.uint8)
             if weights is not None:
                 sent[:, layout.weights_offset :][:, : 4 * num_weights] = weights.view(torch.uint8)
         exchange.send(sent, out_splits)
         self._count(route, out_splits, layout.stride, route.pair_splits, layout.data_bytes)
-        combined = torch.empty(num_tokens, x.shape[1], dtype=x.dtype)
-        combined_weights = None if topk_weights is None else torch.empty(num_tokens, num_topk, dtype=torch.float32)
+        combined = torch.empty(num_tokens, x.shape[1], dtype=x.dtype, device="cpu")
+        combined_weights = (
+            None if topk_weights is None else torch.empty(num_tokens, num_topk, dtype=torch.float32, device="cpu")
+        )
         columns = _columns(route.sent_pair_TK) if by_pair else route.return_columns
 
         def finish() -> None:
@@ -558,7 +562,7 @@ class HostBackend:
                 if values.shape[0] == 0:
                     combined_weights.zero_()
                     return
-                position = 0 if by_pair else torch.arange(num_topk)
+                position = 0 if by_pair else torch.arange(num_topk, device="cpu")
                 combined_weights.copy_(values[row_TK.clamp(min=0), position].masked_fill_(row_TK < 0, 0))
 
         return combined, combined_weights, HostEvent(finish)
@@ -584,13 +588,13 @@ class HostBackend:
             0 if scales is None else scales.shape[1] * (-1 if scales.dtype == torch.int32 else 1),
         ]
         fields = len(shape)
-        answers_PF = torch.empty(size, fields + 2 + route.num_local_experts, dtype=torch.int64)
+        answers_PF = torch.empty(size, fields + 2 + route.num_local_experts, dtype=torch.int64, device="cpu")
         kind, peers = (route.num_local_experts,), operation.peers
         wait = operation.receive(_HEADER, {p: answers_PF.view(torch.uint8)[p] for p in peers}, "header", kind)
         header_PF = torch.empty_like(answers_PF)
-        header_PF[:, :fields] = torch.tensor(shape)
+        header_PF[:, :fields] = torch.tensor(shape, device="cpu")
         header_PF[:, fields] = x_TH.shape[0]
-        header_PF[:, fields + 1] = torch.tensor(route.sent_splits)
+        header_PF[:, fields + 1] = torch.tensor(route.sent_splits, device="cpu")
         header_PF[:, fields + 2 :] = route.expert_counts()
         answers_PF[operation.rank] = header_PF[operation.rank]
         operation.send(_HEADER, {p: header_PF.view(torch.uint8)[p] for p in peers}, "header", kind)
@@ -624,7 +628,7 @@ class HostBackend:
     ) -> torch.Tensor:
         """uint8 `[S, stride]`: the rows to send, by destination rank and token."""
         token_S = route.sent_token_S
-        packed = torch.empty(token_S.numel(), layout.stride, dtype=torch.uint8)
+        packed = torch.empty(token_S.numel(), layout.stride, dtype=torch.uint8, device="cpu")
         _take_rows(x_TH, token_S, out=packed[:, : layout.data_bytes])
         if scales is not None:
             _take_rows(scales, token_S, out=packed[:, layout.scale_offset :][:, : layout.scale_bytes])

@@ -106,7 +106,7 @@ class HostEngram:
         self._transport, self._traffic = transport, traffic
         self._worker = _Worker()
         self._answered: collections.deque[tuple[int, int]] = collections.deque()  # (rows, entries) sent by the thread
-        self._rows = torch.empty(0, 0, dtype=torch.int64)  # [rows, W]
+        self._rows = torch.empty(0, 0, dtype=torch.int64, device="cpu")  # [rows, W]
 
     def close(self) -> None:
         """End the thread, but first give the rows that peers still need, at most until the timeout."""
@@ -119,8 +119,8 @@ class HostEngram:
         self._worker.drain()
         facts = table.facts
         ours = [*(facts | {"dtype": _DTYPES.index(table.dtype)}).values()]
-        answers_PF = torch.empty(self._transport.size, len(ours), dtype=torch.int64)
-        header = torch.tensor(ours)
+        answers_PF = torch.empty(self._transport.size, len(ours), dtype=torch.int64, device="cpu")
+        header = torch.tensor(ours, device="cpu")
         answers_PF[operation.rank] = header
         wait = _receive(operation, _HEADER, dict(enumerate(answers_PF)), "header")
         self._traffic.sent_bytes += _send(operation, _HEADER, dict.fromkeys(operation.peers, header), "header")
@@ -133,7 +133,7 @@ class HostEngram:
                     raise operation.mismatch(peer, "header", f"{name} {told} as on this rank", f"{name} {seen}")
         if self.table != table:
             with torch.inference_mode(False):
-                self._rows = torch.zeros(table.rows, table.layout.stride // 8, dtype=torch.int64)
+                self._rows = torch.zeros(table.rows, table.layout.stride // 8, dtype=torch.int64, device="cpu")
             self.table = table
         _pack(table, storage, scales, self._rows)
 
@@ -142,7 +142,7 @@ class HostEngram:
         table = self._table()
         self._transport.begin("engram_update")
         self._worker.drain()
-        packed = torch.zeros(rows_U.numel(), self._rows.shape[1], dtype=torch.int64)
+        packed = torch.zeros(rows_U.numel(), self._rows.shape[1], dtype=torch.int64, device="cpu")
         _pack(table, storage_UH, scales, packed)
         self._rows.index_copy_(0, rows_U, packed)
 
@@ -155,7 +155,7 @@ class HostEngram:
         table = self._table()
         operation = self._transport.begin("engram_fetch")
         wanted_U, place_N, splits = self._distinct(table, indices_N)
-        rows_UW = torch.empty(wanted_U.numel(), self._rows.shape[1], dtype=torch.int64)
+        rows_UW = torch.empty(wanted_U.numel(), self._rows.shape[1], dtype=torch.int64, device="cpu")
         *parts, none = rows_UW.split([*splits, wanted_U.numel() - sum(splits)])
         none.zero_()  # what -1 stands for
         wait_rows = _receive(operation, _ROWS, dict(enumerate(parts)), "rows")
@@ -190,7 +190,7 @@ class HostEngram:
         table = self._table()
         operation = self._transport.begin("engram_reduce")
         wanted_U, place_N, splits = self._distinct(table, indices_N)
-        sums_UH = torch.zeros(wanted_U.numel(), table.hidden, dtype=torch.float32)
+        sums_UH = torch.zeros(wanted_U.numel(), table.hidden, dtype=torch.float32, device="cpu")
         sums_UH.index_add_(0, place_N, gradients_NH.float())  # one after the other, in order of position
         sums = sums_UH[: sum(splits)].split(splits)
         local = self._ask(operation, table, wanted_U, place_N, splits)
@@ -202,7 +202,10 @@ class HostEngram:
         def collect() -> None:
             _, asked, wait = self._questions(operation, table)
             rows_by_rank.update(asked)
-            theirs = {p: torch.empty(index.numel(), table.hidden, dtype=torch.float32) for p, index in asked.items()}
+            theirs = {
+                p: torch.empty(index.numel(), table.hidden, dtype=torch.float32, device="cpu")
+                for p, index in asked.items()
+            }
             sums_by_rank.update(theirs)
             wait_rows = _receive(operation, _ROWS, theirs, "rows")
             wait()
@@ -215,7 +218,7 @@ class HostEngram:
             collected.wait()
             ranks = range(self._transport.size)
             rows, place = torch.cat([rows_by_rank[p].to(torch.int64) for p in ranks]).unique(return_inverse=True)
-            total = torch.zeros(rows.numel(), table.hidden, dtype=torch.float32)
+            total = torch.zeros(rows.numel(), table.hidden, dtype=torch.float32, device="cpu")
             return rows, total.index_add_(0, place, torch.cat([sums_by_rank[p] for p in ranks]))
 
         return _once(finish)
@@ -228,7 +231,7 @@ class HostEngram:
         """The distinct rows wanted, ascending (so by owner; what stands for -1 is last), each entry's place among them,
         and how many there are of each owner."""
         size = self._transport.size
-        ends = torch.arange(size + 1) * table.rows
+        ends = torch.arange(size + 1, device="cpu") * table.rows
         wanted_U, place_N = indices_N.masked_fill(indices_N < 0, size * table.rows).unique(return_inverse=True)
         return wanted_U, place_N, torch.searchsorted(wanted_U, ends).diff().tolist()
 
@@ -242,7 +245,7 @@ class HostEngram:
     ) -> list[torch.Tensor]:
         """Send every peer the rows of its shard that are meant, and for how many entries; returns them by rank."""
         local = [rows - p * table.rows for p, rows in enumerate(wanted_U[: sum(splits)].split(splits))]
-        counts = torch.tensor([splits, self._entries(place_N, splits)]).t().contiguous()
+        counts = torch.tensor([splits, self._entries(place_N, splits)], device="cpu").t().contiguous()
         self._traffic.sent_bytes += _send(operation, _HEADER, {p: counts[p] for p in operation.peers}, "header")
         index = {p: local[p].to(_index_dtype(table)) for p in operation.peers}
         self._traffic.sent_bytes += _send(operation, _INDICES, index, "indices")
@@ -252,10 +255,10 @@ class HostEngram:
         self, operation: Operation, table: EngramTable
     ) -> tuple[list[list[int]], dict[int, torch.Tensor], Callable[[], None]]:
         """What `_ask` of the peers says: (rows, entries) of each, and the rows, after the wait returned with them."""
-        counts = torch.zeros(self._transport.size, 2, dtype=torch.int64)
+        counts = torch.zeros(self._transport.size, 2, dtype=torch.int64, device="cpu")
         _receive(operation, _HEADER, {p: counts[p] for p in operation.peers}, "header")()
         told = counts.tolist()
-        asked = {p: torch.empty(told[p][0], dtype=_index_dtype(table)) for p in operation.peers}
+        asked = {p: torch.empty(told[p][0], dtype=_index_dtype(table), device="cpu") for p in operation.peers}
         return told, asked, _receive(operation, _INDICES, asked, "indices")
 
     def _count_answers(self, table: EngramTable) -> None:

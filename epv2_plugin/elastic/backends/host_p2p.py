@@ -72,7 +72,7 @@ class HostPointToPoint:
         self.flush()
         values = (max_tensor_bytes, max_inflight, max_inplace)
         operation = self._transport.begin("pp_set_config")
-        ours = torch.tensor(values, dtype=torch.int64).view(torch.uint8)
+        ours = torch.tensor(values, dtype=torch.int64, device="cpu").view(torch.uint8)
         theirs = {peer: torch.empty_like(ours) for peer in operation.peers}
         wait = operation.receive(0, theirs, "values", ())
         operation.send(0, dict.fromkeys(operation.peers, ours), "values", ())

@@ -44,7 +44,7 @@ class HostSessions(SessionState):
         self._check_active(True, "agrs_get_inplace_tensor")
         slots = []
         for shape in shapes:
-            whole = torch.empty(self._transport.size, *shape, dtype=dtype)
+            whole = torch.empty(self._transport.size, *shape, dtype=dtype, device="cpu")
             slot = whole[self._transport.rank]
             self._slots[slot.data_ptr()] = whole
             slots.append(slot)

@@ -65,6 +65,8 @@ class Transport:
         self._refusals: deque[tuple[int, str, dict[int, tuple[torch.Tensor, dist.Work]]]] = deque()
         self._num_settled = 0
         self._peer_refusals: dict[int, tuple[torch.Tensor, dist.Work]] = {}  # each peer's next one
+        # Under way: gloo holds up all that comes on a connection behind a message that nobody has any more.
+        self._under_way: dict[dist.Work, torch.Tensor] = {}
         if self.size > 1:
             self._gloo = self._connect(dist.get_process_group_ranks(group))
             self._make_room_for_refusals()
@@ -141,6 +143,7 @@ class Transport:
             for peer, (room, work) in self._peer_refusals.items():
                 try:
                     work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+                    self._under_way.pop(work, None)
                     seen = message_text(room)
                 except RuntimeError:
                     seen = f"no refusal within {seconds:g} s, or a closed connection"
@@ -173,17 +176,21 @@ class Transport:
         """Start sending `payload` (contiguous uint8, not empty); it must stay as it is until the work is done."""
         gloo = self._open()
         try:
-            return gloo.send([payload], peer, tag)
+            work = gloo.send([payload], peer, tag)
         except RuntimeError as error:
             raise self._fail(peer, phase, f"rank {peer} to take {payload.numel()} bytes", error) from error
+        self._under_way[work] = payload
+        return work
 
     def post_receive(self, payload: torch.Tensor, peer: int, tag: int, phase: str) -> dist.Work:
         """Start receiving at most `payload` (contiguous uint8, not empty)."""
         gloo = self._open()
         try:
-            return gloo.recv([payload], peer, tag)
+            work = gloo.recv([payload], peer, tag)
         except RuntimeError as error:
             raise self._fail(peer, phase, f"{payload.numel()} bytes", error) from error
+        self._under_way[work] = payload
+        return work
 
     def wait(self, work: dist.Work, peer: int, phase: str, expected: str, seconds: float) -> None:
         """Wait for a message."""
@@ -193,6 +200,7 @@ class Transport:
             work.wait(timedelta(seconds=max(seconds, 0.001)))
         except RuntimeError as error:
             raise self._fail(peer, phase, expected, error) from error
+        self._under_way.pop(work, None)
 
     def _fail(self, peer: int, phase: str, expected: str, error: RuntimeError) -> CommunicationError:
         reason, kind = str(error), CommunicationError
@@ -225,7 +233,9 @@ class Transport:
             for distance in range(1, self.size):
                 peer = (self.rank + distance) % self.size
                 try:
-                    gloo.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+                    gloo.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], peer, _NEVER_SENT).wait(
+                        timedelta(milliseconds=1)
+                    )
                 except RuntimeError as error:
                     if "imed out" in str(error):
                         break
@@ -236,6 +246,7 @@ class Transport:
         """Drop the connections."""
         self._gloo = None
         self._peer_refusals.clear()
+        self._under_way.clear()
 
 
 class Operation:
