@@ -35,7 +35,7 @@ from tests.buffers import EMULATED_CARRIERS, KINDS, SMS, fsdp_on, take_device
 from tests.harness import Pool
 
 CONFIG = {"timeouts": {"host_seconds": 20}}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def _config(kind: str, **more: Any) -> dict[str, Any]:
@@ -90,14 +90,15 @@ def collectives(rank: int, size: int, kind: str, name: str, columns: int) -> Non
     if kind == "emulated":
         assert carrier.runtime.launches == [], "an all-gather is done by copy engines"
     per_node = size if kind == "host" else carrier._shards._runtime.lsa_size
-    total = torch.zeros(columns)
+    wide = torch.promote_types(dtype, torch.float32)
+    total = torch.zeros(columns, dtype=wide)
     for first in range(0, size, per_node):
-        of_node = torch.zeros(columns)
+        of_node = torch.zeros(columns, dtype=wide)
         for source in range(first, first + per_node):
-            of_node += _gradients(source, size, columns, dtype).view(size, columns)[rank].float()
+            of_node += _gradients(source, size, columns, dtype).view(size, columns)[rank].to(wide)
         total += of_node
     ops = {"SUM": (dist.ReduceOp.SUM, 1.0), "AVG": (dist.ReduceOp.AVG, 1 / size)}
-    ops["PREMUL"] = (dist._make_nccl_premul_sum(0.3), torch.tensor(0.3).item())
+    ops["PREMUL"] = (dist._make_nccl_premul_sum(0.3), torch.tensor(0.3, dtype=wide).item())
     for op, scale in ops.values():
         for asynchronous, elsewhere in ((False, False), (True, False), (True, True)):
             parts = scatter.allocate((size * columns,), dtype=dtype, device=device)
@@ -112,7 +113,7 @@ def collectives(rank: int, size: int, kind: str, name: str, columns: int) -> Non
     if per_node < size:
         part, others = columns * dtype.itemsize, size // per_node - 1
         # Once to each other node; what a node has summed is not rounded yet.
-        counted, summed = carrier._shards.traffic, columns * 4 if per_node > 1 else part
+        counted, summed = carrier._shards.traffic, columns * wide.itemsize if per_node > 1 else part
         assert counted.direct_network_bytes == 14 * (size - per_node) * part
         assert counted.network_bytes == others * (5 * part + 9 * summed)
     if kind == "emulated":
@@ -123,7 +124,7 @@ def collectives(rank: int, size: int, kind: str, name: str, columns: int) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "columns"), [("fp32", 37), ("bf16", 37), ("bf16", 12000), ("fp16", 16)])
+@pytest.mark.parametrize(("name", "columns"), [("fp32", 37), ("bf16", 37), ("bf16", 12000), ("fp16", 16), ("fp64", 18)])
 def test_sums_run_in_fp32_in_rank_order_and_are_rounded_once(
     pool: Callable[[int], Pool], kind: str, name: str, columns: int
 ) -> None:
@@ -139,6 +140,7 @@ def test_sums_run_in_fp32_in_rank_order_and_are_rounded_once(
         ("emulated/3", 6, "fp16", 16),
         ("emulated/2", 4, "fp16", 37),
         ("emulated/2", 4, "fp32", 1200),
+        ("emulated/2", 4, "fp64", 200),
     ],
 )
 def test_sums_and_gathers_between_nodes(

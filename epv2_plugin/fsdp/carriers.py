@@ -74,7 +74,7 @@ class HostCarrier:
         self._session: set[object] = set()  # operations of the running session that nobody has waited for
 
     def gathered(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(tuple(size), dtype=dtype)
+        return torch.empty(tuple(size), dtype=dtype, device=self.device)
 
     unreduced = gathered
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 
 from epv2_plugin.fsdp.carriers import Carrier, Wait
 
-GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class _Work(dist.Work):
@@ -97,7 +97,7 @@ class PluginAllGather(_Comm, AllGather):
 
 
 class PluginReduceScatter(_Comm, ReduceScatter):
-    """Reduce-scatter of a parameter group's gradients: fp32, bf16 or fp16, summed in fp32 in rank order."""
+    """Reduce-scatter of a parameter group's gradients: fp32, bf16 or fp16, summed in fp32, or fp64; in rank order."""
 
     def __init__(self, carriers: Mapping[dist.ProcessGroup, Carrier]):
         super().__init__(carriers)
