@@ -65,7 +65,14 @@ def words_and_copies(rank: int, size: int) -> None:
             sent = torch.randint(256, (large,), dtype=torch.uint8, device="cuda", generator=_generator(rank, turn))
             got = torch.empty_like(sent)
             torch.cuda.synchronize()
-            runtime.stream_ops([("copy", peer + large, sent.data_ptr(), large), ("write32", peer + 8, turn)], second)
+            runtime.stream_ops(
+                [
+                    ("copy", peer + large, sent.data_ptr(), large),
+                    ("write64", peer + 24, turn << 40),
+                    ("write32", peer + 8, turn),
+                ],
+                second,
+            )
             came = [("wait32_eq", own + 8, turn), ("copy", got.data_ptr(), own + large, large)]
             runtime.stream_ops([*came, ("write32", source + 16, turn)], first)
             runtime.stream_ops([("wait32_eq", own + 16, turn), ("write32", mapped.pointer, 2 + turn)], second)
@@ -74,6 +81,7 @@ def words_and_copies(rank: int, size: int) -> None:
                 assert time.monotonic() < deadline, words.tolist()
                 time.sleep(1e-4)
             torch.cuda.synchronize()
+            assert window.tensor[24:32].view(torch.int64).item() == turn << 40
             expected = torch.randint(
                 256, (large,), dtype=torch.uint8, device="cuda", generator=_generator((rank - 1) % size, turn)
             )

@@ -79,7 +79,6 @@ def kept(rank: int, size: int) -> None:
     buffer.pp_flush()
     assert len(transport._under_way) <= rooms + 2 * size  # an Engram owner may still be answering
     buffer.destroy()
-    assert not transport._under_way
 
 
 def test_messages_are_held_no_longer_than_they_travel(pool: Callable[[int], Pool]) -> None:
@@ -117,8 +116,7 @@ def flags(rank: int, size: int) -> None:
     buffer = _buffer()
     for flag, exact in ((0, False), (False, False), (1, True), (None, True)):
         rows = _dispatched(buffer, do_cpu_sync=flag)[1]
-        assert (rows.shape[0] < size * TOKENS) == exact or rows.shape[0] == size * TOKENS
-        assert exact or rows.shape[0] == size * TOKENS
+        assert (rows.shape[0] < size * TOKENS) == exact
     assert buffer.deterministic is False
     assert buffer.prefer_overlap_with_compute is True
     hint = ElasticBuffer.get_pp_buffer_size_hint(num_max_tensor_bytes=1 << 10, num_max_inflight_tensors=2)

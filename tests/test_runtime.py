@@ -844,7 +844,8 @@ def _words_at_peers(runtime: CudaRuntime, case: str) -> list[Any]:
             on_stream(operations, stream)
         if operations[0][0] == "copy" and not (case == "words, lost" and runtime.rank == 1):
             for _, seen, _, count in operations:
-                ctypes.memmove(seen - (1 << 48), ctypes.byref(ctypes.c_uint32(given[0][2])), count)
+                whole = ctypes.c_uint64(given[0][2] | given[1][2])
+                ctypes.memmove(seen - (1 << 48), ctypes.byref(whole), count)
 
     window = types.SimpleNamespace(peer_pointer=lambda peer, offset: 4096 * (1 + peer) + offset)
     stream = types.SimpleNamespace(cuda_stream=5)
@@ -951,9 +952,9 @@ def test_words_at_peers_are_tried(fakes: Fakes, tmp_path: Path, case: str) -> No
     results, logs = _ranks(fakes, case, tmp_path)
     assert not any(r.error for r in results), results
     taken, copied = [True, True, "written"], [False, False, "copied"]
-    words = [[("write32", 4096 * 2)], [("write32", 4096 + 4)]]
+    words = [[("write64", at), ("write32", at)] for at in (4096 * 2, 4096 + 8)]
     assert [r.value for r in results] == [[*taken, words[0]], [*(taken if case == "words" else copied), words[1]]]
-    assert ("cuStreamBatchMemOp 1 flags=0 stream=5" in logs[1]) == (case == "words, refused")
+    assert ("cuStreamBatchMemOp 2 flags=0 stream=5" in logs[1]) == (case == "words, refused")
 
 
 def test_host_memory_of_a_node(fakes: Fakes, tmp_path: Path) -> None:

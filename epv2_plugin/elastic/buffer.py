@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar
@@ -308,16 +309,22 @@ class ElasticBuffer:
 
     def destroy(self) -> None:
         """Release the buffer; calling it again does nothing. Operations in flight must have been waited for; sends, and
-        transfers that a GPU's streams still have to make, are waited for here.
+        transfers that a GPU's streams still have to make, are waited for here: one that nobody receives costs the
+        timeout. Not so while an exception is handled: then peers are to see soon that this rank has ended.
 
         Raises:
             CommunicationError: such a transfer did not end within the timeout. The buffer is released all the same.
         """
-        self._release(None)
+        if sys.exc_info()[0] is None:
+            self._release(None)
+        else:
+            self._drop()
 
     def __del__(self) -> None:
-        if not dist.is_initialized():
-            return
+        if dist.is_initialized():
+            self._drop()
+
+    def _drop(self) -> None:
         try:
             self._release(_DROPPED_SECONDS)
         except CommunicationError as error:

@@ -473,7 +473,8 @@ class SessionLayout:
         return self._outbox + 4 * operation
 
     def passing(self, operation: int, rank: int) -> int:
-        """What this node's ranks are to be told of the part of `rank`, of another node, that this one passes on."""
+        """What this node's ranks are to be told of the part of `rank`, of another node, that this one passes on; or
+        (`rank` is this one) other nodes of what this one has summed."""
         return self._passing + 4 * (operation * self._num_ranks + rank)
 
 

@@ -97,7 +97,7 @@ class PluginAllGather(_Comm, AllGather):
 
 
 class PluginReduceScatter(_Comm, ReduceScatter):
-    """Reduce-scatter of a parameter group's gradients: fp32, bf16 or fp16, summed in fp32, or fp64; in rank order."""
+    """Reduce-scatter of a parameter group's gradients: fp32, bf16 or fp16, summed in fp32, or fp64; see `Carrier`."""
 
     def __init__(self, carriers: Mapping[dist.ProcessGroup, Carrier]):
         super().__init__(carriers)

@@ -174,7 +174,7 @@ def apply(model: nn.Module, config: str | os.PathLike[str] | dict[str, Any] | Pl
             what = carrier.groups()
             logger.info(
                 "epv2: FSDP2's all-gathers and reduce-scatters among %d ranks: %s backend over %s, 0 and %d SMs, sums "
-                "in fp32 in rank order; windows of %d bytes",
+                "in fp32 in a fixed order; windows of %d bytes",
                 len(what["ranks"]),
                 what["backend"],
                 what["transport"],

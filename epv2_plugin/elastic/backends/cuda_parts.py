@@ -234,6 +234,12 @@ class Parts:
         words = self._words_of(operation)
         return tell(self._runtime, word, words.outbox, words.inboxes, passed)
 
+    def vouch(self, operation: int, word: int) -> tuple[StreamOp, tuple[int, int]]:
+        """What writes the word that other nodes get with what this one has summed, and where it lies: to be spoiled
+        first where this rank gives up on the node's parts, or else a peer would take what it sends for a sum."""
+        place = self.bases[self._runtime.rank] + self._layout.passing(operation, self._runtime.rank)
+        return ("write32", place, word), (place, 4)
+
     def send(
         self,
         operation: int,
@@ -241,6 +247,7 @@ class Parts:
         stream: Any,
         pieces: Callable[[int], Sequence[tuple[int, int, int]]],
         passed_on: bool = False,
+        vouched: bool = False,
     ) -> None:
         """Bring ranks of other nodes their pieces, and say that they have them, behind `tell` on the stream.
 
@@ -248,14 +255,15 @@ class Parts:
             turn: a number that only grows; an operation that is left out in one turn does not matter in the next.
             pieces: what to bring to a rank: (byte there, byte here, number of bytes). Nobody writes to it before all
                 ranks have begun again, with a session or this slot, behind all that they want of what was there.
-            passed_on: they do `pass_on` with them.
+            passed_on: they do `pass_on` with them. vouched: they are told so by the word of `vouch`.
         """
         if self._sender is None:
             return
         raised = turn - self._sent.get(operation, 0)
         self._sent[operation] = turn
         rank, layout = self._runtime.rank, self._layout
-        told = [(layout.arrived(operation, rank), layout.outbox(operation), 4)]
+        source = layout.passing(operation, rank) if vouched else layout.outbox(operation)
+        told = [(layout.arrived(operation, rank), source, 4)]
         if passed_on:
             told.append((layout.passing(operation, rank), layout.outbox(operation), 4))
         puts = [(peer, *piece) for peer in self._direct for piece in [*pieces(peer), *told] if piece[2]]

@@ -418,7 +418,9 @@ class CudaShards:
         before = len(waits)
         what, key, parts, offset = f"reduce-scatter of {text}", f"sum {turn}", ring.parts, ring.offset(turn)
         expected = (number, turn + 1, word, name, text, what, key, "sums")
-        arrived, arrival = parts.await_arrived(*expected, [(own, num_bytes)], "node" if ring.by_nodes else "all")
+        vouching, vouched = parts.vouch(number, word)
+        spoil = [vouched, (own, num_bytes)] if ring.by_nodes else [(own, num_bytes)]
+        arrived, arrival = parts.await_arrived(*expected, spoil, "node" if ring.by_nodes else "all")
         waits.append(arrival)
         if ring.by_nodes:
             sums_bytes = out_N.numel() * sum_bytes(out_N.dtype)
@@ -432,7 +434,7 @@ class CudaShards:
         operations += parts.tell(number, word)
         if ring.by_nodes:
             landing.since += LATER_SECONDS  # a rank that the node lacks is to be named by the node
-            runtime.stream_ops([*operations, *arrived, passed[-1]], stream)
+            runtime.stream_ops([*operations, vouching, *arrived, passed[-1]], stream)
             self._sum_for_nodes(ring, turn, out_N, stream)
             operations, arrived = [], landed
         elif self._sender is not None:
@@ -459,7 +461,8 @@ class CudaShards:
             to = place if node == parts.node else staged + node * sums_bytes
             parts.sum_node(ring.offset(turn) + peer * part_N.nbytes, part_N, to, self.num_sms, stream)
         places = {peer: staged + node * sums_bytes for node, peer in parts.to_nodes.items()}
-        parts.send(ring.number(turn), turn + 1, stream, lambda peer: [(place, places[peer], sums_bytes)])
+        pieces = {peer: [(place, source, sums_bytes)] for peer, source in places.items()}
+        parts.send(ring.number(turn), turn + 1, stream, pieces.__getitem__, vouched=True)
 
     def _started(self, ring: _Ring, operation: _Operation) -> Callable[[], None]:
         ring.slot(operation.turn).last = operation

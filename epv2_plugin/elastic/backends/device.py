@@ -418,18 +418,20 @@ class CudaRuntime:
         return self._writes_to_peers
 
     def _try_words(self, window: _CudaWindow) -> bool:
-        """Write a word at every peer of the node, in a window that nobody else uses, and see if it comes."""
+        """Write words at every peer of the node, in a window that nobody else uses, and see if they come."""
         peers = [peer for peer in node_of(self) if peer != self.rank]
-        seen, stream = self.mapped(4 * self.size), self.new_stream()
-        words = {peer: window.peer_pointer(peer, 4 * self.rank) for peer in peers}
+        seen, stream = self.mapped(8 * self.size), self.new_stream()
+        places = {peer: window.peer_pointer(peer, 8 * self.rank) for peer in peers}
+        written: list[StreamOp] = [("write64", place, _TRIED << 32) for place in places.values()]
+        written += [("write32", place, _TRIED) for place in places.values()]
         try:
-            self.stream_ops([("write32", word, _TRIED) for word in words.values()], stream)
+            self.stream_ops(written, stream)
         except self._library.Error as error:
             logger.info("epv2: rank %d can't write words at peers, so copies bring them: %s", self.rank, error)
             return False
-        self.stream_ops([("copy", seen.pointer + 4 * peer, word, 4) for peer, word in words.items()], stream)
-        found, deadline = seen.tensor.view(torch.int32), time.monotonic() + _REST_SECONDS
-        while any(int(found[peer]) != _TRIED for peer in peers):
+        self.stream_ops([("copy", seen.pointer + 8 * peer, place, 8) for peer, place in places.items()], stream)
+        found, deadline = seen.tensor.view(torch.int64), time.monotonic() + _REST_SECONDS
+        while any(int(found[peer]) != (_TRIED << 32 | _TRIED) for peer in peers):
             if time.monotonic() > deadline:
                 logger.warning("epv2: words that rank %d writes at peers don't come, so copies bring them", self.rank)
                 return False

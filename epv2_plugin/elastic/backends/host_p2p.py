@@ -168,12 +168,14 @@ class HostPointToPoint:
         expected = oldest.expected if phase == oldest.phase else f"{oldest.expected} of {oldest.phase}"
         deadline = time.monotonic() + (self._transport.timeout_seconds if seconds is None else seconds)
         for work in oldest.works:
-            self._wait(work, peer, phase, expected, deadline - time.monotonic())
+            self._wait(work, peer, phase, expected, deadline - time.monotonic(), seconds)
         link.inflight.popleft()
 
-    def _wait(self, work: dist.Work, peer: int, phase: str, expected: str, seconds: float) -> None:
+    def _wait(
+        self, work: dist.Work, peer: int, phase: str, expected: str, seconds: float, limit: float | None = None
+    ) -> None:
         self._transport.check()
-        self._transport.wait(work, peer, phase, expected, seconds)
+        self._transport.wait(work, peer, phase, expected, seconds, limit)
 
     def _refuse(self, peer: int, phase: str, expected: str, seen: str) -> CommunicationError:
         """Tell the peer that its tensor is not what was expected, and give up."""

@@ -65,7 +65,8 @@ class Transport:
         self._refusals: deque[tuple[int, str, dict[int, tuple[torch.Tensor, dist.Work]]]] = deque()
         self._num_settled = 0
         self._peer_refusals: dict[int, tuple[torch.Tensor, dist.Work]] = {}  # each peer's next one
-        # Under way: gloo holds up all that comes on a connection behind a message that nobody has any more.
+        # Under way: gloo holds up all that comes on a connection behind a message that nobody has any more. Until it
+        # was waited for: there is no other way to see that it has ended.
         self._under_way: dict[dist.Work, torch.Tensor] = {}
         if self.size > 1:
             self._gloo = self._connect(dist.get_process_group_ranks(group))
@@ -192,17 +193,21 @@ class Transport:
         self._under_way[work] = payload
         return work
 
-    def wait(self, work: dist.Work, peer: int, phase: str, expected: str, seconds: float) -> None:
-        """Wait for a message."""
+    def wait(
+        self, work: dist.Work, peer: int, phase: str, expected: str, seconds: float, limit: float | None = None
+    ) -> None:
+        """Wait for a message for `seconds`, what is left of `limit`; None = the timeout."""
         if self._failure is not None:
             raise self._failure
         try:
             work.wait(timedelta(seconds=max(seconds, 0.001)))
         except RuntimeError as error:
-            raise self._fail(peer, phase, expected, error) from error
+            raise self._fail(peer, phase, expected, error, limit) from error
         self._under_way.pop(work, None)
 
-    def _fail(self, peer: int, phase: str, expected: str, error: RuntimeError) -> CommunicationError:
+    def _fail(
+        self, peer: int, phase: str, expected: str, error: RuntimeError, limit: float | None = None
+    ) -> CommunicationError:
         reason, kind = str(error), CommunicationError
         refusal = self._refusal_of_any(peer)  # knows better than gloo
         if refusal is not None:
@@ -210,7 +215,7 @@ class Transport:
             seen = f"a refusal: {text}"
         elif "Timed out" in reason or "timed out" in reason:
             kind = CommunicationTimeout
-            seen = f"nothing within {self.timeout_seconds:g} s"
+            seen = f"nothing within {self.timeout_seconds if limit is None else limit:g} s"
         else:
             seen = "a closed connection (the process ended or gave up)"
         return self.abandon(kind(self.rank, peer, phase, expected, seen))

@@ -269,12 +269,7 @@ class Watch:
         waiting = [wait for wait in heads if wait.look is not None and now - wait.since > _PATIENCE]
         waiting.sort(key=lambda wait: wait.since)
         if waiting and (notice := self._notice()) is not None:
-            missing = [(self._judge(wait) or (wait.peer,))[0] for wait in waiting]
-            # The rank that both lack, if there is one, rather than the one that is merely held up by it.
-            refused = notice["peer"] == self._runtime.rank
-            wanted = (notice["rank"],) if refused else (notice["peer"], notice["rank"])
-            peer = next((rank for rank in wanted if rank in missing), missing[0])
-            first = waiting[missing.index(peer)]
+            first, peer = self._lacking(waiting, notice)
             self._give_up(self._told(notice, peer, first.phase, first.expected), tell=False)
             return
         for wait in waiting:
@@ -288,6 +283,21 @@ class Watch:
             if time.monotonic() - wait.since > self.timeout_seconds:
                 self.give_up(CommunicationTimeout(*where, self._nothing))
                 return
+
+    def _lacking(self, waiting: Sequence[Wait], notice: dict[str, Any]) -> tuple[Wait, int]:
+        """What of `waiting` to report where another rank has given up, and the rank that is missing there: the one that
+        both lack, if there is one, rather than the one that is merely held up by it."""
+        refused = notice["peer"] == self._runtime.rank
+        found: dict[int, Wait] = {}
+        for wait in waiting:
+            if (judged := self._judge(wait)) is not None:
+                found.setdefault(judged[0], wait)
+                if judged[0] == notice["peer"]:
+                    break
+        for peer in (notice["rank"],) if refused else (notice["peer"], notice["rank"]):
+            if peer in found:
+                return found[peer], peer
+        return next(((wait, peer) for peer, wait in found.items()), (waiting[0], waiting[0].peer))
 
     def _judge(self, wait: Wait) -> tuple[int, str] | None:
         if wait.look is None:
