@@ -1110,14 +1110,14 @@ def interrupted(rank: int, size: int, kind: str, goes_on: bool) -> str:
     stream_ops = runtime.stream_ops
 
     def first_piece(operations: list[Any], stream: Any = None) -> None:
-        copies = [place for place, operation in enumerate(operations) if operation[0] == "copy"]
-        if len(copies) == 2 * len(sizing.pieces_of(4 << 16)):
-            stream_ops(operations[: copies[1] + 1], stream)
+        pieces = [place for place, (name, *what) in enumerate(operations) if name == "copy" and what[2] > 1024]
+        if len(pieces) == len(sizing.pieces_of(4 << 16)):
+            stream_ops(operations[: pieces[1]], stream)
             if not goes_on:
                 return
             while meeting.peek("first piece") is None:
                 time.sleep(1e-3)
-            operations = operations[copies[1] + 1 :]
+            operations = operations[pieces[1] :]
         stream_ops(operations, stream)
 
     with small_pieces():
