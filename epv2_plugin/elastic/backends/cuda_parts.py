@@ -234,11 +234,11 @@ class Parts:
         words = self._words_of(operation)
         return tell(self._runtime, word, words.outbox, words.inboxes, passed)
 
-    def vouch(self, operation: int, word: int) -> tuple[StreamOp, tuple[int, int]]:
-        """What writes the word that other nodes get with what this one has summed, and where it lies: to be spoiled
-        first where this rank gives up on the node's parts, or else a peer would take what it sends for a sum."""
+    def vouch(self, operation: int, word: int) -> CopyOp:
+        """What brings, behind a wait that is noted next, the word that other nodes get with what this one has summed: a
+        rank that has given up says nothing of a sum."""
         place = self.bases[self._runtime.rank] + self._layout.passing(operation, self._runtime.rank)
-        return ("write32", place, word), (place, 4)
+        return ("copy", place, self._watch.vouch(word), 4)
 
     def send(
         self,

@@ -418,15 +418,14 @@ class CudaShards:
         before = len(waits)
         what, key, parts, offset = f"reduce-scatter of {text}", f"sum {turn}", ring.parts, ring.offset(turn)
         expected = (number, turn + 1, word, name, text, what, key, "sums")
-        vouching, vouched = parts.vouch(number, word)
-        spoil = [vouched, (own, num_bytes)] if ring.by_nodes else [(own, num_bytes)]
-        arrived, arrival = parts.await_arrived(*expected, spoil, "node" if ring.by_nodes else "all")
+        arrived, arrival = parts.await_arrived(*expected, [(own, num_bytes)], "node" if ring.by_nodes else "all")
         waits.append(arrival)
         if ring.by_nodes:
             sums_bytes = out_N.numel() * sum_bytes(out_N.dtype)
             sums = [(own - offset + ring.brought(turn), parts.num_nodes * sums_bytes)]
             landed, landing = parts.await_arrived(*expected, sums, "nodes")
             waits.append(landing)
+            vouched = parts.vouch(number, word)
         *passed, last = self._watch.note_all(waits)
         operations: list[Operation] = [("after", runtime.current_handle()), *read, *passed[:before]]
         if copied:
@@ -434,7 +433,7 @@ class CudaShards:
         operations += parts.tell(number, word)
         if ring.by_nodes:
             landing.since += LATER_SECONDS  # a rank that the node lacks is to be named by the node
-            runtime.stream_ops([*operations, vouching, *arrived, passed[-1]], stream)
+            runtime.stream_ops([*operations, *arrived, passed[-1], vouched], stream)
             self._sum_for_nodes(ring, turn, out_N, stream)
             operations, arrived = [], landed
         elif self._sender is not None:

@@ -92,6 +92,7 @@ class Watch:
         # Of the views of memory the one that gives a word soonest.
         self._words = memoryview(table.tensor.numpy().data).cast("i")
         self._free = deque(range(_WORDS))
+        self._vouchers, self._vouched = runtime.mapped(4 * _WORDS), 0
         self._scratch = runtime.mapped(8 + _LOOK_BYTES * runtime.size)
         self._stream = runtime.new_stream()
         self._waits: list[Wait] = []
@@ -130,6 +131,15 @@ class Watch:
                         self._changed.notify_all()
                     return [("write32", self._table + 4 * wait.word, 1) for wait in waits]
             time.sleep(1e-3)
+
+    def vouch(self, word: int) -> int:
+        """The address of `word`, for a stream that is to copy it behind a wait that is noted next; zero from the moment
+        on in which this rank gives up. So a peer can tell what a stream passes on that waited for something from what
+        it passes on because it was released."""
+        place = self._vouched % _WORDS  # there are not so many waits under way
+        self._vouched += 1
+        self._vouchers.tensor.view(torch.int32)[place] = word - (word >> 31 << 32)
+        return self._vouchers.pointer + 4 * place
 
     def finish(self, wait: Wait) -> None:
         """Let the host wait, too. Raises CommunicationError where it does not pass."""
@@ -360,6 +370,7 @@ class Watch:
             if self.failure is not None:
                 return
             self.failure = error
+            self._vouchers.tensor.zero_()
             self._release_from = time.monotonic() + (_NOTICE_SECONDS if tell else 0)
             self._changed.notify_all()
         if tell:
