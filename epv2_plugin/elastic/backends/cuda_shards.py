@@ -86,11 +86,18 @@ class _Ring:
     """The slots of a window."""
 
     def __init__(
-        self, runtime: Runtime, watch: Watch, traffic: Traffic, slots: Slots, what: str, sender: Sender | None
+        self,
+        runtime: Runtime,
+        watch: Watch,
+        traffic: Traffic,
+        slots: Slots,
+        what: str,
+        sender: Sender | None,
+        by_nodes: bool,
     ):
         self._runtime, self._limit, self._what = runtime, slots, what
         slot_bytes = align(slots.num_bytes, sizing.RING_ALIGNMENT)
-        part_bytes, self.by_nodes = -(-slots.num_bytes // runtime.size), 1 < runtime.lsa_size < runtime.size
+        part_bytes, self.by_nodes = -(-slots.num_bytes // runtime.size), by_nodes
         # Of a gathered tensor only this rank's part leaves from there; of sums, which take twice the room, a part to
         # each node, and as many come.
         sums_bytes = 2 * part_bytes * (runtime.size // runtime.lsa_size)
@@ -237,7 +244,7 @@ class CudaShards:
                 self._gather = runtime.current_handle()
             self._pass_stream = runtime.new_stream() if by_nodes else None
             self._rings = {
-                what: _Ring(runtime, self._watch, self.traffic, slots, what, self._sender)
+                what: _Ring(runtime, self._watch, self.traffic, slots, what, self._sender, by_nodes)
                 for what, slots in ((_GATHERED, gathers), (_GRADIENTS, sums))
                 if slots.count
             }
@@ -434,7 +441,7 @@ class CudaShards:
         if ring.by_nodes:
             landing.since += LATER_SECONDS  # a rank that the node lacks is to be named by the node
             runtime.stream_ops([*operations, *arrived, passed[-1], vouched], stream)
-            self._sum_for_nodes(ring, turn, out_N, stream)
+            self._sum_for_nodes(ring, turn, out_N, sums_bytes, stream)
             operations, arrived = [], landed
         elif self._sender is not None:
             runtime.stream_ops(operations, stream)
@@ -452,9 +459,9 @@ class CudaShards:
         parts.begin(turn + 1, stream, [self._watch.note(summed), ("record", done.handle)])
         return self._started(ring, _Operation(turn, done))
 
-    def _sum_for_nodes(self, ring: _Ring, turn: int, part_N: torch.Tensor, stream: Any) -> None:
+    def _sum_for_nodes(self, ring: _Ring, turn: int, part_N: torch.Tensor, sums_bytes: int, stream: Any) -> None:
         """Sum what this node has for the ranks with this one's place in theirs, itself included, and send it."""
-        parts, sums_bytes = ring.parts, part_N.numel() * sum_bytes(part_N.dtype)
+        parts = ring.parts
         staged, place = ring.staged(turn), ring.brought(turn) + parts.node * sums_bytes
         for node, peer in {**parts.to_nodes, parts.node: self._runtime.rank}.items():
             to = place if node == parts.node else staged + node * sums_bytes
