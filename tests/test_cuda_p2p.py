@@ -81,11 +81,13 @@ def words_and_copies(rank: int, size: int) -> None:
                 assert time.monotonic() < deadline, words.tolist()
                 time.sleep(1e-4)
             torch.cuda.synchronize()
-            assert window.tensor[24:32].view(torch.int64).item() == turn << 40
+            word = window.tensor[24:32].view(torch.int64).item()
+            assert word == turn << 40, (turn, word)
             expected = torch.randint(
                 256, (large,), dtype=torch.uint8, device="cuda", generator=_generator((rank - 1) % size, turn)
             )
             assert torch.equal(got, expected)
+            dist.barrier()  # or the next turn's word may come before this one is read
     runtime.close()
 
 
