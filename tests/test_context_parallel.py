@@ -59,6 +59,7 @@ def _start(size: int, config: dict[str, Any] | None = None) -> None:
 
     epv2_plugin.disable()
     epv2_plugin.enable(config or {"timeouts": {"host_seconds": 30}})
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what is not written is NaN
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(context_parallel_size=size)
 

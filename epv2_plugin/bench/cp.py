@@ -130,47 +130,47 @@ class _GatherFirst(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        from epv2_plugin.megatron.block_attention import Block, attend, merge
+        from epv2_plugin.megatron.block_attention import Block, Merge, attend
 
         rank, size, half = dist.get_rank(), dist.get_world_size(), query.shape[0] // 2
         keys, values = _in_order(_gather(key)), _in_order(_gather(value))
         block, own = Block(query.shape[3] ** -0.5), Block(query.shape[3] ** -0.5, causal=True)
-        outs, lses = [], []
+        merged = Merge(query, value.shape[3], whole=True)
         for index, chunk in enumerate((rank, 2 * size - 1 - rank)):
-            q = _heads(query[index * half : (index + 1) * half])
-            here = slice(chunk * half, (chunk + 1) * half)
-            out, lse = attend(q, _heads(keys[here]), _heads(values[here]), own)
-            out = out.float()
+            rows, here = slice(index * half, (index + 1) * half), slice(chunk * half, (chunk + 1) * half)
+            q = _heads(query[rows])
+            merged.add(rows, *attend(q, _heads(keys[here]), _heads(values[here]), own), first=True)
             if chunk:
-                merge(out, lse, *attend(q, _heads(keys[: here.start]), _heads(values[: here.start]), block))
-            outs.append(out.to(query.dtype))
-            lses.append(lse)
-        ctx.save_for_backward(query, key, value, *outs, *lses)
-        return torch.cat(outs, 2).permute(2, 0, 1, 3).contiguous()
+                merged.add(rows, *attend(q, _heads(keys[: here.start]), _heads(values[: here.start]), block))
+        output = merged.output()
+        ctx.save_for_backward(query, key, value, output, merged.lse)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         from epv2_plugin.megatron.block_attention import Block, attend_backward
 
-        query, key, value, *saved = ctx.saved_tensors
+        query, key, value, output, lse = ctx.saved_tensors
         rank, size, half = dist.get_rank(), dist.get_world_size(), query.shape[0] // 2
         keys, values = _in_order(_gather(key)), _in_order(_gather(value))
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
         block, own = Block(query.shape[3] ** -0.5), Block(query.shape[3] ** -0.5, causal=True)
-        dqueries = []
+        dquery = torch.empty_like(query, dtype=torch.float32)
         for index, chunk in enumerate((rank, 2 * size - 1 - rank)):
             rows = slice(index * half, (index + 1) * half)
-            q, g, out, lse = _heads(query[rows]), _heads(grad[rows]), saved[index], saved[2 + index]
-            dquery = torch.zeros_like(q, dtype=torch.float32)
+            merged = _heads(output[rows]), lse[:, :, rows]
             for seen, how in ((slice(chunk * half, (chunk + 1) * half), own), (slice(0, chunk * half), block)):
                 if seen.stop > seen.start:
-                    dq, dk, dv = attend_backward(g, q, _heads(keys[seen]), _heads(values[seen]), out, lse, how)
-                    dquery += dq
+                    tensors = _heads(grad[rows]), _heads(query[rows]), _heads(keys[seen]), _heads(values[seen])
+                    dq, dk, dv = attend_backward(*tensors, *merged, how)
+                    if how is own:
+                        _heads(dquery[rows]).copy_(dq)
+                    else:
+                        _heads(dquery[rows]).add_(dq)
                     dkeys[seen] += dk.permute(2, 0, 1, 3)
                     dvalues[seen] += dv.permute(2, 0, 1, 3)
-            dqueries.append(dquery.to(query.dtype))
         found = [_scatter(_by_rank(t)) for t in (dkeys, dvalues)]
-        return torch.cat(dqueries, 2).permute(2, 0, 1, 3), *found
+        return dquery.to(query.dtype), *found
 
 
 def _heads(tensor_SBAX: torch.Tensor) -> torch.Tensor:

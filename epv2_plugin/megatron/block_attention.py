@@ -97,12 +97,46 @@ def attend_backward(
     return dq, dk, dv
 
 
-def merge(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
-    """Add a block's result to what other blocks gave: `out` `[B, A, S, V]` and `lse` `[B, A, S]`, in place."""
-    # Where neither has seen a key, the difference of infinities is no number and the output stays 0.
-    share = torch.sigmoid(block_lse - lse).nan_to_num_(0.0).unsqueeze(-1)
-    out.lerp_(block_out.to(out.dtype), share)
-    torch.logaddexp(lse, block_lse, out=lse)
+class Merge:
+    """Blocks of attention put together: each adds its keys to what some queries have seen.
+
+    Args:
+        query_SBAD: all queries. features: of a value. whole: whether every query comes in a block that is its first.
+
+    Attributes:
+        lse: log-sum-exp `[B, A, S]` over the blocks so far, -inf where a query has seen no key; fp32, or fp64.
+    """
+
+    def __init__(self, query_SBAD: torch.Tensor, features: int, whole: bool):
+        rows, batch, heads, _ = query_SBAD.shape
+        wide = torch.float64 if query_SBAD.dtype == torch.float64 else torch.float32
+        self.lse = query_SBAD.new_full((batch, heads, rows), -torch.inf, dtype=wide)
+        self._dtype, self._whole = query_SBAD.dtype, whole
+        self._shape = rows, batch, heads, features
+        self._blocks: list[tuple[slice, torch.Tensor, torch.Tensor, bool]] = []
+
+    def add(self, queries: slice, out_BASV: torch.Tensor, lse_BAS: torch.Tensor, first: bool = False) -> None:
+        """A block's result for `queries`; `first`: it is the first for any of them."""
+        lse = self.lse[:, :, queries]
+        torch.logaddexp(lse, lse_BAS, out=lse)
+        self._blocks.append((queries, out_BASV, lse_BAS, first))
+
+    def output(self) -> torch.Tensor:
+        """`[S, B, A, V]`, dtype of the queries, 0 where no key was seen.
+
+        Only now, as every block's share is known now: to scale, at every block, what those before gave would read and
+        write it once more.
+        """
+        made = torch.empty if self._whole else torch.zeros
+        out_SBAV = made(self._shape, dtype=self.lse.dtype, device=self.lse.device)
+        out_BASV, total = out_SBAV.permute(1, 2, 0, 3), _finite(self.lse)
+        for queries, block_out, block_lse, first in self._blocks:
+            share = (block_lse - total[:, :, queries]).exp_().unsqueeze(-1)
+            if first:
+                torch.mul(block_out, share, out=out_BASV[:, :, queries])
+            else:
+                out_BASV[:, :, queries].addcmul_(block_out, share)
+        return out_SBAV.to(self._dtype)
 
 
 def dropout_factors(

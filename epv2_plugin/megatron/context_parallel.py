@@ -34,7 +34,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from epv2_plugin.config import PluginConfig
 from epv2_plugin.elastic import ElasticBuffer
 from epv2_plugin.elastic.sizing import REDUCE_SCATTER_SMS, session_bytes
-from epv2_plugin.megatron.block_attention import Block, attend, attend_backward, dropout_factors, merge
+from epv2_plugin.megatron.block_attention import Block, Merge, attend, attend_backward, dropout_factors
 from epv2_plugin.megatron.local_attention import LocalAttention
 from epv2_plugin.patches import Patches
 
@@ -110,6 +110,7 @@ class Exchange:
 
     buffer: ElasticBuffer | None
     device: torch.device
+    rows: int
     rank: int
     size: int
     segments: list[Segment]
@@ -120,6 +121,11 @@ class Exchange:
     dropout: float
     seed: torch.Tensor
     heads: range
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row of this rank belongs to a segment."""
+        return sum(segment.rows for segment in self.segments) == self.rows
 
     def meetings(self, part: slice) -> Iterator[_Meeting]:
         """What this rank computes with a part of the other ranks' keys."""
@@ -251,6 +257,7 @@ class ContextParallelAttention(LocalAttention):
         exchange = Exchange(
             buffer=self.buffer,
             device=query.device,
+            rows=rows,
             rank=self.rank,
             size=self.size,
             segments=self._packed_segments(packed_seq_params, rows)
@@ -314,25 +321,20 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, exchange: Exchange) -> Any:
         query_BASD, own = _heads_first(query), [_heads_first(t) for t in (key, value)]
-        batch, shape = query.shape[1], query_BASD.shape[:3]
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        out = query.new_zeros(*shape, value.shape[3], dtype=wide)
-        lse = query.new_full(shape, -torch.inf, dtype=wide)
-
-        def meet(queries: slice, keys: torch.Tensor, values: torch.Tensor, block: Block) -> None:
-            result = attend(query_BASD[:, :, queries], keys, values, block)
-            merge(out[:, :, queries], lse[:, :, queries], *result)
-
+        batch, merged = query.shape[1], Merge(query, value.shape[3], exchange.whole)
         with _Gathers(exchange, [key, value], operations=len(exchange.parts)) as gathers:
             for segment in exchange.segments:
                 rows = slice(segment.start, segment.start + segment.rows)
-                meet(rows, own[0][:, :, rows], own[1][:, :, rows], exchange.local_block(segment, batch))
+                block = exchange.local_block(segment, batch)
+                result = attend(query_BASD[:, :, rows], own[0][:, :, rows], own[1][:, :, rows], block)
+                merged.add(rows, *result, first=True)
             for part, (keys, values) in gathers:
                 for meeting in exchange.meetings(part):
-                    block = exchange.block(meeting, part, batch)
-                    meet(meeting.queries, _rows_of(keys, meeting), _rows_of(values, meeting), block)
-        output = out.to(query.dtype).permute(2, 0, 1, 3).contiguous()
-        ctx.save_for_backward(query, key, value, output, lse)
+                    block, met = exchange.block(meeting, part, batch), query_BASD[:, :, meeting.queries]
+                    result = attend(met, _rows_of(keys, meeting), _rows_of(values, meeting), block)
+                    merged.add(meeting.queries, *result)
+        output = merged.output()
+        ctx.save_for_backward(query, key, value, output, merged.lse)
         ctx.exchange = exchange
         return output
 
@@ -343,23 +345,23 @@ class _Attention(torch.autograd.Function):
         query_BASD, out, grad_BASV = _heads_first(query), _heads_first(output), _heads_first(grad.contiguous())
         own = [_heads_first(t) for t in (key, value)]
         batch = query.shape[1]
-        dquery = query_BASD.new_zeros(query_BASD.shape, dtype=lse.dtype)
+        made = torch.empty_like if exchange.whole else torch.zeros_like
+        dquery = made(query, dtype=lse.dtype, memory_format=torch.contiguous_format)
+        dquery_BASD = _heads_first(dquery)
         dkey, dvalue = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (key, value))
 
         def meet(
             queries: slice, keys: torch.Tensor, values: torch.Tensor, block: Block
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             tensors = (grad_BASV[:, :, queries], query_BASD[:, :, queries], keys, values)
-            merged = (out[:, :, queries], lse[:, :, queries])
-            dq, dk, dv = attend_backward(*tensors, *merged, block)
-            dquery[:, :, queries].add_(dq)
-            return dk, dv
+            return attend_backward(*tensors, out[:, :, queries], lse[:, :, queries], block)
 
         with _Gathers(exchange, [key, value], operations=2 * len(exchange.parts)) as gathers:
             for segment in exchange.segments:
                 rows = slice(segment.start, segment.start + segment.rows)
                 block = exchange.local_block(segment, batch)
-                dk, dv = meet(rows, own[0][:, :, rows], own[1][:, :, rows], block)
+                dq, dk, dv = meet(rows, own[0][:, :, rows], own[1][:, :, rows], block)
+                dquery_BASD[:, :, rows] = dq
                 dkey[rows], dvalue[rows] = dk.permute(2, 0, 1, 3), dv.permute(2, 0, 1, 3)
             for part, (keys, values) in gathers:
                 dkeys, dvalues = torch.empty_like(keys), torch.empty_like(values)
@@ -369,7 +371,8 @@ class _Attention(torch.autograd.Function):
                         target[first:last].zero_()
                 for meeting in meetings:
                     block = exchange.block(meeting, part, batch)
-                    dk, dv = meet(meeting.queries, _rows_of(keys, meeting), _rows_of(values, meeting), block)
+                    dq, dk, dv = meet(meeting.queries, _rows_of(keys, meeting), _rows_of(values, meeting), block)
+                    dquery_BASD[:, :, meeting.queries] += dq
                     ranks = slice(meeting.ranks.start, meeting.ranks.stop)
                     for target, found in ((dkeys, dk), (dvalues, dv)):
                         place = target[ranks, meeting.rows]
@@ -377,7 +380,7 @@ class _Attention(torch.autograd.Function):
                 # What this rank's own queries contribute to its own keys is summed with what the others send.
                 dkeys[exchange.rank], dvalues[exchange.rank] = dkey[part], dvalue[part]
                 gathers.give_back([dkeys, dvalues], [dkey[part], dvalue[part]])
-        return dquery.to(query.dtype).permute(2, 0, 1, 3), dkey, dvalue, None
+        return dquery.to(query.dtype), dkey, dvalue, None
 
 
 class _Gathers:
@@ -486,6 +489,7 @@ def causal_attention(
     exchange = Exchange(
         buffer=buffer,
         device=query_SBAD.device,
+        rows=rows,
         rank=buffer.rank_idx,
         size=buffer.num_ranks,
         segments=[Segment(0, rows, rows * buffer.num_ranks, 0)],
