@@ -66,6 +66,7 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
                 bench.started(work),
                 statistics.median(report.slowest(document[f"{kind}_us"][name])),
                 document[f"{kind}_bytes"],
+                f"torch, {kind}" if name == "epv2" else "",
             )
             for kind in works
             for name, work in works[kind].items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +28,13 @@ class Transfer:
     Attributes:
         start: starts one in the order of the current stream; returns what makes that stream wait for its end, None = it
             does already. us: of one without GEMMs. num_bytes: that one moves.
+        like: another, as often as which this one runs once more: "NAME, paced".
     """
 
     start: Callable[[], Callable[[], object] | None]
     us: float
     num_bytes: int
+    like: str = ""
 
 
 def beside(rounds: Rounds, transfers: dict[str, Transfer], iterations: int) -> dict[str, Any]:
@@ -39,17 +43,18 @@ def beside(rounds: Rounds, transfers: dict[str, Transfer], iterations: int) -> d
     The GEMMs are queued first, so that no time of the host for transfers is part of theirs.
 
     Returns:
-        Parts of a document: `gemm_us`, times of the GEMMs "alone" and "beside NAME"; `gemm_moved`, the bytes that ended
-        while they ran, of the same shape.
+        Parts of a document: `gemm_us`, times of the GEMMs "alone", "beside NAME" and "beside NAME, paced";
+        `gemm_moved`, the bytes that ended while they ran, of the same shape.
     """
     device = rounds.device
     a, b = (torch.randn(_SIZE, _SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     side, after = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
-    moved: dict[str, list[int]] = {"alone": [], **{f"beside {name}": [] for name in transfers}}
+    moved: dict[str, list[int]] = defaultdict(list)
 
-    def time(count: int, name: str, transfer: Transfer | None) -> float:
+    def measure(count: int, name: str, transfer: Transfer | None, apart_us: float = 0) -> float:
+        """Of so many GEMMs, beside transfers that begin at least `apart_us` after each other."""
         rounds.align()
         begin.record()
         for _ in range(count):
@@ -57,7 +62,9 @@ def beside(rounds: Rounds, transfers: dict[str, Transfer], iterations: int) -> d
         end.record()
         ends: list[torch.cuda.Event] = []
         if transfer is not None:
-            for number in range(max(4, round(_LONGER * _SECONDS * 1e6 / transfer.us))):
+            started = time.monotonic()
+            for number in range(max(4, round(_LONGER * _SECONDS * 1e6 / max(transfer.us, apart_us)))):
+                time.sleep(max(0.0, started + number * apart_us / 1e6 - time.monotonic()))
                 if number >= _UNDER_WAY:
                     ends[number - _UNDER_WAY].synchronize()
                 with torch.cuda.stream(side):
@@ -73,14 +80,22 @@ def beside(rounds: Rounds, transfers: dict[str, Transfer], iterations: int) -> d
         moved[name].append(num_bytes * sum(end.elapsed_time(one) <= 0 for one in ends))
         return begin.elapsed_time(end) * 1e3
 
-    time(1, "alone", None)
-    lone = torch.tensor(time(_TRIALS, "alone", None) / _TRIALS, device=device)
-    dist.all_reduce(lone, dist.ReduceOp.MAX)
-    moved["alone"].clear()
-    count = max(4, round(_SECONDS * 1e6 / lone.item()))
-    works: dict[str, Callable[[], float]] = {"alone": partial(time, count, "alone", None)}
+    def greatest(value: float) -> float:
+        every = torch.tensor(value, device=device)
+        dist.all_reduce(every, dist.ReduceOp.MAX)
+        return every.item()
+
+    measure(1, "alone", None)
+    count = max(4, round(_SECONDS * 1e6 / greatest(measure(_TRIALS, "alone", None) / _TRIALS)))
+    works: dict[str, Callable[[], float]] = {"alone": partial(measure, count, "alone", None)}
     for name, transfer in transfers.items():
-        works[f"beside {name}"] = partial(time, count, f"beside {name}", transfer)
+        works[f"beside {name}"] = partial(measure, count, f"beside {name}", transfer)
+    for name, transfer in transfers.items():
+        if transfer.like:
+            us, key = works[f"beside {transfer.like}"](), f"beside {name}, paced"
+            ended = max(1, moved[f"beside {transfer.like}"][-1] // transfers[transfer.like].num_bytes)
+            works[key] = partial(measure, count, key, transfer, greatest(us / ended))
+    moved.clear()
     times = rounds.measure(works, iterations, timer=lambda work: work())
     every = rounds.gather({name: list_of[1:] for name, list_of in moved.items()})  # without the first time
     return {

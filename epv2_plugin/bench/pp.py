@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +19,8 @@ from epv2_plugin.bench.ep import TIMEOUT, join
 from epv2_plugin.elastic import ElasticBuffer, EventOverlap
 
 PINGS = 20  # there and back, in one measurement of latency
-IN_A_ROW = 8  # transfers, in one measurement of what goes through
+IN_A_ROW = 8  # transfers, started before the first is waited for
+LONG_ROW = 32  # transfers, as many under way: how such a row begins and ends weighs less
 INFLIGHT = 4
 INPLACE = 20  # those in a row, and as many that streams have not come to the end of
 AHEAD = 2  # receives in a row before the first send
@@ -50,13 +52,22 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
     document["in_a_row_us"] = all_rounds.measure(
         ring.transfers(setup.large, IN_A_ROW), setup.iterations, divisor=IN_A_ROW
     )
+    document["long_row"] = LONG_ROW
+    document["long_row_us"] = all_rounds.measure(
+        ring.transfers(setup.large, LONG_ROW), setup.iterations, divisor=LONG_ROW
+    )
     inplace_bytes = ring.buffer.traffic.inplace_bytes
     document["small_us"] = all_rounds.measure(ring.pings(setup.small), setup.iterations, divisor=2 * PINGS)
     if device.type == "cuda":
-        received = setup.ranks * setup.large * (2 + (setup.iterations + 1) * (1 + IN_A_ROW))
+        received = setup.ranks * setup.large * (2 + (setup.iterations + 1) * (1 + IN_A_ROW + LONG_ROW))
         document["inplace"] = sum(all_rounds.gather(inplace_bytes)) / received
         transfers = {
-            name: gemms.Transfer(start, statistics.median(report.slowest(document["large_us"][name])), setup.large)
+            name: gemms.Transfer(
+                start,
+                statistics.median(report.slowest(document["large_us"][name])),
+                setup.large,
+                "torch" if name in OURS else "",
+            )
             for name, start in ring.starts().items()
         }
         document |= gemms.beside(all_rounds, transfers, setup.iterations)
@@ -139,16 +150,24 @@ class _Ring:
         self._runtime.wait(event)
 
     def transfers(self, num_bytes: int, count: int = 1) -> dict[str, Callable[[], object]]:
-        """So many of each kind, all started before the first is waited for."""
+        """So many of each kind, `IN_A_ROW` started before the first is waited for."""
 
         def torchs() -> None:
-            for wait in [self.start_torchs(num_bytes) for _ in range(count)]:
+            waits: deque[Callable[[], object]] = deque()
+            for _ in range(count):
+                if len(waits) == IN_A_ROW:
+                    waits.popleft()()
+                waits.append(self.start_torchs(num_bytes))
+            for wait in waits:
                 wait()
 
         def ours(inplace: bool) -> None:
-            received, ahead = [], min(AHEAD, count - 1)
+            received: deque[tuple[torch.Tensor, EventOverlap]] = deque()
+            ahead = min(AHEAD, count - 1)
             for number in range(count + ahead):
                 if number < count:
+                    if len(received) == IN_A_ROW:
+                        received.popleft()[1].current_stream_wait()
                     received.append(self.receive(num_bytes, self.prev, inplace))
                 if number >= ahead:
                     self.send(num_bytes)

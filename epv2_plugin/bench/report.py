@@ -257,6 +257,8 @@ def pp_text(document: dict[str, Any]) -> str:
     lines += _shares(document["large_us"], setup["large"])
     lines += _wrap(f"The same, {document['in_a_row']} started before the first is waited for; microseconds of one.")
     lines += _shares(document["in_a_row_us"], setup["large"])
+    lines += _wrap(f"{document['long_row']} in a row, {document['in_a_row']} under way at a time; microseconds of one.")
+    lines += _shares(document["long_row_us"], setup["large"])
     lines += _wrap(f"{setup['small']} bytes from a rank to the next and back: microseconds of one way, {what}.")
     small = document["small_us"].items()
     lines += [*table(["", "one way"], [[name, spread(slowest(samples))] for name, samples in small])]
@@ -291,7 +293,7 @@ def _gemms(document: dict[str, Any], what: str) -> list[str]:
         rows.append([name, spread(times), f"{alone / statistics.median(times):.1%}", meanwhile])
     about = (
         f"bf16 GEMMs alone and beside transfers, microseconds of the slowest rank, {what}; GB/s of the transfers that "
-        "ended meanwhile on the slowest."
+        "ended meanwhile on the slowest. Paced: started as often as torch's came to an end there."
     )
     return ["", *_wrap(about), *table(["", "time", "of the lone speed", "GB/s meanwhile"], rows)]
 
