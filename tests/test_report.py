@@ -193,6 +193,16 @@ def test_an_interrupted_run(tmp_path):
     assert "Losses agree at each of 25 steps" in text
 
 
+def test_interrupted_before_the_yardstick_of_the_losses(tmp_path):
+    folder = make_run(tmp_path / "run", change=lambda r: r | {"loss": r["loss"] * (1 + 1e-3 * (r["arm"] == "epv2"))})
+    meta = json.loads((folder / "meta.json").read_text())
+    noise = {"arm": "allgather", "base": "alltoall"}
+    (folder / "meta.json").write_text(json.dumps(meta | {"interrupted": True, "noise": noise}))
+    text = write_report(folder).read_text()
+    assert "**The run was interrupted** after 30 steps of each arm." in text
+    assert "Whether by more than rounding is not known: allgather, the yardstick for that, was not trained" in text
+
+
 def test_a_missing_arm_and_no_records_at_all(tmp_path):
     text = write_report(make_run(tmp_path / "one", change=lambda r: r if r["arm"] == "alltoall" else None)).read_text()
     assert "**Arm epv2 left no record.**" in text

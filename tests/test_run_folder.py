@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,14 @@ def test_a_folder_in_use_is_refused_with_who_uses_it(tmp_path: Path, command: st
     if "titan" in command:
         pytest.importorskip("torchtitan")
         shutil.copy(ROOT / "recipes" / "deepseek_v3_tiny_fsdp.yaml", tmp_path / "recipe.yaml")
-    with taken(tmp_path / "run", reuse=False):
+    with taken(tmp_path / "run", "train"):
         # The command, and the rank that would hold the folder.
         tried = [_train(tmp_path, command=command.split()[0], **env) for env in ({}, {"RANK": "0"})]
     for done in tried:
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert f"epv2: --folder = 'run': process {os.getpid()} on {os.uname().nodename} is training" in done.stderr
-    with taken(tmp_path / "run", reuse=False):  # free again, and nothing was left there
+    with taken(tmp_path / "run", "train"):  # free again, and nothing was left there
         pass
 
 
@@ -86,10 +87,33 @@ def test_what_a_training_leaves(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.touch()
-    with taken(tmp_path, reuse=False):  # it made no step
+    with taken(tmp_path, "train"):  # it made no step
         pass
     path.write_text("something")
-    with pytest.raises(ConfigError, match=name), taken(tmp_path, reuse=False):
+    with pytest.raises(ConfigError, match=name), taken(tmp_path, "train"):
         pass
-    with taken(tmp_path, reuse=True):
+    with taken(tmp_path, "resume"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("left", "purpose", "words"),
+    [
+        (["metrics.jsonl"], "compare", "metrics.jsonl of a training, which an A/B would replace"),
+        (["checkpoints/latest"], "compare", "checkpoints/latest of a training, which an A/B would replace"),
+        (["metrics.jsonl", "meta.json", "checkpoints/latest"], "compare", "checkpoints/latest of a training"),
+        (["metrics.jsonl", "meta.json"], "train", "metrics.jsonl of an A/B"),
+        (["metrics.jsonl", "meta.json"], "resume", "metrics.jsonl of an A/B"),
+        (["metrics.jsonl", "meta.json"], "compare", ""),
+        (["metrics.jsonl", "checkpoints/latest"], "resume", ""),
+        (["meta.json"], "train", ""),
+    ],
+)
+def test_neither_a_training_nor_a_comparison_replaces_the_other(
+    tmp_path: Path, left: list[str], purpose: Any, words: str
+) -> None:
+    for name in left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=words) if words else nullcontext(), taken(tmp_path, purpose):
         pass

@@ -41,7 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--skew", type=share, metavar="SHARE", help="send this share of the tokens to one popular expert, in every arm"
     )
-    parser.add_argument("--folder", type=Path, help="where to write (default: runs/NAME-ab)")
+    parser.add_argument(
+        "--folder", type=Path, help="where to write; an earlier comparison there is replaced (default: runs/NAME-ab)"
+    )
     parser.set_defaults(main=main)
 
 
@@ -49,7 +51,8 @@ def main(args: argparse.Namespace) -> int:
     """Run the comparison; 0 = done, 130 = interrupted (with a report of what was done).
 
     Raises:
-        ConfigError: the recipe can't be used, or the folder is in use. What an earlier comparison left is overwritten.
+        ConfigError: the recipe can't be used; the folder is in use, or holds a training. An earlier comparison's files
+            are overwritten.
     """
     if is_titan(args.recipe):
         return _titan(args)
@@ -66,10 +69,10 @@ def main(args: argparse.Namespace) -> int:
             plugin.check(recipe.plugin)
         TokenStream(recipe)  # what is wrong with the data is said once, and before anything was started
         make_folder(folder)
-        with taken(folder, reuse=True):
+        with taken(folder, "compare"):
             pass  # so that nothing is started in vain; rank 0 holds the folder while it trains
         return run_recipe(recipe, words)
-    with taken_by_rank_0(folder, reuse=True):
+    with taken_by_rank_0(folder, "compare"):
         from epv2_plugin.training.ab import run
 
         return run(recipe, folder, arms, skew=args.skew, command=shlex.join(["epv2", *words]))
@@ -92,12 +95,12 @@ def _titan(args: argparse.Namespace) -> int:
         if recipe.plugin.backend != "host":
             env = place(usable_gpus(recipe), {"LOCAL_WORLD_SIZE": str(recipe.train.processes)}).environment
         make_folder(folder)
-        with taken(folder, reuse=True):
+        with taken(folder, "compare"):
             # An older seed checkpoint may be of another model.
             shutil.rmtree(folder / SEED_FOLDER, ignore_errors=True)
             code = run_ranks("epv2_plugin.training.titan_ab", [args.recipe, str(folder)], 1, env)
         return code or run_ranks("epv2_plugin.cli", words, recipe.train.processes, env)
-    with taken_by_rank_0(folder, reuse=True):
+    with taken_by_rank_0(folder, "compare"):
         from epv2_plugin.training.titan_ab import run
 
         return run(recipe, folder, arms, command=shlex.join(["epv2", *words]))

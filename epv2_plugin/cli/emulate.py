@@ -61,10 +61,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 1 << 64:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more and below 2^64")
-    return value
+    if not text.isdecimal() or int(text) >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 0 or more and below 2^64")
+    return int(text)
 
 
 def _check_budget(args: argparse.Namespace, cluster: Cluster) -> str:

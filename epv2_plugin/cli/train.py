@@ -13,7 +13,7 @@ from epv2_plugin.emulation.start import run_recipe
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.devices import usable_gpus
 from epv2_plugin.training.recipe import Recipe, load_recipe
-from epv2_plugin.training.run_folder import taken, taken_by_rank_0
+from epv2_plugin.training.run_folder import Purpose, taken, taken_by_rank_0
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in the folder, if there is one"
     )
-    parser.add_argument("--steps", type=positive, metavar="N", help="stop after step N of the recipe's schedule")
+    parser.add_argument("--steps", type=positive, metavar="N", help="stop after step N (default: the recipe's)")
     parser.add_argument(
         "--megatron-throughput", action="store_true", help="print each step as Megatron-LM's log does, with TFLOP/s"
     )
@@ -44,14 +44,15 @@ def main(args: argparse.Namespace) -> int:
     """
     recipe = load_recipe(args.recipe)
     folder = Path(args.folder or f"runs/{recipe.name}")
+    purpose: Purpose = "resume" if args.resume else "train"
     if "RANK" in os.environ:
-        with taken_by_rank_0(folder, reuse=args.resume):
+        with taken_by_rank_0(folder, purpose):
             return _run_rank(args, recipe, folder)
     usable_gpus(recipe)
     plugin.check(recipe.plugin)
     TokenStream(recipe)  # what is wrong with the data is said once, and before anything was started
     make_folder(folder)
-    with taken(folder, reuse=args.resume):
+    with taken(folder, purpose):
         pass  # so that nothing is started in vain; rank 0 holds the folder while it trains
     command = ["train", args.recipe]
     command += ["--folder", args.folder] if args.folder else []

@@ -30,6 +30,7 @@ from epv2_plugin.training.machine import machine, versions
 from epv2_plugin.training.recipe import Recipe, check_arms, parameter_count
 from epv2_plugin.training.reference_attention import GatherThenAttendInFp32
 from epv2_plugin.training.report import LOSS_TOLERANCE, OURS, write_report
+from epv2_plugin.training.run_folder import META, METRICS
 from epv2_plugin.training.stages import StockTraffic, clock_of, moe_layers, skew_routing
 from epv2_plugin.training.trainer import Arm, Interrupts, leave, setup
 
@@ -80,6 +81,7 @@ def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, co
                 training.steps([_MeasuredArm(yardstick, skew)], interrupts)
     if dist.get_rank() == 0:
         training.close()
+        meta["interrupted"] = training.interrupted
         _write(folder, meta)
         print(flush=True)
         report = write_report(folder)
@@ -115,7 +117,7 @@ class _Run:
     def steps(self, measured: list[_MeasuredArm], interrupts: Interrupts) -> None:
         """Train the arms, which take turns, until the recipe's last step, an interrupt or a loss that is not finite."""
         if dist.get_rank() == 0 and self._metrics is None:
-            self._metrics = open(self._folder / "metrics.jsonl", "w")  # noqa: SIM115 - closed by close()
+            self._metrics = open(self._folder / METRICS, "w")  # noqa: SIM115 - closed by close()
         try:
             for step in range(self._steps):
                 batch = self.stream.sequences(step)
@@ -147,7 +149,7 @@ def _without_overlap(recipe: Recipe) -> Recipe:
 
 
 def _write(folder: Path, meta: dict[str, Any]) -> None:
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
 
 
 class _MeasuredArm:

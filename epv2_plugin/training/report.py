@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from epv2_plugin.config import ConfigError
+from epv2_plugin.training.run_folder import META, METRICS
 
 logger = logging.getLogger("epv2_plugin")
 
@@ -68,8 +69,8 @@ class Run:
 
     def __init__(self, folder: Path):
         try:
-            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            self.meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+            lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
         except FileNotFoundError as error:
             missing = Path(str(error.filename)).name
             raise ConfigError(str(folder), missing, "", "not found; is this the folder of an A/B run?") from None
@@ -182,7 +183,10 @@ def _loss_sentence(run: Run, arm: str) -> str:
         return (
             f"Losses agree at each of {difference.steps} steps ({detail}, tolerance {tolerance:.0e} for {precision})."
         )
-    return f"**Losses differ**: {detail}, tolerance {tolerance:.0e} for {precision}."
+    unknown = ""
+    if run.noise is not None and noise is None:
+        unknown = f" Whether by more than rounding is not known: {run.noise}, the yardstick for that, was not trained."
+    return f"**Losses differ**: {detail}, tolerance {tolerance:.0e} for {precision}.{unknown}"
 
 
 def _noise_sentence(arm: str, difference: LossDifference, run: Run, noise: LossDifference) -> str:
@@ -308,6 +312,8 @@ def _head(run: Run) -> str:
             lines += ["", f"**Arm {arm} left no record.**"]
         elif done < wanted:
             lines += ["", f"**The run was interrupted**: arm {arm} has {done} of {wanted} steps."]
+    if run.meta.get("interrupted") and all(len(run.steps(arm)) == wanted for arm in run.arms):
+        lines += ["", f"**The run was interrupted** after {wanted} steps of each arm."]
     if run.unreadable:
         lines += ["", f"{run.unreadable} line(s) of metrics.jsonl could not be read and were left out."]
     return "\n".join(lines)

@@ -31,6 +31,7 @@ from epv2_plugin.training.instruments import PeakMemory, StageClock
 from epv2_plugin.training.launcher import process_group_store
 from epv2_plugin.training.machine import machine, versions
 from epv2_plugin.training.report import OURS, write_report
+from epv2_plugin.training.run_folder import META, METRICS
 from epv2_plugin.training.titan_recipe import SEED_FOLDER, TitanRecipe, load_titan_recipe
 
 # isort: split
@@ -285,7 +286,9 @@ def run(recipe: TitanRecipe, folder: Path, arms: list[str], *, command: str) -> 
     rank = _join(recipe)
     measured = [_Arm(recipe, folder, name) for name in arms]
     meta, failure = _meta(recipe, measured, command), ""
-    metrics: IO[str] | None = open(folder / "metrics.jsonl", "w") if rank == 0 else None  # noqa: SIM115
+    if rank == 0:
+        (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+    metrics: IO[str] | None = open(folder / METRICS, "w") if rank == 0 else None  # noqa: SIM115
     try:
         _steps(recipe, measured, metrics)
         meta["expert_parallel"] = adapter.groups()
@@ -306,7 +309,7 @@ def run(recipe: TitanRecipe, folder: Path, arms: list[str], *, command: str) -> 
     adapter.release()
     if metrics is not None:
         metrics.close()
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
         report = write_report(folder)
         print("\n" + report.read_text().split("\n##")[0].strip() + f"\n\nreport: {report}", flush=True)
         if failure:
