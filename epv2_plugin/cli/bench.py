@@ -19,6 +19,15 @@ from epv2_plugin.training.launcher import run_ranks
 RANKS = 4
 
 
+# Of arguments that are not given: where GPUs are measured, and on CPUs, where these would take hours.
+_SIZES = {"large": (64 << 20, 1 << 20), "tokens": (32768, 512), "parameters": (64 << 20, 1 << 20)}
+
+
+def _usual(name: str) -> str:
+    gpus, cpus = _SIZES[name]
+    return f"(default: {gpus}; {cpus} on CPUs)"
+
+
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the `bench` command."""
     parser = subparsers.add_parser(
@@ -79,7 +88,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "torch's send and receive in turn; on GPUs also a bf16 GEMM alone and beside transfers.",
     )
     pp.add_argument("--ranks", type=positive, help="ranks of the ring (default: 2, or torchrun's)")
-    pp.add_argument("--large", type=positive, default=64 << 20, help="bytes of a large tensor (default: %(default)s)")
+    pp.add_argument("--large", type=positive, help=f"bytes of a large tensor {_usual('large')}")
     pp.add_argument("--small", type=positive, default=64 << 10, help="bytes of a small tensor (default: %(default)s)")
     _add_common(pp)
     pp.set_defaults(main=main_pp)
@@ -90,7 +99,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "gathered parts against attention after a whole gather.",
     )
     cp.add_argument("--ranks", type=positive, help=f"context-parallel ranks (default: {RANKS}, or torchrun's)")
-    cp.add_argument("--tokens", type=positive, default=32768, help="of all ranks together (default: %(default)s)")
+    cp.add_argument("--tokens", type=positive, help=f"of all ranks together {_usual('tokens')}")
     cp.add_argument("--heads", type=positive, default=16, help="query heads (default: %(default)s)")
     cp.add_argument("--groups", type=positive, default=16, help="key/value heads (default: %(default)s)")
     cp.add_argument("--width", type=positive, default=128, help="features of a head (default: %(default)s)")
@@ -103,7 +112,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "other; on GPUs also a bf16 GEMM alone and beside them.",
     )
     fsdp.add_argument("--ranks", type=positive, help=f"ranks that share the layer (default: {RANKS}, or torchrun's)")
-    fsdp.add_argument("--parameters", type=positive, default=64 << 20, help="of the layer (default: %(default)s)")
+    fsdp.add_argument("--parameters", type=positive, help=f"of the layer {_usual('parameters')}")
     fsdp.add_argument("--sms", type=positive, default=4, help="of a reduce-scatter (default: %(default)s)")
     _add_common(fsdp)
     fsdp.set_defaults(main=main_fsdp)
@@ -138,15 +147,17 @@ def main_pp(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: arguments that do not go together, or with this machine.
     """
-    if args.small > args.large:
-        raise ConfigError("epv2 bench pp", "--small", args.small, f"must be at most --large, {args.large}")
 
     def measure(command: str, ranks: int, backend: str) -> int:
         from epv2_plugin.bench.pp import Setup, run
 
         return run(Setup(ranks, args.large, args.small, args.iters, backend), command, args.json)
 
-    return _on_ranks("pp", args, ("large", "small"), 2, measure)
+    def check() -> None:
+        if args.small > args.large:
+            raise ConfigError("epv2 bench pp", "--small", args.small, f"must be at most --large, {args.large}")
+
+    return _on_ranks("pp", args, ("large", "small"), 2, measure, check=check)
 
 
 def main_cp(args: argparse.Namespace) -> int:
@@ -189,11 +200,12 @@ def _on_ranks(
     usual: int,
     measure: Callable[[str, int, str], int],
     divided: tuple[str, int] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> int:
     """Start the ranks that will `measure`, or do so as one of torchrun's.
 
     Args:
-        divided: an argument that must be a multiple of so many times the ranks.
+        divided: an argument that must be a multiple of so many times the ranks. check: of the arguments; raises.
     """
     world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
     ranks = args.ranks or world or usual
@@ -201,9 +213,13 @@ def _on_ranks(
         raise ConfigError(f"epv2 bench {kind}", "--ranks", ranks, "must be 2 or more")
     if world not in (None, ranks):
         raise ConfigError(f"epv2 bench {kind}", "--ranks", ranks, f"the job was started with {world} ranks")
+    backend, _ = _backend(args.backend, f"epv2 bench {kind}")
+    for name in names:
+        if getattr(args, name) is None:
+            setattr(args, name, _SIZES[name][backend == "host"])
+    check()
     if divided is not None and (value := getattr(args, divided[0])) % (multiple := divided[1] * ranks):
         raise ConfigError(f"epv2 bench {kind}", f"--{divided[0]}", value, f"must be a multiple of {multiple}")
-    backend, _ = _backend(args.backend, f"epv2 bench {kind}")
     if args.json is not None:
         check_file("--json", args.json)
     words = ["bench", kind, "--ranks", str(ranks), "--backend", backend]
