@@ -11,10 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from epv2_plugin.cli import ab, bench, compile, doctor, emulate, plan, recipe_args, train
 from epv2_plugin.config import ConfigError
+from epv2_plugin.training.launcher import INTERRUPTED
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `epv2 argv`; returns the exit code. 2 = wrong usage or configuration, one line on stderr says what."""
+    """Run `epv2 argv`; returns the exit code. 2 = wrong usage or configuration, one line on stderr says what;
+    130 = interrupted."""
     parser = argparse.ArgumentParser(
         prog="epv2", description="Communication of large Mixture-of-Experts training: train, compare, inspect."
     )
@@ -37,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         # Of an option, or of a file.
         print(error if error.source.split()[:1] == ["epv2"] else f"epv2: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the command has said what an interrupt does
+        print("epv2: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _version() -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from epv2_plugin import plugin
 from epv2_plugin.cli.values import make_folder, positive, share
+from epv2_plugin.config import ConfigError
 from epv2_plugin.emulation.start import run_recipe
 from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.devices import place, usable_gpus
@@ -56,8 +57,12 @@ def main(args: argparse.Namespace) -> int:
     """
     if is_titan(args.recipe):
         return _titan(args)
-    overrides = {} if args.steps is None else {"train": {"steps": args.steps}}
-    recipe = load_recipe(args.recipe, overrides)
+    recipe = load_recipe(args.recipe)
+    if args.steps is not None:
+        if args.steps <= recipe.train.warmup_steps:
+            allowed = f"must be more than the recipe's train.warmup_steps ({recipe.train.warmup_steps})"
+            raise ConfigError("epv2 ab", "--steps", args.steps, allowed)
+        recipe = load_recipe(args.recipe, {"train": {"steps": args.steps}})
     arms = args.arms.split(",")
     folder = args.folder or Path("runs") / f"{recipe.name}-ab"
     words = _words(args, folder)
