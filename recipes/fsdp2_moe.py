@@ -36,10 +36,9 @@ class MoE(nn.Module):
 
     def forward(self, x):
         weights, idx = self.router(x).softmax(-1).topk(TOPK)
-        rows, _, weights, handle, _ = autograd.dispatch(
-            self.buffer, x, idx, weights, num_experts=EXPERTS, do_expand=True
-        )
-        out = self.experts(rows, handle.num_recv_tokens_per_expert_list) * weights.unsqueeze(1)  # rows by expert
+        options = {"num_experts": EXPERTS, "do_expand": True}  # a row per token and expert, by expert
+        rows, _, weights, handle, _ = autograd.dispatch(self.buffer, x, idx, weights, **options)
+        out = self.experts(rows, handle.num_recv_tokens_per_expert_list) * weights.unsqueeze(1)
         return x + autograd.combine(self.buffer, out, handle)[0]
 
 
@@ -75,7 +74,6 @@ def train(ep, steps, folder, resume=False, config=None):
 
 
 if __name__ == "__main__":
-    ep, steps, folder, *resume = sys.argv[1:] if len(sys.argv) > 3 else sys.exit(__doc__)
-    dist.init_process_group("gloo")
-    for loss, _ in train(int(ep), int(steps), folder, resume=resume == ["resume"]):
+    dist.init_process_group("gloo") if len(sys.argv) > 3 else sys.exit(__doc__)
+    for loss, _ in train(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], resume=sys.argv[4:] == ["resume"]):
         print(f"rank {dist.get_rank()}: loss {loss:.4f}\n", end="", flush=True)

@@ -148,14 +148,15 @@ def _part(case: Case, tensor: torch.Tensor, rank: int, size: int) -> torch.Tenso
 
 def compare(rank: int, size: int) -> dict[tuple[int, str], list[float]]:
     """Largest relative differences of output and gradients on this rank, for every case."""
-    from epv2_plugin.megatron import context_parallel
+    from epv2_plugin.megatron import block_attention, context_parallel
 
     _start(size)
     found, usual = {}, context_parallel.ROWS_PER_PART
     for rows in (usual, 3):  # one part; up to eight, which end inside packed sequences
         context_parallel.ROWS_PER_PART = rows
+        block_attention.MOST_KEPT = 3 if rows == usual else 0  # 0: whatever comes is put together at once
         found |= {(rows, name): _compare(rank, size, case) for name, case in CASES.items()}
-    context_parallel.ROWS_PER_PART = usual
+    context_parallel.ROWS_PER_PART, block_attention.MOST_KEPT = usual, 3
     return found
 
 

@@ -200,7 +200,7 @@ def test_interrupted_before_the_yardstick_of_the_losses(tmp_path):
     (folder / "meta.json").write_text(json.dumps(meta | {"interrupted": True, "noise": noise}))
     text = write_report(folder).read_text()
     assert "**The run was interrupted** after 30 steps of each arm." in text
-    assert "Whether by more than rounding is not known: allgather, the yardstick for that, was not trained" in text
+    assert "Whether by more than rounding is not known: allgather, the yardstick, was not trained to the end" in text
 
 
 def test_a_missing_arm_and_no_records_at_all(tmp_path):

@@ -107,6 +107,7 @@ def test_what_a_training_leaves(tmp_path: Path, name: str) -> None:
         (["metrics.jsonl", "meta.json"], "compare", ""),
         (["metrics.jsonl", "checkpoints/latest"], "resume", ""),
         (["meta.json"], "train", ""),
+        (["meta.json", "checkpoints/latest"], "resume", ""),
     ],
 )
 def test_neither_a_training_nor_a_comparison_replaces_the_other(
@@ -116,4 +117,4 @@ def test_neither_a_training_nor_a_comparison_replaces_the_other(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     with pytest.raises(ConfigError, match=words) if words else nullcontext(), taken(tmp_path, purpose):
-        pass
+        assert (tmp_path / "meta.json").exists() == (purpose == "compare")

@@ -22,7 +22,7 @@ PINGS = 20  # there and back, in one measurement of latency
 IN_A_ROW = 8  # transfers, started before the first is waited for
 LONG_ROW = 32  # transfers, as many under way: how such a row begins and ends weighs less
 INFLIGHT = 4
-INPLACE = 20  # those in a row, and as many that streams have not come to the end of
+INPLACE = LONG_ROW + IN_A_ROW  # those in a row, and those before that streams have not come to the end of
 AHEAD = 2  # receives in a row before the first send
 OURS = {"epv2": False, "epv2, in place": True}  # whether tensors may stay where they arrive
 

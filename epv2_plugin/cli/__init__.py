@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error if error.source.split()[:1] == ["epv2"] else f"epv2: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the command has said what an interrupt does
+        if "RANK" in os.environ:  # the launcher must see that this rank did not end in order, and end the others
+            raise
         print("epv2: interrupted", file=sys.stderr)
         return INTERRUPTED
 

@@ -11,6 +11,7 @@ features.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import pad
 
 _GPU_DTYPES, _GPU_FEATURES, _GPU_ALIGNMENT = (torch.bfloat16, torch.float16), 256, 8
 _WORD = (1 << 32) - 1
+MOST_KEPT = 3  # times the output, in the dtype of sums, that blocks may take until they are put together
 
 
 @dataclass(frozen=True)
@@ -114,18 +116,29 @@ class Merge:
         self._dtype, self._whole = query_SBAD.dtype, whole
         self._shape = rows, batch, heads, features
         self._blocks: list[tuple[slice, torch.Tensor, torch.Tensor, bool]] = []
+        self._kept = 0  # bytes
 
     def add(self, queries: slice, out_BASV: torch.Tensor, lse_BAS: torch.Tensor, first: bool = False) -> None:
         """A block's result for `queries`; `first`: it is the first for any of them."""
         lse = self.lse[:, :, queries]
         torch.logaddexp(lse, lse_BAS, out=lse)
         self._blocks.append((queries, out_BASV, lse_BAS, first))
+        self._kept += out_BASV.untyped_storage().nbytes()  # of a view, too, what it holds
+        if not first and self._kept > MOST_KEPT * math.prod(self._shape) * self.lse.itemsize:
+            so_far = self._sum()
+            self._blocks = [(slice(None), so_far.permute(1, 2, 0, 3), self.lse.clone(), True)]
+            self._kept = so_far.nbytes
 
     def output(self) -> torch.Tensor:
-        """`[S, B, A, V]`, dtype of the queries, 0 where no key was seen.
+        """`[S, B, A, V]`, dtype of the queries, 0 where no key was seen."""
+        out_SBAV = self._sum()
+        self._blocks.clear()
+        return out_SBAV.to(self._dtype)
 
-        Only now, as every block's share is known now: to scale, at every block, what those before gave would read and
-        write it once more.
+    def _sum(self) -> torch.Tensor:
+        """`[S, B, A, V]` of the blocks that are kept.
+
+        Not block by block as they come: to scale what those before gave would read and write it once more each time.
         """
         made = torch.empty if self._whole else torch.zeros
         out_SBAV = made(self._shape, dtype=self.lse.dtype, device=self.lse.device)
@@ -136,7 +149,7 @@ class Merge:
                 torch.mul(block_out, share, out=out_BASV[:, :, queries])
             else:
                 out_BASV[:, :, queries].addcmul_(block_out, share)
-        return out_SBAV.to(self._dtype)
+        return out_SBAV
 
 
 def dropout_factors(

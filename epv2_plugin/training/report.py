@@ -185,7 +185,9 @@ def _loss_sentence(run: Run, arm: str) -> str:
         )
     unknown = ""
     if run.noise is not None and noise is None:
-        unknown = f" Whether by more than rounding is not known: {run.noise}, the yardstick for that, was not trained."
+        unknown = (
+            f" Whether by more than rounding is not known: {run.noise}, the yardstick, was not trained to the end."
+        )
     return f"**Losses differ**: {detail}, tolerance {tolerance:.0e} for {precision}.{unknown}"
 
 

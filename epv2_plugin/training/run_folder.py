@@ -41,6 +41,8 @@ def taken(folder: Path, purpose: Purpose) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         _check(folder, purpose)
+        if purpose != "compare":
+            (folder / META).unlink(missing_ok=True)  # of an A/B that ended before its first step
         yield
 
 

@@ -287,6 +287,8 @@ def run(recipe: TitanRecipe, folder: Path, arms: list[str], *, command: str) -> 
     measured = [_Arm(recipe, folder, name) for name in arms]
     meta, failure = _meta(recipe, measured, command), ""
     if rank == 0:
+        for name in ("report.md", "report.png"):
+            (folder / name).unlink(missing_ok=True)
         (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
     metrics: IO[str] | None = open(folder / METRICS, "w") if rank == 0 else None  # noqa: SIM115
     try:
