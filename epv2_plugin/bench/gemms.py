@@ -91,15 +91,15 @@ def beside(rounds: Rounds, transfers: dict[str, Transfer], iterations: int) -> d
     works: dict[str, Callable[[], float]] = {"alone": partial(measure, count, "alone", None)}
     for name, transfer in transfers.items():
         works[f"beside {name}"] = partial(measure, count, f"beside {name}", transfer)
-    apart_us: dict[str, float] = {}
+
+    def pace(key: str, num_bytes: int) -> float:
+        """Microseconds between the ends of such transfers on the slowest rank."""
+        between = [works[key]() / max(1, moved[key][-1] // num_bytes) for _ in range(_TRIALS)]
+        return greatest(statistics.median(between[1:]))  # the first makes what is made once
+
+    likes = dict.fromkeys(transfer.like for transfer in transfers.values() if transfer.like)
+    apart_us = {like: pace(f"beside {like}", transfers[like].num_bytes) for like in likes}
     for name, transfer in transfers.items():
-        if transfer.like and transfer.like not in apart_us:
-            paces = []
-            for _ in range(_TRIALS):
-                us = works[f"beside {transfer.like}"]()
-                ended = moved[f"beside {transfer.like}"][-1] // transfers[transfer.like].num_bytes
-                paces.append(us / max(1, ended))
-            apart_us[transfer.like] = greatest(statistics.median(paces[1:]))  # the first makes what is made once
         if transfer.like:
             key = f"beside {name}, paced"
             works[key] = partial(measure, count, key, transfer, apart_us[transfer.like])
