@@ -29,8 +29,8 @@ from epv2_plugin.training.launcher import INTERRUPTED
 from epv2_plugin.training.machine import machine, versions
 from epv2_plugin.training.recipe import Recipe, check_arms, parameter_count
 from epv2_plugin.training.reference_attention import GatherThenAttendInFp32
-from epv2_plugin.training.report import LOSS_TOLERANCE, OURS, write_report
-from epv2_plugin.training.run_folder import META, METRICS
+from epv2_plugin.training.report import LOSS_TOLERANCE, OURS, begin_run, write_meta, write_report
+from epv2_plugin.training.run_folder import METRICS
 from epv2_plugin.training.stages import StockTraffic, clock_of, moe_layers, skew_routing
 from epv2_plugin.training.trainer import Arm, Interrupts, leave, setup
 
@@ -58,9 +58,7 @@ def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, co
         meta = _meta(recipe, measured, skew, command, training.stream)
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("report.md", "report.png"):
-                (folder / name).unlink(missing_ok=True)
-            _write(folder, meta)
+            begin_run(folder, meta)
         training.steps(measured, interrupts)
         meta["expert_parallel"] = dispatcher.groups()
         if losses_differ([arm.losses for arm in measured], recipe.train.precision):
@@ -82,7 +80,7 @@ def run(recipe: Recipe, folder: Path, arms: list[str], *, skew: float | None, co
     if dist.get_rank() == 0:
         training.close()
         meta["interrupted"] = training.interrupted
-        _write(folder, meta)
+        write_meta(folder, meta)
         print(flush=True)
         report = write_report(folder)
         print(report.read_text().split("\n##")[0].strip())
@@ -146,10 +144,6 @@ def _without_overlap(recipe: Recipe) -> Recipe:
     lacks = ("moe_shared_expert_overlap", "moe_pad_expert_input_to_capacity")
     kept = {name: value for name, value in recipe.megatron.items() if name not in lacks}
     return recipe.model_copy(update={"megatron": kept})
-
-
-def _write(folder: Path, meta: dict[str, Any]) -> None:
-    (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
 
 
 class _MeasuredArm:

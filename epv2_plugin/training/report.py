@@ -116,6 +116,18 @@ class Run:
         return _number(self.records[arm].get(step, {}).get("loss"))
 
 
+def begin_run(folder: Path, meta: dict[str, Any]) -> None:
+    """Before an A/B's first record: write `meta.json`, and leave no report of an earlier run beside it."""
+    for name in ("report.md", "report.png"):
+        (folder / name).unlink(missing_ok=True)
+    write_meta(folder, meta)
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Write `meta.json`."""
+    (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+
+
 def write_report(folder: str | Path) -> Path:
     """Write `report.md` and, where matplotlib is installed, `report.png` into the folder of an A/B run.
 

@@ -30,8 +30,8 @@ from epv2_plugin.training.data import TokenStream
 from epv2_plugin.training.instruments import PeakMemory, StageClock
 from epv2_plugin.training.launcher import process_group_store
 from epv2_plugin.training.machine import machine, versions
-from epv2_plugin.training.report import OURS, write_report
-from epv2_plugin.training.run_folder import META, METRICS
+from epv2_plugin.training.report import OURS, begin_run, write_meta, write_report
+from epv2_plugin.training.run_folder import METRICS
 from epv2_plugin.training.titan_recipe import SEED_FOLDER, TitanRecipe, load_titan_recipe
 
 # isort: split
@@ -287,9 +287,7 @@ def run(recipe: TitanRecipe, folder: Path, arms: list[str], *, command: str) -> 
     measured = [_Arm(recipe, folder, name) for name in arms]
     meta, failure = _meta(recipe, measured, command), ""
     if rank == 0:
-        for name in ("report.md", "report.png"):
-            (folder / name).unlink(missing_ok=True)
-        (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+        begin_run(folder, meta)
     metrics: IO[str] | None = open(folder / METRICS, "w") if rank == 0 else None  # noqa: SIM115
     try:
         _steps(recipe, measured, metrics)
@@ -311,7 +309,7 @@ def run(recipe: TitanRecipe, folder: Path, arms: list[str], *, command: str) -> 
     adapter.release()
     if metrics is not None:
         metrics.close()
-        (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+        write_meta(folder, meta)
         report = write_report(folder)
         print("\n" + report.read_text().split("\n##")[0].strip() + f"\n\nreport: {report}", flush=True)
         if failure:
