@@ -153,6 +153,7 @@ def test_every_interleaving_arrives(pool: Callable[[int], Pool]) -> None:
         (p2p.bad_input, 2),
         (p2p.beside_collectives, 2),
         (p2p.receives_first, 3),
+        (p2p.overtaken, 2),
         (p2p.full_both_ways, 2),
         (p2p.stay, 3),
         (p2p.still_read, 2),

@@ -530,6 +530,36 @@ def test_receives_may_come_first_on_every_rank(pool: Callable[[int], Pool], kind
     pool(3).run(receives_first, kind)
 
 
+def overtaken(rank: int, size: int, kind: str) -> None:
+    """A receive whose stream is held up, then some that the current stream does itself: the sender must not think that
+    the first one's slot is free."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2)
+    if rank == 0:
+        for number in range(8):
+            buffer.pp_send(torch.full((7,), number + 1.0, device=buffer.device), 1)
+    else:
+        transfers, into = buffer._backend.point_to_point, [torch.zeros(7, device=buffer.device) for _ in range(8)]
+        buffer.pp_recv(into[0], 0)  # now the ring is known
+        word = transfers.runtime.mapped(4)
+        held = [("wait32_eq", word.pointer, 1)]
+        transfers.runtime.stream_ops(held, transfers._incoming[0, 0].stream)
+        event = buffer.pp_recv(into[1], 0, async_with_compute_stream=True)
+        over = threading.Timer(0.5, lambda: word.tensor.view(torch.int32).fill_(1))
+        over.start()
+        events = [buffer.pp_recv(t, 0, async_with_compute_stream=n == 3) for n, t in enumerate(into[2:])]
+        for each in (event, *events):
+            each.current_stream_wait()
+        assert [t.tolist() for t in into] == [[number + 1.0] * 7 for number in range(8)]
+        over.join()
+    buffer.pp_flush()
+
+
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_receives_of_several_streams_are_counted_in_order(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(overtaken, kind)
+
+
 def full_both_ways(rank: int, size: int, kind: str) -> None:
     """Rank 1 posts receives before rank 0 has a ring, then waits in a send for what rank 0 does after its own sends."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=10)

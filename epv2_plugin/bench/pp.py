@@ -191,10 +191,13 @@ class _Ring:
                 return
             for _ in range(PINGS):
                 if first:
-                    self.buffer.pp_send(out, peer, async_with_compute_stream=True)
-                self.receive(num_bytes, peer, inplace)[1].current_stream_wait()
+                    self.buffer.pp_send(out, peer)
+                if inplace:
+                    self.receive(num_bytes, peer, inplace)[1].current_stream_wait()
+                else:
+                    self.buffer.pp_recv(into, peer)
                 if not first:
-                    self.buffer.pp_send(out, peer, async_with_compute_stream=True)
+                    self.buffer.pp_send(out, peer)
 
         def torchs() -> None:
             if peer >= self.size:

@@ -1042,9 +1042,7 @@ class ElasticBuffer:
             As `pp_send`; CommunicationError also where a tensor of another shape or dtype came. Both ranks raise then.
         """
         self._check_transfer("src_rank", t, src_rank, channel)
-        event = self._open().point_to_point.receive(t, src_rank, channel)
-        if not async_with_compute_stream:
-            event.current_stream_wait()
+        event = self._open().point_to_point.receive(t, src_rank, channel, wait=not async_with_compute_stream)
         return EventOverlap(event)
 
     def pp_recv_inplace(

@@ -98,8 +98,8 @@ class PointToPoint(Protocol):
         `copy` = the caller may overwrite the tensor at once; otherwise its memory is held until the peer has it.
         """
 
-    def receive(self, tensor: torch.Tensor, peer: int, channel: int) -> Event:
-        """Start receiving into `tensor`, which holds data after the event."""
+    def receive(self, tensor: torch.Tensor, peer: int, channel: int, wait: bool) -> Event:
+        """Start receiving into `tensor`, which holds data after the event. `wait` = that is waited for already."""
 
     def receive_inplace(
         self, shape: Sequence[int], dtype: torch.dtype, peer: int, channel: int

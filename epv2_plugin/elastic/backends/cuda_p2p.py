@@ -11,9 +11,10 @@ What crosses a link comes first: a copy inside the sender before that would wait
 with what this rank receives, and the next rank for it, and so on around a ring of ranks.
 
 Streams write words at the peer where the driver takes that, else into their own rank's memory, from where a copy brings
-them, as data: it may have to wait for a copy engine. Every link has a stream for each direction. The sender takes a
-free ring with its first send and says which, once, through torch's store; receives that are posted before that are put
-on their stream once it has, in order.
+them, as data: it may have to wait for a copy engine. Every link has a stream for each direction; what the current
+stream would wait for at once it does itself, as every call of the driver takes microseconds, and two streams take four
+more. The sender takes a free ring with its first send and says which, once, through torch's store; receives that are
+posted before that are put on their stream once it has, in order.
 
 Inside a node there is no kernel. To a rank of another node the tensor goes through a slot of the sender's, from where
 the network brings it, and the record, into the slot there (`sender.py`). Then it raises a word of the link, for which
@@ -63,6 +64,7 @@ _RINGS = "rings"  # of a sender
 _TOO_LONG = 1 << 16  # in `what`: the dimensions do not fit
 _DTYPES = sorted(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
 _USUAL_RINGS = 4  # two peers, activations and gradients to each
+_SMALL_BYTES = 1 << 20  # of a tensor whose copy by SMs takes less time than to hand it to another stream
 # Without the variable CUDA has 8 queues, and the streams of four waiting links hold all others (docs/performance.md).
 _LEAST_CONNECTIONS, _ENOUGH_CONNECTIONS = 10, 32
 logger = logging.getLogger("epv2_plugin")
@@ -211,6 +213,7 @@ class _Incoming(_Link):
         taken, inbox: addresses of what this rank has taken, and of where a near peer looks for that. returned: the same
             at one that is not near, as a byte of its window.
         deferred: receives that wait until the peer has said which ring it took.
+        last: wait of the last one that is on a stream. stream_of_last: None = `stream`, else the handle of another.
     """
 
     def __init__(
@@ -234,6 +237,7 @@ class _Incoming(_Link):
         self.inbox = bases.get(peer, 0) + self.returned
         self.deferred: deque[_Receive] = deque()
         self.last: Wait | None = None
+        self.stream_of_last: int | None = None
 
 
 class _Sent:
@@ -252,7 +256,8 @@ class _Receive:
 
     Attributes:
         slot: the tensor's, which it was offered for; None: it is copied out of the ring.
-        before: event behind which it may write, None = where the current stream is. after: event, once it is put.
+        before: event behind which it may write, None = where the current stream is.
+        wait: once it is on a stream. stream: that one, None = the link's, else the handle of another.
     """
 
     def __init__(
@@ -269,7 +274,8 @@ class _Receive:
             self.dense = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         self.kind = kind_of(tensor.shape, tensor.dtype)
         self.before: Event | None = None
-        self.after: Event | None = None
+        self.wait: Wait | None = None
+        self.stream: int | None = None
 
     def current_stream_wait(self) -> None:
         """Make the current stream wait. Raises CommunicationError where this rank knows that it will not come."""
@@ -390,8 +396,9 @@ class CudaPointToPoint:
         dense = tensor.detach().contiguous()
         kind, current = kind_of(dense.shape, dense.dtype), runtime.current_handle()
         ready = kind.ready(number, number // self._max_inflight)
-        wait = Wait(peer, link.phase(number), "", link.lane, keep=(dense,))
-        operations: list[StreamOp | CopyOp | OrderOp] = [("after", current)]
+        here = copy and self._suits(current, link, kind)
+        wait = Wait(peer, link.phase(number), "", _lane_of(current) if here else link.lane, keep=(dense,))
+        operations: list[StreamOp | CopyOp | OrderOp] = [] if here else [("after", current)]
         oldest = None  # what its slot was used for before
         if number >= self._max_inflight:
             oldest = link.recent.popleft()
@@ -413,7 +420,7 @@ class CudaPointToPoint:
             if num_bytes:
                 operations.append(("copy", slot + offset, address + offset, num_bytes))
             last = offset + num_bytes == kind.num_bytes
-            if copy and last:
+            if copy and last and not here:
                 operations.append(("before", current))
             operations.append(("write32", outbox + end - 4, ready))
             if last:
@@ -423,7 +430,7 @@ class CudaPointToPoint:
                     operations.append(("copy", inbox + begin, outbox + begin, end - begin))
                 begin, end = end, end + 4
         # One call: under MPS each call of the driver takes longer than the copy of a small tensor.
-        runtime.stream_ops(operations, link.stream)
+        runtime.stream_ops(operations, None if here else link.stream)
         if not link.near:
             data = [(peer, *link.ways[index], kind.num_bytes)] if kind.num_bytes else []
             self._sender().send(_RINGS, [*data, link.records[index]], [(peer, link.landed, 1)], link.stream)
@@ -434,20 +441,24 @@ class CudaPointToPoint:
             self._watch.check()
         return _Sent(self, link, number, kind)
 
-    def receive(self, tensor: torch.Tensor, peer: int, channel: int) -> _Receive:
+    def receive(self, tensor: torch.Tensor, peer: int, channel: int, wait: bool) -> _Receive:
         self._begin("pp_recv")
         link = self._incoming.get((peer, channel)) or self._incoming_link(peer, channel)
         receive = _Receive(self, tensor, link, link.number)
         with self._lock:
             link.number += 1
-            if link.ring is not None and not link.deferred:
-                self._put(link, receive)
-                return receive
-            receive.before = self.runtime.record()
-            link.deferred.append(receive)
-            self._deferring = True
-        if not self._put_deferred():
+            deferred = link.ring is None or bool(link.deferred)
+            if deferred:
+                receive.before = self.runtime.record()
+                link.deferred.append(receive)
+                self._deferring = True
+            else:
+                current = self.runtime.current_handle()
+                self._put(link, receive, current if wait and self._suits(current, link, receive.kind) else None)
+        if deferred and not self._put_deferred():
             self._watch.repeat(self._put_deferred)
+        if wait:
+            receive.current_stream_wait()
         return receive
 
     def receive_inplace(
@@ -468,7 +479,7 @@ class CudaPointToPoint:
                     self._put(link, receive)
                     return made[0], receive
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self.runtime.device)
-        return tensor, self.receive(tensor, peer, channel)
+        return tensor, self.receive(tensor, peer, channel, wait=False)
 
     @property
     def held(self) -> int:
@@ -503,7 +514,7 @@ class CudaPointToPoint:
         """Make the current stream wait until a peer has taken a tensor."""
         self._watch.check()
         self._put_deferred()
-        lane = ("current", self.runtime.current_stream())
+        lane = _lane_of(self.runtime.current_handle())
         wait = Wait(link.peer, link.phase(number), f"rank {link.peer} to take {kind.text}", lane)
         taken = self._taken_wait(wait, link, number)
         self.runtime.stream_ops([taken, self._watch.note(wait)])
@@ -512,16 +523,18 @@ class CudaPointToPoint:
     def complete(self, receive: _Receive) -> None:
         """Make the current stream wait until a tensor is there."""
         self._watch.check()
-        if receive.after is None:
-            link, key = receive.link, self._key(receive.link.peer, self.runtime.rank, receive.link.channel)
+        link = receive.link
+        if receive.wait is None:
+            key = self._key(link.peer, self.runtime.rank, link.channel)
             expected = f"#{receive.number} {receive.kind.text}"
             offset = self._watch.await_post(key, link.peer, link.phase(receive.number), expected)
             with self._lock:
                 link.ring = int(offset)
                 self._put_deferred()
         self._watch.check()
-        assert receive.after is not None
-        self.runtime.wait(receive.after)
+        assert receive.wait is not None
+        if receive.stream != self.runtime.current_handle() and not self._watch.passed(receive.wait):
+            self.runtime.stream_ops([("wait32_geq", link.taken, receive.number + 1 & 0xFFFFFFFF)])
         if receive.slot is not None:
             receive.slot.use(self.runtime.current_stream())
         self._watch.check()
@@ -628,7 +641,12 @@ class CudaPointToPoint:
             self._deferring = any(link.deferred for link in self._incoming.values())
             return not self._deferring
 
-    def _put(self, link: _Incoming, receive: _Receive) -> None:
+    def _suits(self, stream: int, link: _Link, kind: Kind) -> bool:
+        """Whether a stream of the caller's can do a transfer itself: the legacy one would copy by SMs."""
+        return link.near and (stream != 0 or kind.num_bytes <= _SMALL_BYTES)
+
+    def _put(self, link: _Incoming, receive: _Receive, stream: int | None = None) -> None:
+        """Put a receive on the current stream, of which `stream` is the handle; None = on the link's."""
         runtime, dense, number, kind = self.runtime, receive.dense, receive.number, receive.kind
         peer, index, address = link.peer, number % self._max_inflight, dense.data_ptr()
         slot, stays = address, receive.slot is not None
@@ -657,7 +675,7 @@ class CudaPointToPoint:
             peer,
             link.phase(number),
             f"#{number} {kind.text}",
-            link.lane,
+            link.lane if stream is None else _lane_of(stream),
             look=(record, _HEADER_BYTES + 4 * len(pieces)),
             judge=judge,
             release=[("write32", word, ready) for word in words],
@@ -667,8 +685,10 @@ class CudaPointToPoint:
         operations: list[StreamOp | CopyOp | OrderOp] = []
         if receive.before is not None:
             operations.append(("await", receive.before.handle))
-        elif not stays:  # else nobody uses that memory
+        elif not stays and stream is None:  # else nobody uses that memory
             operations.append(("after", runtime.current_handle()))
+        if stream != link.stream_of_last and link.last is not None and not self._watch.passed(link.last):
+            operations.append(("wait32_geq", link.taken, number & 0xFFFFFFFF))  # it counts one after the other
         if not link.near:
             operations.append(("wait32_geq", link.landed, count))
             wait.also = (link.landed, 4)
@@ -678,22 +698,21 @@ class CudaPointToPoint:
             if num_bytes and not stays:
                 operations.append(("copy", address + offset, slot + offset, num_bytes))
         passed = self._watch.note(wait)
-        after = runtime.event()
-        operations.append(("record", after.handle))
         if not link.near:
-            operations.append(passed)
+            operations += [("write32", link.taken, count), passed]
         else:
             # A smaller tensor leaves the others as they are, and some turn has the same words again.
             zeroed: list[StreamOp] = [("write32", word, 0) for word in words[1:]]
             operations += tell(runtime, count, link.taken, [link.inbox], [passed, *zeroed])
-        runtime.stream_ops(operations, link.stream)
+        runtime.stream_ops(operations, link.stream if stream is None else None)
         if not link.near:
             self._sender().send(_RINGS, [], [(peer, link.returned, 1)], link.stream)
             self._traffic.network_bytes += kind.num_bytes
             self._traffic.direct_network_bytes += kind.num_bytes
         if receive.slot is not None:
-            receive.slot.arrival = after
-        receive.after, link.last = after, wait  # only now: another thread may wait for it at once
+            receive.slot.arrival = functools.partial(self._watch.passed, wait)
+        link.last, link.stream_of_last = wait, stream
+        receive.stream, receive.wait = stream, wait  # only now: another thread may wait for it at once
 
     def _taken_wait(self, wait: Wait, link: _Outgoing, number: int) -> StreamOp:
         """The wait until a peer has taken a tensor, with what `wait` must know to end it."""
@@ -705,6 +724,11 @@ class CudaPointToPoint:
 
         wait.look, wait.judge, wait.release = (address, 4), judge, [("write32", address, count)]
         return ("wait32_geq", address, count)
+
+
+def _lane_of(stream: int) -> tuple[str, int]:
+    """As in `Wait`, of a stream of the caller's."""
+    return ("current", stream)
 
 
 def check_connections() -> None:

@@ -117,7 +117,7 @@ class HostPointToPoint:
 
         return HostEvent(finish)
 
-    def receive(self, tensor: torch.Tensor, peer: int, channel: int) -> HostEvent:
+    def receive(self, tensor: torch.Tensor, peer: int, channel: int, wait: bool) -> HostEvent:
         self._transport.check()
         link = self._incoming.setdefault((peer, channel), _Link())
         tensor = tensor.detach()  # its data is written, of whatever autograd knows nothing
@@ -141,13 +141,16 @@ class HostPointToPoint:
             if not direct:
                 tensor.copy_(content.view(tensor.dtype).view(tensor.shape))
 
-        return HostEvent(finish)
+        event = HostEvent(finish)
+        if wait:
+            event.current_stream_wait()
+        return event
 
     def receive_inplace(
         self, shape: Sequence[int], dtype: torch.dtype, peer: int, channel: int
     ) -> tuple[torch.Tensor, HostEvent]:
         tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu")
-        return tensor, self.receive(tensor, peer, channel)
+        return tensor, self.receive(tensor, peer, channel, wait=False)
 
     def flush(self, seconds: float | None = None) -> None:
         """As `base.PointToPoint`; each tensor has `seconds`, None = the timeout."""

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from epv2_plugin.elastic.backends.base import NUM_CHANNELS
-from epv2_plugin.elastic.backends.device import Event, Runtime, Window, node_of
+from epv2_plugin.elastic.backends.device import Runtime, Window, node_of
 
 LEAST_BYTES = 1 << 20  # of a tensor; to copy a smaller one again takes less time than all this does
 _AHEAD = 16  # tensors of a (rank, channel) that a receiver may have offered room for before the sender comes to them
@@ -41,20 +41,20 @@ class Slot:
     """Memory for a tensor.
 
     Attributes:
-        storage: of the tensor that is there. arrival: behind its coming. streams: that use it.
-        left: behind what was still to be done when nobody had it any more.
+        storage: of the tensor that is there. arrival: whether it has come. streams: that use it.
+        left: each says whether something is done that was still to be done when nobody had it any more.
     """
 
     def __init__(self, number: int):
         self.number = number
         self.storage: StorageWeakRef | None = None
-        self.arrival: Event | None = None
+        self.arrival: Callable[[], bool] | None = None
         self.streams: list[Any] = []
-        self.left: list[Event] = []
+        self.left: list[Callable[[], bool]] = []
 
     @property
     def free(self) -> bool:
-        return self.storage is None and all(event.passed() for event in self.left)
+        return self.storage is None and all(done() for done in self.left)
 
     def use(self, stream: Any) -> None:
         """Note that a stream uses the tensor."""
@@ -104,7 +104,7 @@ class InPlace:
         for slot in self._slots:
             if slot.storage is not None and slot.storage.expired():
                 slot.storage = None
-                slot.left = [self._runtime.record(stream) for stream in slot.streams]
+                slot.left = [self._runtime.record(stream).passed for stream in slot.streams]
                 if slot.arrival is not None:  # nobody may have waited for it
                     slot.left.append(slot.arrival)
 
