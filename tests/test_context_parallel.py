@@ -146,17 +146,17 @@ def _part(case: Case, tensor: torch.Tensor, rank: int, size: int) -> torch.Tenso
     return torch.cat([zigzag_split(part, 0, rank, size) for part in covered] + [rest[: len(rest) // size]])
 
 
-def compare(rank: int, size: int) -> dict[tuple[int, str], list[float]]:
+def compare(rank: int, size: int) -> dict[tuple[int, int, str], list[float]]:
     """Largest relative differences of output and gradients on this rank, for every case."""
     from epv2_plugin.megatron import block_attention, context_parallel
 
     _start(size)
-    found, usual = {}, context_parallel.ROWS_PER_PART
-    for rows in (usual, 3):  # one part; up to eight, which end inside packed sequences
-        context_parallel.ROWS_PER_PART = rows
-        block_attention.MOST_KEPT = 3 if rows == usual else 0  # 0: whatever comes is put together at once
-        found |= {(rows, name): _compare(rank, size, case) for name, case in CASES.items()}
-    context_parallel.ROWS_PER_PART, block_attention.MOST_KEPT = usual, 3
+    found, usual = {}, (context_parallel.ROWS_PER_PART, context_parallel.FEW_RANKS)
+    for rows, few in (usual, (3, usual[1]), (3, 1)):  # one part; up to three, then four, which end inside sequences
+        context_parallel.ROWS_PER_PART, context_parallel.FEW_RANKS = rows, few
+        block_attention.MOST_KEPT = 0 if few == 1 else 3  # 0: whatever comes is put together at once
+        found |= {(rows, few, name): _compare(rank, size, case) for name, case in CASES.items()}
+    (context_parallel.ROWS_PER_PART, context_parallel.FEW_RANKS), block_attention.MOST_KEPT = usual, 3
     return found
 
 
@@ -199,12 +199,12 @@ def test_attention_is_that_of_the_whole_sequence(pool: Callable[[int], Pool], si
     check(pool(size).run(compare, timeout=200))
 
 
-def check(results: list[dict[tuple[int, str], list[float]]]) -> None:
+def check(results: list[dict[tuple[int, int, str], list[float]]]) -> None:
     """What every rank found with `compare` is small."""
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-12}
     for rank, found in enumerate(results):
-        for (rows, name), differences in found.items():
-            assert max(differences) < tolerance[CASES[name].dtype], (rank, rows, name, differences)
+        for (*parts, name), differences in found.items():
+            assert max(differences) < tolerance[CASES[name].dtype], (rank, parts, name, differences)
 
 
 def bad_input(rank: int, size: int) -> None:

@@ -66,7 +66,7 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
                 start,
                 statistics.median(report.slowest(document["large_us"][name])),
                 setup.large,
-                "torch" if name in OURS else "",
+                "" if name == "torch" else "torch",
             )
             for name, start in ring.starts().items()
         }
@@ -211,9 +211,10 @@ class _Ring:
 
         return {**{name: partial(ours, inplace) for name, inplace in OURS.items()}, "torch": torchs}
 
-    def starts(self) -> dict[str, Callable[[], Callable[[], object]]]:
-        """Transfers of large tensors; they return what waits for them."""
+    def starts(self) -> dict[str, Callable[[], Callable[[], object] | None]]:
+        """Transfers of large tensors; they return what waits for them, if the current stream does not yet."""
         return {
             **{name: partial(self.start_ours, self.setup.large, inplace) for name, inplace in OURS.items()},
+            "plain copy": lambda: self.copy(self.setup.large),
             "torch": lambda: self.start_torchs(self.setup.large),
         }

@@ -40,7 +40,9 @@ from epv2_plugin.patches import Patches
 
 AHEAD = 2  # gathers under way
 ROWS_PER_PART = 1024  # on fewer a GPU works for less time than the host needs to start that
-MAX_PARTS = 4  # of which the last one's sums have nothing to hide behind; each costs the host some 0.3 ms each way
+# Parts of a chunk. Each costs the host some 0.3 ms each way, and reads and writes the results of all queries that meet
+# it. But among many ranks the first gather is long for what it hides behind, and the last sums hide behind nothing.
+MAX_PARTS, FEW_RANKS = 2, 4
 logger = logging.getLogger("epv2_plugin")
 
 _patches = Patches()
@@ -103,7 +105,7 @@ class Exchange:
 
     Attributes:
         buffer: None for one rank. device: of the tensors.
-        parts: rows of every rank that are gathered at a time.
+        parts, parts_back: rows of every rank that are gathered at a time, forward and backward.
         mask: bool `[B or 1, A or 1, S or 1, P * S]`, True = hidden.
         dropout: rate. seed: int64 `[1]`. heads: numbers of this rank's heads over all tensor-parallel ranks.
     """
@@ -115,6 +117,7 @@ class Exchange:
     size: int
     segments: list[Segment]
     parts: list[slice]
+    parts_back: list[slice]
     causal: bool
     scale: float
     mask: torch.Tensor | None
@@ -263,7 +266,8 @@ class ContextParallelAttention(LocalAttention):
             segments=self._packed_segments(packed_seq_params, rows)
             if packed
             else [Segment(0, rows, rows * self.size, 0)],
-            parts=_parts(rows) if self.size > 1 else [],
+            parts=_parts(rows, self.size),
+            parts_back=_parts(rows, self.size, back=True),
             causal=causal,
             scale=query.shape[3] ** -0.5 if self.softmax_scale is None else self.softmax_scale,
             mask=None if causal or packed else attention_mask,
@@ -322,7 +326,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, exchange: Exchange) -> Any:
         query_BASD, own = _heads_first(query), [_heads_first(t) for t in (key, value)]
         batch, merged = query.shape[1], Merge(query, value.shape[3], exchange.whole)
-        with _Gathers(exchange, [key, value], operations=len(exchange.parts)) as gathers:
+        with _Gathers(exchange, [key, value], exchange.parts, per_part=1) as gathers:
             for segment in exchange.segments:
                 rows = slice(segment.start, segment.start + segment.rows)
                 block = exchange.local_block(segment, batch)
@@ -348,7 +352,7 @@ class _Attention(torch.autograd.Function):
         made = torch.empty_like if exchange.whole else torch.zeros_like
         dquery = made(query, dtype=lse.dtype, memory_format=torch.contiguous_format)
         dquery_BASD = _heads_first(dquery)
-        dkey, dvalue = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (key, value))
+        dkey, dvalue = (made(t, memory_format=torch.contiguous_format) for t in (key, value))
 
         def meet(
             queries: slice, keys: torch.Tensor, values: torch.Tensor, block: Block
@@ -356,7 +360,7 @@ class _Attention(torch.autograd.Function):
             tensors = (grad_BASV[:, :, queries], query_BASD[:, :, queries], keys, values)
             return attend_backward(*tensors, out[:, :, queries], lse[:, :, queries], block)
 
-        with _Gathers(exchange, [key, value], operations=2 * len(exchange.parts)) as gathers:
+        with _Gathers(exchange, [key, value], exchange.parts_back, per_part=2) as gathers:
             for segment in exchange.segments:
                 rows = slice(segment.start, segment.start + segment.rows)
                 block = exchange.local_block(segment, batch)
@@ -384,10 +388,11 @@ class _Attention(torch.autograd.Function):
 
 
 class _Gathers:
-    """Parts of this rank's tensors `[S, ...]`, gathered from all ranks, `AHEAD` of them under way; in one session."""
+    """Parts of this rank's tensors `[S, ...]`, gathered from all ranks, `AHEAD` of them under way; in one session that
+    takes `per_part` operations for each."""
 
-    def __init__(self, exchange: Exchange, tensors: list[torch.Tensor], operations: int):
-        self._exchange, self._tensors, self._operations = exchange, tensors, operations
+    def __init__(self, exchange: Exchange, tensors: list[torch.Tensor], parts: list[slice], per_part: int):
+        self._exchange, self._tensors, self._parts, self._per_part = exchange, tensors, parts, per_part
         self._under_way: list[tuple[slice, list[torch.Tensor], Callable[[], None]]] = []
         self._next = 0
 
@@ -395,14 +400,12 @@ class _Gathers:
         buffer = self._exchange.buffer
         if buffer is None:
             return self
-        parts = self._exchange.parts
-        per_part = self._operations // len(parts)
         num_bytes = sum(
-            per_part * session_bytes(self._exchange.size, (part.stop - part.start, *t.shape[1:]), t.itemsize)
-            for part in parts
+            self._per_part * session_bytes(self._exchange.size, (part.stop - part.start, *t.shape[1:]), t.itemsize)
+            for part in self._parts
             for t in self._tensors
         )
-        allow_session(buffer, num_bytes, self._operations)
+        allow_session(buffer, num_bytes, self._per_part * len(self._parts))
         self._session = buffer.agrs_new_session()
         self._session.__enter__()
         for _ in range(AHEAD):
@@ -428,9 +431,9 @@ class _Gathers:
         self._exchange.buffer.reduce_scatter(tensors, out=targets)
 
     def _start(self) -> None:
-        if self._next < len(self._exchange.parts):
+        if self._next < len(self._parts):
             assert self._exchange.buffer is not None
-            part = self._exchange.parts[self._next]
+            part = self._parts[self._next]
             self._next += 1
             *gathered, wait = self._exchange.buffer.all_gather([t[part] for t in self._tensors])
             self._under_way.append((part, gathered, wait))
@@ -447,15 +450,18 @@ def _rows_of(gathered: torch.Tensor, meeting: _Meeting) -> torch.Tensor:
     return _heads_first(gathered[ranks, meeting.rows].flatten(0, 1))
 
 
-def _parts(rows: int) -> list[slice]:
-    """One part, or an even number of nearly equal ones, so that one ends where a sequence's second chunk begins."""
+def _parts(rows: int, size: int, back: bool = False) -> list[slice]:
+    """The rows of a rank in parts, of which one ends where a sequence's second chunk begins; all at once if few."""
     half = rows // 2
-    per_half = min(half // ROWS_PER_PART, MAX_PARTS // 2)
-    if per_half == 0:
+    most = min(half // ROWS_PER_PART, MAX_PARTS)
+    if size == 1:
+        return []
+    if most == 0:
         return [slice(0, rows)]
-    bounds = [half * index // per_half for index in range(per_half + 1)]
-    bounds += [half + bound for bound in bounds[1:]]
-    return [slice(first, last) for first, last in itertools.pairwise(bounds)]
+    first, second = (most if size > FEW_RANKS else 1), (most if size > FEW_RANKS or back else 1)
+    bounds = [half * index // first for index in range(first)]
+    bounds += [half + (rows - half) * index // second for index in range(second + 1)]
+    return [slice(*each) for each in itertools.pairwise(bounds)]
 
 
 def _list(cumulative: torch.Tensor) -> list[int]:
@@ -493,7 +499,8 @@ def causal_attention(
         rank=buffer.rank_idx,
         size=buffer.num_ranks,
         segments=[Segment(0, rows, rows * buffer.num_ranks, 0)],
-        parts=_parts(rows),
+        parts=_parts(rows, buffer.num_ranks),
+        parts_back=_parts(rows, buffer.num_ranks, back=True),
         causal=True,
         scale=width**-0.5,
         mask=None,
