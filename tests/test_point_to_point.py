@@ -498,10 +498,10 @@ def test_beside_dispatch_and_combine(pool: Callable[[int], Pool], kind: str) -> 
 def test_a_header_says_which_tensor_it_is(number: int, shape: list[int], dtype: int) -> None:
     shape = shape if math.prod(max(size, 1) for size in shape) < 1 << 50 else [*shape[:2], 0]
     tensor = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
-    words = struct.pack("<4Q", number, *cuda_p2p.kind_of(tensor.shape, tensor.dtype).words)
+    words = struct.pack("<3Q", *cuda_p2p.kind_of(tensor.shape, tensor.dtype).words)
     name = str(tensor.dtype).removeprefix("torch.")
     packed = sum(max(1, -(-size.bit_length() // 7)) for size in shape)
-    assert cuda_p2p.header_text(words) == (
+    assert cuda_p2p.header_text(words, number) == (
         f"#{number} {shape} {name}" if packed <= 16 else f"#{number} [{len(shape)} dimensions] {name}"
     )
     word, other = (cuda_p2p.Kind(torch.Size([*shape, *more]), tensor.dtype).ready(number, 3) for more in ([], [2]))

@@ -23,7 +23,7 @@ IN_A_ROW = 8  # transfers, started before the first is waited for
 LONG_ROW = 32  # transfers, as many under way: how such a row begins and ends weighs less
 INFLIGHT = 4
 INPLACE = LONG_ROW + IN_A_ROW  # those in a row, and those before that streams have not come to the end of
-AHEAD = 2  # receives in a row before the first send
+AHEAD = 4  # receives in a row before the first send: as far may a host be behind the one that sends to it
 OURS = {"epv2": False, "epv2, in place": True}  # whether tensors may stay where they arrive
 
 

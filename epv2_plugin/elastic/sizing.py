@@ -341,7 +341,7 @@ class WindowLayout:
 
 
 RING_ALIGNMENT = 256  # bytes; slots of a ring, and the tensors behind a session's words, begin at multiples of it
-RECORD_BYTES = 64  # what a receiver is told of a tensor: four words of 64 bits, then one of 32 for each piece
+RECORD_BYTES = 64  # what a receiver is told of a tensor: three words of 64 bits, then one of 32 for each piece
 MOST_PIECES = 8
 # A copy of this inside a GPU takes 48 us, more than the calls of the driver for one more piece at both ends
 # (docs/performance.md).

@@ -1,8 +1,8 @@
 """Point-to-point between GPUs: copy engines and words on streams; between nodes, puts of NCCL's GIN.
 
 A rank has rings of slots in its window, one for each link (source, channel). A send copies the tensor into the next
-slot at the receiver and then writes a record there: number, dtype and shape, and behind them the word `ready`, a hash
-of these. The receiver's stream waits for exactly that word, copies the tensor out of the slot, and tells the sender how
+slot at the receiver and then writes a record there: dtype and shape, and behind them the word `ready`, a hash of these
+and of the tensor's number. The receiver's stream waits for exactly that word, copies the tensor out of the slot, and tells the sender how
 many it has taken. That is the credit: the send that wants the slot again waits for it, on its stream. A large tensor
 goes so in pieces, each with a word of its own, of which one is copied out while the next is copied in. What a receive
 has offered memory for goes there, in one copy, and stays (`inplace.py`); records, words and credits are the same.
@@ -57,7 +57,7 @@ from epv2_plugin.elastic.backends.watch import Wait, Watch
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
 from epv2_plugin.elastic.sizing import RingLayout, align
 
-_HEADER_BYTES = 32  # words of 64 bits: number, what, and two of dimensions
+_HEADER_BYTES = 24  # words of 64 bits: what, and two of dimensions
 _DIMENSION_BYTES = 16
 _FAR_WORD_BYTES = 8  # behind the header in a record that the network brings: `ready`, and nothing
 _RINGS = "rings"  # of a sender
@@ -74,7 +74,7 @@ class Kind:
     """What all tensors of one shape and dtype have in common.
 
     Attributes:
-        text: "[4, 8] bfloat16". words: 64 bits each, what a record says of them behind the number.
+        text: "[4, 8] bfloat16". words: 64 bits each, what a record says of them.
         num_bytes, pieces: of a tensor, see `sizing.pieces_of`.
     """
 
@@ -102,15 +102,15 @@ class Kind:
 kind_of = functools.lru_cache(maxsize=4096)(Kind)  # it takes longer than the rest of a send
 
 
-def header_text(words: bytes) -> str:
-    """What `header` packed: "#2 [4, 8] bfloat16"."""
-    number, what = struct.unpack_from("<2Q", words)
+def header_text(words: bytes, number: int) -> str:
+    """What a record says of tensor `number`: "#2 [4, 8] bfloat16"."""
+    (what,) = struct.unpack_from("<Q", words)
     dtype = _DTYPES[what & 255].removeprefix("torch.") if what & 255 < len(_DTYPES) else "unknown dtype"
     count = what >> 8 & 255
     if what & _TOO_LONG:
         return f"#{number} [{count} dimensions] {dtype}"
     sizes, shift, size = [], 0, 0
-    for byte in words[16 : 16 + _DIMENSION_BYTES]:
+    for byte in words[8 : 8 + _DIMENSION_BYTES]:
         size |= (byte & 127) << shift
         shift += 7
         if byte < 128:
@@ -406,9 +406,8 @@ class CudaPointToPoint:
             operations.append(self._taken_wait(wait, link, number - self._max_inflight))
         link.recent.append(kind)
         slot, outbox, inbox, address = link.slots[index], link.outboxes[index], link.inboxes[index], dense.data_ptr()
-        operations.append(("write64", outbox, number))
         if kind is not oldest:  # else they are there
-            operations += [("write64", outbox + 8 * i, word) for i, word in enumerate(kind.words, 1)]
+            operations += [("write64", outbox + 8 * i, word) for i, word in enumerate(kind.words)]
         passed = self._watch.note(wait)
         place = self._inplace.accept(peer, channel, number) if self._inplace is not None and link.near else None
         if place is not None:
@@ -661,7 +660,7 @@ class CudaPointToPoint:
         def judge(seen: bytes) -> tuple[int, str] | None:
             first, *others = struct.unpack_from(f"<{len(pieces)}I", seen, _HEADER_BYTES)
             if first != ready:
-                return (peer, header_text(seen) if same_turn(first, ready) else "")
+                return (peer, header_text(seen, number) if same_turn(first, ready) else "")
             if not link.near:  # of the network a record says nothing but what comes: it may be here alone
                 (landed,) = struct.unpack_from("<I", seen, len(seen) - 4)
                 return None if reached(landed, count) else (peer, "")
