@@ -298,7 +298,7 @@ def sums(rank: int, size: int, kind: str, num_sms: int) -> None:
     if kind != "cuda":
         kernels = [launch for launch in buffer.runtime.launches if launch.kernel == "epv2_reduce_scatter"]
         assert len(kernels) == 4 * len(PARTS)
-        assert max(launch.ctas for launch in kernels) == min(num_sms or 4, SMS)
+        assert max(launch.ctas for launch in kernels) == min(num_sms or 8, SMS)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     fsdp.add_argument("--ranks", type=positive, help=f"ranks that share the layer (default: {RANKS}, or torchrun's)")
     fsdp.add_argument("--parameters", type=positive, help=f"of the layer {_usual('parameters')}")
-    fsdp.add_argument("--sms", type=positive, default=4, help="of a reduce-scatter (default: %(default)s)")
+    fsdp.add_argument("--sms", type=positive, default=8, help="of a reduce-scatter (default: %(default)s)")
     _add_common(fsdp)
     fsdp.set_defaults(main=main_fsdp)
     engram = kinds.add_parser(

@@ -1133,7 +1133,7 @@ class ElasticBuffer:
         Args:
             max_session_bytes: of all gathered (or scattered) tensors of a session, each rounded up to 32.
             max_all_gathers_per_session: calls of `all_gather` and `reduce_scatter` in a session.
-            num_sms: that a `reduce_scatter` may hold on a GPU; 0 = 4 (unused on the host). An `all_gather` holds none.
+            num_sms: that a `reduce_scatter` may hold on a GPU; 0 = 8 (unused on the host). An `all_gather` holds none.
 
         Raises:
             As `pp_set_config`. RuntimeError: inside a session. ValueError: more SMs than the device has.

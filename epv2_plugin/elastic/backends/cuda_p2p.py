@@ -2,10 +2,11 @@
 
 A rank has rings of slots in its window, one for each link (source, channel). A send copies the tensor into the next
 slot at the receiver and then writes a record there: dtype and shape, and behind them the word `ready`, a hash of these
-and of the tensor's number. The receiver's stream waits for exactly that word, copies the tensor out of the slot, and tells the sender how
-many it has taken. That is the credit: the send that wants the slot again waits for it, on its stream. A large tensor
-goes so in pieces, each with a word of its own, of which one is copied out while the next is copied in. What a receive
-has offered memory for goes there, in one copy, and stays (`inplace.py`); records, words and credits are the same.
+and of the tensor's number. The receiver's stream waits for exactly that word, copies the tensor out of the slot, and
+tells the sender how many it has taken. That is the credit: the send that wants the slot again waits for it, on its
+stream. A large tensor goes so in pieces, each with a word of its own, of which one is copied out while the next is
+copied in. What a receive has offered memory for goes there, in one copy, and stays (`inplace.py`); records, words and
+credits are the same.
 
 What crosses a link comes first: a copy inside the sender before that would wait for the copy engine where that is busy
 with what this rank receives, and the next rank for it, and so on around a ring of ranks.
