@@ -72,7 +72,7 @@ class Parallel(Section):
 class SmBudget(Section):
     """CTAs (thread blocks, one per SM) that each primitive may hold; `auto` asks the analytic model.
 
-    `context` is for the sum of key and value gradients and `fsdp` for that of parameters' gradients, 0 = as few as do;
+    `context` is for the sum of key and value gradients and `fsdp` for that of parameters' gradients, 0 = 8;
     gathers and the pipeline take none.
     """
 

@@ -207,6 +207,27 @@ def check(results: list[dict[tuple[int, int, str], list[float]]]) -> None:
             assert max(differences) < tolerance[CASES[name].dtype], (rank, parts, name, differences)
 
 
+@pytest.mark.parametrize(
+    ("rows", "size", "back", "count"),
+    [
+        (8192, 1, False, 0),
+        (2046, 4, True, 1),
+        (8192, 4, False, 2),
+        (8190, 4, True, 3),
+        (8190, 5, False, 4),
+        (2050, 5, True, 2),
+    ],
+)
+def test_parts(rows: int, size: int, back: bool, count: int) -> None:
+    """Few among few ranks; they end where the second chunk begins, and nothing lies between them."""
+    from epv2_plugin.megatron.context_parallel import _parts
+
+    parts = _parts(rows, size, back)
+    assert len(parts) == count
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows if count else 0))
+    assert count < 2 or rows // 2 in [part.stop for part in parts]
+
+
 def bad_input(rank: int, size: int) -> None:
     """Refused before anything is sent: the good call at the end still works."""
     from megatron.core.packed_seq_params import PackedSeqParams

@@ -111,6 +111,34 @@ def test_no_schedule_changes_a_bit(pool: Callable[[int], Pool]) -> None:
     pool(3).run(repeated, range(25), timeout=240)
 
 
+def counted(rank: int, size: int, multiple_reduction: bool) -> list[list[int]]:
+    """What a dispatch with weights, then a combine of expert rows with none, add to the traffic."""
+    case = Case((37, 20, 5), hidden=32, local_experts=4, topk=5, dtype="bf16")
+    mine, found = inputs(case, rank), []
+    made = emulated_buffer(num_bytes=WINDOW, allow_multiple_reduction=multiple_reduction)
+    rows, *_, handle, _ = made.dispatch(
+        mine.x, mine.topk_idx, mine.topk_weights, num_experts=case.experts, num_max_tokens_per_rank=37, do_expand=True
+    )
+    found.append([made.traffic.sent_bytes, made.traffic.undeduplicated_bytes])
+    made.combine(rows, handle)
+    total = [made.traffic.sent_bytes, made.traffic.undeduplicated_bytes]
+    return [*found, [now - then for now, then in zip(total, found[0], strict=True)]]
+
+
+@pytest.mark.parametrize("multiple_reduction", [True, False])
+def test_traffic_is_rows_there_and_back(pool: Callable[[int], Pool], multiple_reduction: bool) -> None:
+    case = Case((37, 20, 5), hidden=32, local_experts=4, topk=5, dtype="bf16")
+    rows = pairs = 0
+    for rank in range(3):
+        owners = inputs(case, rank).topk_idx // case.local_experts
+        others = (owners >= 0) & (owners != rank)
+        pairs += int(others.sum())
+        rows += sum(len({*owner[other].tolist()}) for owner, other in zip(owners, others, strict=True))
+    found = torch.tensor(pool(3).run(counted, multiple_reduction)).sum(0).tolist()
+    back = rows if multiple_reduction else pairs  # one row a token and rank, or each expert's
+    assert found == [[68 * rows, 68 * pairs], [64 * back, 64 * pairs]]
+
+
 def cast_on_the_way(rank: int, size: int, dtype: torch.dtype) -> None:
     made = emulated_buffer(num_bytes=WINDOW, num_max_tokens_per_rank=8)
     gen = torch.Generator().manual_seed(rank)

@@ -530,34 +530,120 @@ def test_receives_may_come_first_on_every_rank(pool: Callable[[int], Pool], kind
     pool(3).run(receives_first, kind)
 
 
-def overtaken(rank: int, size: int, kind: str) -> None:
-    """A receive whose stream is held up, then some that the current stream does itself: the sender must not think that
-    the first one's slot is free."""
+def overtaken(rank: int, size: int, kind: str, held: str) -> None:
+    """Receives on the link's stream, which is held up, then some that the current stream does itself: the sender must
+    neither think that a slot is free which is not, nor miss one that is."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=4)
+    buffer.pp_set_config(1 << 10, 2)
+    if rank == 1:
+        for number in range(12):
+            if number == 8:
+                dist.barrier()
+            buffer.pp_send(torch.full((7,), number + 1.0, device=buffer.device), 0)
+        buffer.pp_flush()
+        return
+    transfers, into = buffer._backend.point_to_point, [torch.zeros(7, device=buffer.device) for _ in range(12)]
+    buffer.pp_recv(into[0], 1)  # now the ring is known
+    link, runtime = transfers._incoming[1, 0], transfers.runtime
+    word = runtime.mapped(4)
+    over = threading.Timer(0.5, lambda: word.tensor.view(torch.int32).fill_(1))
+    wait = ("wait32_eq", word.pointer, 1)
+    if held == "before":
+        runtime.stream_ops([wait], link.stream)
+    stream_ops = runtime.stream_ops
+
+    def before_the_credit(operations: list[Any], stream: Any = None) -> None:
+        place = next((n for n, each in enumerate(operations) if each[:2] == ("write32", link.inbox)), None)
+        if stream is link.stream and place is not None:
+            operations = [*operations[:place], wait, *operations[place:]]
+        stream_ops(operations, stream)
+
+    with mock.patch.object(runtime, "stream_ops", before_the_credit if held == "credit" else stream_ops):
+        event = buffer.pp_recv(into[1], 1, async_with_compute_stream=True)
+    over.start()
+    later = 3 if held == "before" else -1
+    events = [buffer.pp_recv(t, 1, async_with_compute_stream=n == later) for n, t in enumerate(into[2:8])]
+    for each in (event, *events):
+        each.current_stream_wait()
+    over.join()
+    dist.barrier()
+    for t in into[8:]:
+        buffer.pp_recv(t, 1)
+    assert [t.tolist() for t in into] == [[number + 1.0] * 7 for number in range(12)]
+
+
+@pytest.mark.parametrize("held", ["before", "credit"])
+@pytest.mark.parametrize("kind", ["emulated", NODES])
+def test_receives_of_several_streams_are_counted_in_order(pool: Callable[[int], Pool], kind: str, held: str) -> None:
+    pool(2).run(overtaken, kind, held)
+
+
+def waited_for_elsewhere(rank: int, size: int, kind: str) -> None:
+    """A stream that has still to come to where it waits for an event when the rings are made again."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=20)
     buffer.pp_set_config(1 << 10, 2)
-    if rank == 0:
-        for number in range(8):
-            buffer.pp_send(torch.full((7,), number + 1.0, device=buffer.device), 1)
-    else:
-        transfers, into = buffer._backend.point_to_point, [torch.zeros(7, device=buffer.device) for _ in range(8)]
-        buffer.pp_recv(into[0], 0)  # now the ring is known
-        word = transfers.runtime.mapped(4)
-        held = [("wait32_eq", word.pointer, 1)]
-        transfers.runtime.stream_ops(held, transfers._incoming[0, 0].stream)
-        event = buffer.pp_recv(into[1], 0, async_with_compute_stream=True)
-        over = threading.Timer(0.5, lambda: word.tensor.view(torch.int32).fill_(1))
-        over.start()
-        events = [buffer.pp_recv(t, 0, async_with_compute_stream=n == 3) for n, t in enumerate(into[2:])]
-        for each in (event, *events):
-            each.current_stream_wait()
-        assert [t.tolist() for t in into] == [[number + 1.0] * 7 for number in range(8)]
-        over.join()
-    buffer.pp_flush()
+    one = torch.ones(7, device=buffer.device)
+    if rank == 1:
+        buffer.pp_send(one, 0)
+        dist.barrier()
+        buffer.pp_send(one, 0)
+        buffer.pp_set_config(1 << 10, 2)
+        return
+    buffer.pp_recv(one, 1)
+    runtime = buffer._backend.point_to_point.runtime
+    stream, words = runtime.new_stream(), runtime.mapped(8)
+    seen = words.tensor.view(torch.int32)
+    event = buffer.pp_recv(one, 1, async_with_compute_stream=True)
+    runtime.stream_ops([("wait32_eq", words.pointer, 1)], stream)
+    with runtime.on_stream(stream):
+        event.current_stream_wait()
+        runtime.stream_ops([("write32", words.pointer + 4, 1)])
+    dist.barrier()
+    over = threading.Timer(0.5, lambda: seen[:1].fill_(1))
+    over.start()
+    buffer.pp_set_config(1 << 10, 2)
+    deadline = time.monotonic() + 10
+    while not int(seen[1]):
+        assert time.monotonic() < deadline, "the stream waits for ever"
+        time.sleep(1e-3)
+    over.join()
 
 
 @pytest.mark.parametrize("kind", ["emulated", NODES])
-def test_receives_of_several_streams_are_counted_in_order(pool: Callable[[int], Pool], kind: str) -> None:
-    pool(2).run(overtaken, kind)
+def test_a_stream_passes_an_event_of_rings_that_are_made_again(pool: Callable[[int], Pool], kind: str) -> None:
+    pool(2).run(waited_for_elsewhere, kind)
+
+
+def streams(rank: int, size: int, kind: str, messages: int = 60) -> None:
+    """Transfers both ways, each on one of two streams of the caller's, on the current one, or asynchronous."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 18, 3)
+    runtime = buffer._backend.point_to_point.runtime
+    ways, gen = [runtime.new_stream(), runtime.new_stream(), None, None], torch.Generator().manual_seed(5)
+    counts = [int(torch.randint(1, 60_000, (1,), generator=gen)) for _ in range(messages)]
+    into = [torch.zeros(count, device=buffer.device) for count in counts]
+    sent = [torch.full((count,), number + 1.0, device=buffer.device) for number, count in enumerate(counts)]
+    settle(buffer)
+    events = []
+    with small_pieces():
+        for number in range(messages):
+            picks = [int(torch.randint(4, (1,), generator=gen)) for _ in range(2)]  # of either's sends
+            for source in range(2):
+                later = picks[source] == 3
+                with runtime.on_stream(ways[picks[source]]):
+                    if source == rank:
+                        buffer.pp_send(sent[number], 1 - rank, async_with_compute_stream=later)
+                    else:
+                        events.append(buffer.pp_recv(into[number], source, async_with_compute_stream=later))
+        for event in events:
+            event.current_stream_wait()
+        wrong = [number for number, tensor in enumerate(into) if not bool((tensor == number + 1.0).all())]
+        assert not wrong
+        buffer.pp_flush()
+
+
+def test_transfers_on_several_streams(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(streams, "emulated")
 
 
 def full_both_ways(rank: int, size: int, kind: str) -> None:

@@ -37,7 +37,7 @@ LOSS_TOLERANCE = 1e-2  # of how far losses have fallen, in bf16 after the same s
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured: a layer of `parameters` in bf16, gradients reduced in fp32 by `sms` CTAs, 0 = as few as do."""
+    """What is measured: a layer of `parameters` in bf16, gradients reduced in fp32 by `sms` CTAs, 0 = the default."""
 
     ranks: int
     parameters: int

@@ -1007,7 +1007,8 @@ class ElasticBuffer:
             t: on return the caller may overwrite it; with `async_with_compute_stream` only after the event, but its
                 memory is held till then, so that he may drop it.
             dst_rank: rank in the group.
-            num_sms: GPU tuning (unused: no transfer takes an SM).
+            num_sms: GPU tuning (unused: no transfer takes SMs; on the legacy default stream the driver copies up to
+                1 MiB inside a device by SMs).
             channel: 0 to 3; tensors of one channel keep their order, channels do not wait for each other.
             async_with_compute_stream: do not copy `t`.
 
@@ -1142,7 +1143,7 @@ class ElasticBuffer:
         if self._limit_bytes is not None and max_session_bytes > self._limit_bytes:
             raise BufferSizeError(f"the buffer has {self._limit_bytes} bytes, the session needs {max_session_bytes}")
         backend = self._open()
-        self._check_sms(num_sms, "as few as do")
+        self._check_sms(num_sms, "8")
         backend.sessions.configure(max_session_bytes, max_all_gathers_per_session, num_sms)
 
     def create_agrs_session(self) -> None:

@@ -452,10 +452,10 @@ def _rows_of(gathered: torch.Tensor, meeting: _Meeting) -> torch.Tensor:
 
 def _parts(rows: int, size: int, back: bool = False) -> list[slice]:
     """The rows of a rank in parts, of which one ends where a sequence's second chunk begins; all at once if few."""
-    half = rows // 2
-    most = min(half // ROWS_PER_PART, MAX_PARTS)
     if size == 1:
         return []
+    half = rows // 2
+    most = min(half // ROWS_PER_PART, MAX_PARTS)
     if most == 0:
         return [slice(0, rows)]
     first, second = (most if size > FEW_RANKS else 1), (most if size > FEW_RANKS or back else 1)

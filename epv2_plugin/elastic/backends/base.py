@@ -43,7 +43,7 @@ def describe_kind(shape: torch.Size, dtype: torch.dtype) -> str:
 
 @dataclass
 class Traffic:
-    """Bytes that went to other ranks (host: sent, counted where they leave; cuda: pulled, counted where they arrive).
+    """Bytes that went to other ranks, counted where they leave; rows of the cuda backend's dispatches where they come.
 
     Attributes:
         sent_bytes: everything, headers included.

@@ -679,7 +679,8 @@ class CudaBackend:
                 route.topk_idx_TK = topk_idx_TK.clone()
                 made.append(route.topk_idx_TK)
             event = place.end(made)
-        self._count(route, data_bytes + 4 * scale_words + (4 if out_weights is not None else 0), layout.row_stride)
+        moved = data_bytes + 4 * scale_words + (4 if out_weights is not None else 0)
+        self._count(route, moved, moved, network_row_bytes=layout.row_stride)
         return Received(out_x, out_scales, route.recv_topk_idx, out_weights, route, num_recv, num_expanded, event)
 
     def _route_arguments(
@@ -809,15 +810,19 @@ class CudaBackend:
         rows = words[1 + size * columns : 1 + 2 * size * columns].reshape(size, columns).copy()
         return rows, int(words[route.counts.numel()])
 
-    def _count(self, route: CudaRoute, row_bytes: int, network_row_bytes: int) -> None:
-        """Count what was pulled from other ranks, and what came here; unknown to the host after `do_cpu_sync=False`."""
+    def _count(
+        self, route: CudaRoute, row_bytes: int, pair_bytes: int, *, by_pair: bool = False, network_row_bytes: int = 0
+    ) -> None:
+        """Count the rows that came from other ranks, or go back to them: one a token, or (`by_pair`) one an expert of
+        his; and those that came over the network. The host does not know of any after `do_cpu_sync=False`."""
         if route.host_counts is None:
             return
         own = self.runtime.rank
         others = route.host_counts.sum(0) - route.host_counts[own]
-        self.traffic.sent_bytes += row_bytes * int(others[-1])
-        self.traffic.undeduplicated_bytes += row_bytes * int(others[:-1].sum())
-        if self._nodes.others:
+        pairs = int(others[:-1].sum())
+        self.traffic.sent_bytes += row_bytes * (pairs if by_pair else int(others[-1]))
+        self.traffic.undeduplicated_bytes += pair_bytes * pairs
+        if network_row_bytes and self._nodes.others:
             near = route.host_counts[self._near, -1].sum()
             self.traffic.network_bytes += network_row_bytes * route.num_arrivals
             self.traffic.direct_network_bytes += network_row_bytes * int(route.host_counts[:, -1].sum() - near)
@@ -893,6 +898,8 @@ class CudaBackend:
                 rings = {"piece_bytes": shape.piece_bytes, "num_groups": shape.groups, "num_slots": shape.stages}
                 self._launch(kernel, self._arguments(kernel, common, **fields, **rings), num_sms, shape)
             event = place.end((combined, combined_weights))
+        weights = 0 if topk_weights is None else 1 if by_row else route.num_topk
+        self._count(route, row_bytes + 4 * weights, row_bytes, by_pair=by_row)
         return combined, combined_weights, event
 
     def _combine_launches(self, dtype: str, row_bytes: int) -> Iterator[tuple[Kernel, LaunchShape]]:

@@ -14,10 +14,12 @@ with what this rank receives, and the next rank for it, and so on around a ring 
 Streams write words at the peer where the driver takes that, else into their own rank's memory, from where a copy brings
 them, as data: it may have to wait for a copy engine. Every link has a stream for each direction; what the current
 stream would wait for at once it does itself, as every call of the driver takes microseconds, and two streams take four
-more. The sender takes a free ring with its first send and says which, once, through torch's store; receives that are
-posted before that are put on their stream once it has, in order.
+more. Receives of one link count what was taken one after the other, whatever their streams: that count is what one of
+another stream waits for first, and it is the event of each. The sender takes a free ring with its first send and says
+which, once, through torch's store; receives that are posted before that are put on their stream once it has, in order.
 
-Inside a node there is no kernel. To a rank of another node the tensor goes through a slot of the sender's, from where
+Inside a node there is no kernel (but copies inside a device on the legacy stream, small ones only, which the driver
+does by SMs). To a rank of another node the tensor goes through a slot of the sender's, from where
 the network brings it, and the record, into the slot there (`sender.py`). Then it raises a word of the link, for which
 the receiver's stream waits first: before that any part of both may be missing. A credit is such a word, too.
 """
@@ -66,6 +68,7 @@ _TOO_LONG = 1 << 16  # in `what`: the dimensions do not fit
 _DTYPES = sorted(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
 _USUAL_RINGS = 4  # two peers, activations and gradients to each
 _SMALL_BYTES = 1 << 20  # of a tensor whose copy by SMs takes less time than to hand it to another stream
+_LAST_SPECIAL_STREAM = 2  # handles of the driver's own: 0 and 1 legacy, 2 each thread's
 # Without the variable CUDA has 8 queues, and the streams of four waiting links hold all others (docs/performance.md).
 _LEAST_CONNECTIONS, _ENOUGH_CONNECTIONS = 10, 32
 logger = logging.getLogger("epv2_plugin")
@@ -513,6 +516,7 @@ class CudaPointToPoint:
     def await_taken(self, link: _Outgoing, number: int, kind: Kind) -> None:
         """Make the current stream wait until a peer has taken a tensor."""
         self._watch.check()
+        self._refuse_capture("the event of a pp_send")
         self._put_deferred()
         lane = _lane_of(self.runtime.current_handle())
         wait = Wait(link.peer, link.phase(number), f"rank {link.peer} to take {kind.text}", lane)
@@ -533,8 +537,13 @@ class CudaPointToPoint:
                 self._put_deferred()
         self._watch.check()
         assert receive.wait is not None
-        if receive.stream != self.runtime.current_handle() and not self._watch.passed(receive.wait):
-            self.runtime.stream_ops([("wait32_geq", link.taken, receive.number + 1 & 0xFFFFFFFF)])
+        current = self.runtime.current_handle()
+        if receive.stream != current and not self._watch.passed(receive.wait):
+            self._refuse_capture("the event of a pp_recv")
+            # Noted, for `configure` to know of it: what it waits for is noted already, and released where need be.
+            wait = Wait(link.peer, link.phase(receive.number), f"its event: {receive.kind.text}", _lane_of(current))
+            taken = ("wait32_geq", link.taken, receive.number + 1 & 0xFFFFFFFF)
+            self.runtime.stream_ops([taken, self._watch.note(wait)])
         if receive.slot is not None:
             receive.slot.use(self.runtime.current_stream())
         self._watch.check()
@@ -543,9 +552,12 @@ class CudaPointToPoint:
 
     def _begin(self, call: str) -> None:
         self._watch.check()
-        if self.runtime.is_capturing():
-            raise RuntimeError(f"{call} can't be captured into a CUDA graph: tensors have numbers, which would repeat")
+        self._refuse_capture(call)
         self._put_deferred()
+
+    def _refuse_capture(self, what: str) -> None:
+        if self.runtime.is_capturing():
+            raise RuntimeError(f"{what} can't be captured into a CUDA graph: tensors have numbers, which would repeat")
 
     def _await_slots(self, inplace: InPlace) -> None:
         """Wait until nobody has a tensor that lies in place, and streams of the caller have read them.
@@ -642,8 +654,11 @@ class CudaPointToPoint:
             return not self._deferring
 
     def _suits(self, stream: int, link: _Link, kind: Kind) -> bool:
-        """Whether a stream of the caller's can do a transfer itself: the legacy one would copy by SMs."""
-        return link.near and (stream != 0 or kind.num_bytes <= _SMALL_BYTES)
+        """Whether the current stream, of that handle, can do a transfer itself. The legacy one would copy by SMs. Where
+        copies bring words to peers, two of different streams could come in the wrong order."""
+        if not link.near or not self.runtime.writes_to_peers():
+            return False
+        return stream > _LAST_SPECIAL_STREAM or (stream == 0 and kind.num_bytes <= _SMALL_BYTES)
 
     def _put(self, link: _Incoming, receive: _Receive, stream: int | None = None) -> None:
         """Put a receive on the current stream, of which `stream` is the handle; None = on the link's."""
@@ -660,11 +675,13 @@ class CudaPointToPoint:
 
         def judge(seen: bytes) -> tuple[int, str] | None:
             first, *others = struct.unpack_from(f"<{len(pieces)}I", seen, _HEADER_BYTES)
+            (also,) = struct.unpack_from("<I", seen, len(seen) - 4)
+            if link.near and not reached(also, number):  # an earlier one, on another stream, is what is waited for
+                return None
             if first != ready:
                 return (peer, header_text(seen, number) if same_turn(first, ready) else "")
             if not link.near:  # of the network a record says nothing but what comes: it may be here alone
-                (landed,) = struct.unpack_from("<I", seen, len(seen) - 4)
-                return None if reached(landed, count) else (peer, "")
+                return None if reached(also, count) else (peer, "")
             return None if all(other == ready for other in others) else (peer, "")
 
         # What is copied then must not look like a result, nor what was copied before.
@@ -680,6 +697,7 @@ class CudaPointToPoint:
             judge=judge,
             release=[("write32", word, ready) for word in words],
             spoil=spoil,
+            also=(link.taken if link.near else link.landed, 4),
             keep=(dense,),
         )
         operations: list[StreamOp | CopyOp | OrderOp] = []
@@ -688,21 +706,22 @@ class CudaPointToPoint:
         elif not stays and stream is None:  # else nobody uses that memory
             operations.append(("after", runtime.current_handle()))
         if stream != link.stream_of_last and link.last is not None and not self._watch.passed(link.last):
-            operations.append(("wait32_geq", link.taken, number & 0xFFFFFFFF))  # it counts one after the other
+            operations.append(("wait32_geq", link.taken, number & 0xFFFFFFFF))
         if not link.near:
             operations.append(("wait32_geq", link.landed, count))
-            wait.also = (link.landed, 4)
             wait.release = [("write32", link.landed, count), *wait.release]
         for piece, (offset, num_bytes) in enumerate(pieces):
             operations.append(("wait32_eq", words[piece], ready))
             if num_bytes and not stays:
                 operations.append(("copy", address + offset, slot + offset, num_bytes))
         passed = self._watch.note(wait)
+        # A smaller tensor leaves the others as they are, and some turn has the same words again.
+        zeroed: list[StreamOp] = [("write32", word, 0) for word in words[1:]]
         if not link.near:
             operations += [("write32", link.taken, count), passed]
-        else:
-            # A smaller tensor leaves the others as they are, and some turn has the same words again.
-            zeroed: list[StreamOp] = [("write32", word, 0) for word in words[1:]]
+        elif runtime.writes_to_peers():  # the next one's stream goes on once this has counted: the peer comes before
+            operations += [*zeroed, ("write32", link.inbox, count), ("write32", link.taken, count), passed]
+        else:  # all are on the link's stream; the copy may have to wait for a copy engine
             operations += tell(runtime, count, link.taken, [link.inbox], [passed, *zeroed])
         runtime.stream_ops(operations, link.stream if stream is None else None)
         if not link.near:

@@ -316,10 +316,14 @@ class Watch:
     def _judge(self, wait: Wait) -> tuple[int, str] | None:
         if wait.look is None:
             return None
-        return wait.judge(self._read([wait.look] if wait.also is None else [wait.look, wait.also]))
+        places = [wait.look] if wait.also is None else [wait.look, wait.also]
+        seen = self._read(places)
+        if seen is None:
+            return wait.judge(bytes(sum(count for _, count in places))) or (wait.peer, "")
+        return wait.judge(seen)
 
-    def _read(self, places: Sequence[tuple[int, int]]) -> bytes:
-        """Own memory as it is now, past whatever other streams wait for; zeros if the device does not answer."""
+    def _read(self, places: Sequence[tuple[int, int]]) -> bytes | None:
+        """Own memory as it is now, past whatever other streams wait for; None if the device does not answer."""
         self._looks += 1
         num_bytes = sum(count for _, count in places)
         number, words = self._looks, self._scratch.tensor[:4].view(torch.int32)
@@ -334,15 +338,15 @@ class Watch:
 
         deadline = time.monotonic() + _SCOUT_SECONDS
         if not self._scout.send(copy, _SCOUT_SECONDS):
-            return bytes(num_bytes)
+            return None
         while int(words[0]) != number:
             if time.monotonic() > deadline:
-                return bytes(num_bytes)
+                return None
             time.sleep(1e-4)
         return self._scratch.tensor[8 : 8 + num_bytes].numpy().tobytes()
 
     def _release(self, heads: list[Wait]) -> None:
-        for wait in heads:
+        for wait in sorted(heads, key=lambda wait: -wait.since):  # two may want a word to differ: the older one's stays
             # Not at once: what its stream still copied before the wait would come after the fill.
             if wait.release and wait.spoiled:
                 self._runtime.stream_ops(wait.release, self._stream)
