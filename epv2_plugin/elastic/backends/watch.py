@@ -37,6 +37,7 @@ _NOTICE_SECONDS = 2.0  # in which the others see a notice, before streams go on 
 # to give up first, as it knows who is missing.
 LATER_SECONDS = 2 * _PATIENCE
 _SCOUT_SECONDS = 0.5  # in which a device that is not held up answers
+_MORE_SECONDS = 1.0  # before a wait is given up of which a device that does not answer says nothing
 _SPOILED_WORDS = 512  # of each piece of memory that are spoiled where the device can't be asked to fill it
 _LOOK_BYTES = 64  # that a wait looks at, at most, for each rank
 _FAILED = "failed"  # key of what the first rank to give up has to say
@@ -101,6 +102,7 @@ class Watch:
         self._closing = self._idle = False
         self._next_look = self._release_from = 0.0
         self._looks = 0
+        self._answered = True  # the device, when it was last asked
         self._scout = _Scout(runtime)
         self._thread = threading.Thread(target=self._run, name="epv2 watch", daemon=True)
         self._thread.start()
@@ -294,7 +296,8 @@ class Watch:
             if found[1]:
                 self.give_up(CommunicationError(*where, found[1]))
                 return
-            if time.monotonic() - wait.since > self.timeout_seconds:
+            limit = self.timeout_seconds + (0 if self._answered else _MORE_SECONDS)
+            if time.monotonic() - wait.since > limit:
                 self.give_up(CommunicationTimeout(*where, self._nothing))
                 return
 
@@ -318,6 +321,7 @@ class Watch:
             return None
         places = [wait.look] if wait.also is None else [wait.look, wait.also]
         seen = self._read(places)
+        self._answered = seen is not None
         if seen is None:
             return wait.judge(bytes(sum(count for _, count in places))) or (wait.peer, "")
         return wait.judge(seen)
