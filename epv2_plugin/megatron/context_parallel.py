@@ -105,7 +105,6 @@ class Exchange:
 
     Attributes:
         buffer: None for one rank. device: of the tensors.
-        parts, parts_back: rows of every rank that are gathered at a time, forward and backward.
         mask: bool `[B or 1, A or 1, S or 1, P * S]`, True = hidden.
         dropout: rate. seed: int64 `[1]`. heads: numbers of this rank's heads over all tensor-parallel ranks.
     """
@@ -116,8 +115,6 @@ class Exchange:
     rank: int
     size: int
     segments: list[Segment]
-    parts: list[slice]
-    parts_back: list[slice]
     causal: bool
     scale: float
     mask: torch.Tensor | None
@@ -266,8 +263,6 @@ class ContextParallelAttention(LocalAttention):
             segments=self._packed_segments(packed_seq_params, rows)
             if packed
             else [Segment(0, rows, rows * self.size, 0)],
-            parts=_parts(rows, self.size),
-            parts_back=_parts(rows, self.size, back=True),
             causal=causal,
             scale=query.shape[3] ** -0.5 if self.softmax_scale is None else self.softmax_scale,
             mask=None if causal or packed else attention_mask,
@@ -326,7 +321,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, exchange: Exchange) -> Any:
         query_BASD, own = _heads_first(query), [_heads_first(t) for t in (key, value)]
         batch, merged = query.shape[1], Merge(query, value.shape[3], exchange.whole)
-        with _Gathers(exchange, [key, value], exchange.parts, per_part=1) as gathers:
+        with _Gathers(exchange, [key, value], back=False) as gathers:
             for segment in exchange.segments:
                 rows = slice(segment.start, segment.start + segment.rows)
                 block = exchange.local_block(segment, batch)
@@ -360,7 +355,7 @@ class _Attention(torch.autograd.Function):
             tensors = (grad_BASV[:, :, queries], query_BASD[:, :, queries], keys, values)
             return attend_backward(*tensors, out[:, :, queries], lse[:, :, queries], block)
 
-        with _Gathers(exchange, [key, value], exchange.parts_back, per_part=2) as gathers:
+        with _Gathers(exchange, [key, value], back=True) as gathers:
             for segment in exchange.segments:
                 rows = slice(segment.start, segment.start + segment.rows)
                 block = exchange.local_block(segment, batch)
@@ -388,11 +383,12 @@ class _Attention(torch.autograd.Function):
 
 
 class _Gathers:
-    """Parts of this rank's tensors `[S, ...]`, gathered from all ranks, `AHEAD` of them under way; in one session that
-    takes `per_part` operations for each."""
+    """Parts of this rank's tensors `[S, ...]`, gathered from all ranks, `AHEAD` of them under way; in one session, in
+    which each part's gradients are handed `back`, too, or not."""
 
-    def __init__(self, exchange: Exchange, tensors: list[torch.Tensor], parts: list[slice], per_part: int):
-        self._exchange, self._tensors, self._parts, self._per_part = exchange, tensors, parts, per_part
+    def __init__(self, exchange: Exchange, tensors: list[torch.Tensor], back: bool):
+        self._exchange, self._tensors = exchange, tensors
+        self._parts, self._per_part = _parts(exchange.rows, exchange.size, back), 1 + back  # operations
         self._under_way: list[tuple[slice, list[torch.Tensor], Callable[[], None]]] = []
         self._next = 0
 
@@ -450,8 +446,9 @@ def _rows_of(gathered: torch.Tensor, meeting: _Meeting) -> torch.Tensor:
     return _heads_first(gathered[ranks, meeting.rows].flatten(0, 1))
 
 
-def _parts(rows: int, size: int, back: bool = False) -> list[slice]:
-    """The rows of a rank in parts, of which one ends where a sequence's second chunk begins; all at once if few."""
+def _parts(rows: int, size: int, back: bool) -> list[slice]:
+    """The rows of a rank in parts that are gathered at a time, one ending where a sequence's second chunk begins;
+    all at once if few, none for one rank. `back`: their gradients are handed back."""
     if size == 1:
         return []
     half = rows // 2
@@ -499,8 +496,6 @@ def causal_attention(
         rank=buffer.rank_idx,
         size=buffer.num_ranks,
         segments=[Segment(0, rows, rows * buffer.num_ranks, 0)],
-        parts=_parts(rows, buffer.num_ranks),
-        parts_back=_parts(rows, buffer.num_ranks, back=True),
         causal=True,
         scale=width**-0.5,
         mask=None,

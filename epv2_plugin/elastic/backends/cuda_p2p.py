@@ -19,9 +19,9 @@ another stream waits for first, and it is the event of each. The sender takes a 
 which, once, through torch's store; receives that are posted before that are put on their stream once it has, in order.
 
 Inside a node there is no kernel (but copies inside a device on the legacy stream, small ones only, which the driver
-does by SMs). To a rank of another node the tensor goes through a slot of the sender's, from where
-the network brings it, and the record, into the slot there (`sender.py`). Then it raises a word of the link, for which
-the receiver's stream waits first: before that any part of both may be missing. A credit is such a word, too.
+does by SMs). To a rank of another node the tensor goes through a slot of the sender's, from where the network brings
+it, and the record, into the slot there (`sender.py`). Then it raises a word of the link, for which the receiver's
+stream waits first: before that any part of both may be missing. A credit is such a word, too.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from epv2_plugin.elastic.backends.device import (
 )
 from epv2_plugin.elastic.backends.inplace import InPlace, Slot
 from epv2_plugin.elastic.backends.sender import Sender
-from epv2_plugin.elastic.backends.watch import Wait, Watch
+from epv2_plugin.elastic.backends.watch import Wait, Watch, lane_of
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError, UnavailableError
 from epv2_plugin.elastic.sizing import RingLayout, align
 
@@ -401,7 +401,7 @@ class CudaPointToPoint:
         kind, current = kind_of(dense.shape, dense.dtype), runtime.current_handle()
         ready = kind.ready(number, number // self._max_inflight)
         here = copy and self._suits(current, link, kind)
-        wait = Wait(peer, link.phase(number), "", _lane_of(current) if here else link.lane, keep=(dense,))
+        wait = Wait(peer, link.phase(number), "", lane_of(current) if here else link.lane, keep=(dense,))
         operations: list[StreamOp | CopyOp | OrderOp] = [] if here else [("after", current)]
         oldest = None  # what its slot was used for before
         if number >= self._max_inflight:
@@ -518,7 +518,7 @@ class CudaPointToPoint:
         self._watch.check()
         self._refuse_capture("the event of a pp_send")
         self._put_deferred()
-        lane = _lane_of(self.runtime.current_handle())
+        lane = lane_of(self.runtime.current_handle())
         wait = Wait(link.peer, link.phase(number), f"rank {link.peer} to take {kind.text}", lane)
         taken = self._taken_wait(wait, link, number)
         self.runtime.stream_ops([taken, self._watch.note(wait)])
@@ -541,7 +541,7 @@ class CudaPointToPoint:
         if receive.stream != current and not self._watch.passed(receive.wait):
             self._refuse_capture("the event of a pp_recv")
             # Noted, for `configure` to know of it: what it waits for is noted already, and released where need be.
-            wait = Wait(link.peer, link.phase(receive.number), f"its event: {receive.kind.text}", _lane_of(current))
+            wait = Wait(link.peer, link.phase(receive.number), f"its event: {receive.kind.text}", lane_of(current))
             taken = ("wait32_geq", link.taken, receive.number + 1 & 0xFFFFFFFF)
             self.runtime.stream_ops([taken, self._watch.note(wait)])
         if receive.slot is not None:
@@ -692,7 +692,7 @@ class CudaPointToPoint:
             peer,
             link.phase(number),
             f"#{number} {kind.text}",
-            link.lane if stream is None else _lane_of(stream),
+            link.lane if stream is None else lane_of(stream),
             look=(record, _HEADER_BYTES + 4 * len(pieces)),
             judge=judge,
             release=[("write32", word, ready) for word in words],
@@ -743,11 +743,6 @@ class CudaPointToPoint:
 
         wait.look, wait.judge, wait.release = (address, 4), judge, [("write32", address, count)]
         return ("wait32_geq", address, count)
-
-
-def _lane_of(stream: int) -> tuple[str, int]:
-    """As in `Wait`, of a stream of the caller's."""
-    return ("current", stream)
 
 
 def check_connections() -> None:

@@ -29,7 +29,7 @@ from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word
 from epv2_plugin.elastic.backends.cuda_parts import Operation, Parts, prepare_sums, text_of
 from epv2_plugin.elastic.backends.device import CopyOp, Runtime, Window
 from epv2_plugin.elastic.backends.sender import Sender
-from epv2_plugin.elastic.backends.watch import Wait, Watch
+from epv2_plugin.elastic.backends.watch import Wait, Watch, lane_of
 from epv2_plugin.elastic.errors import CommunicationError
 from epv2_plugin.elastic.sizing import SessionLayout, align, session_bytes
 
@@ -197,7 +197,7 @@ class CudaSessions(SessionState):
             if waited is not None:  # the words may be another session's by now
                 runtime.wait(waited)
                 return
-            lane = ("current", runtime.current_handle())
+            lane = lane_of(runtime.current_handle())
             names = self._names("all_gather", number, text)
             arrived, arrival = self._parts.await_arrived(number, session, word, *names, lane, spoil)
             operations: list[Operation] = [("await", pushed.handle), *arrived, self._watch.note(arrival)]

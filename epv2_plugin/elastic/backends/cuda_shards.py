@@ -35,7 +35,7 @@ from epv2_plugin.elastic.backends.cuda_p2p import check_connections, hash_word
 from epv2_plugin.elastic.backends.cuda_parts import Operation, Parts, prepare_sums, sum_bytes, text_of
 from epv2_plugin.elastic.backends.device import Runtime
 from epv2_plugin.elastic.backends.sender import Sender
-from epv2_plugin.elastic.backends.watch import LATER_SECONDS, Wait, Watch
+from epv2_plugin.elastic.backends.watch import LATER_SECONDS, Wait, Watch, lane_of
 from epv2_plugin.elastic.errors import BufferSizeError, CommunicationError
 from epv2_plugin.elastic.sizing import SessionLayout, align
 
@@ -384,7 +384,7 @@ class CudaShards:
             ahead.append(passing)  # the caller may write to all of it then
 
         def complete() -> Any:
-            lane, after = ("current", runtime.current_handle()), runtime.event()
+            lane, after = lane_of(runtime.current_handle()), runtime.event()
             what, key = f"all-gather of {text}", f"gather {turn}"
             arrived, arrival = ring.parts.await_arrived(number, turn + 1, word, name, text, what, key, lane, spoil)
             waited: list[Operation] = [("await", event.handle) for event in ahead]

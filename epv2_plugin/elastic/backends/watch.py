@@ -74,6 +74,11 @@ class Wait:
     since: float = field(default_factory=time.monotonic)
 
 
+def lane_of(stream: int) -> tuple[str, int]:
+    """As in `Wait`, of a stream of the caller's with that handle."""
+    return ("current", stream)
+
+
 class Watch:
     """The waits of one buffer on one rank.
 
