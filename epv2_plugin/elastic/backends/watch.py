@@ -15,6 +15,7 @@ he does not answer this one goes on without (measured, docs/performance.md).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import queue
 import threading
@@ -101,7 +102,7 @@ class Watch:
         self._vouchers, self._vouched = runtime.mapped(4 * _WORDS), 0
         self._scratch = runtime.mapped(8 + _LOOK_BYTES * runtime.size)
         self._stream = runtime.new_stream()
-        self._waits: list[Wait] = []
+        self._waits: dict[Any, deque[Wait]] = {}  # of each lane that has any, oldest first
         self._chores: list[Callable[[], bool]] = []
         self._changed = threading.Condition()
         self._closing = self._idle = False
@@ -128,12 +129,15 @@ class Watch:
         while True:
             with self._changed:
                 self.check()
-                self._collect()
+                if len(self._free) < len(waits):
+                    self._collect()
                 if len(self._free) >= len(waits):
                     now = time.monotonic()
                     for wait in waits:
                         wait.word, wait.since = self._free.popleft(), now
-                    self._waits.extend(waits)
+                        lane = self._waits.setdefault(wait.lane, deque())
+                        self._pass(lane)  # what it keeps is free then, which else the thread sees to
+                        lane.append(wait)
                     if self._idle:  # else it looks soon by itself, and to wake it takes longer than a transfer
                         self._changed.notify_all()
                     return [("write32", self._table + 4 * wait.word, 1) for wait in waits]
@@ -166,7 +170,7 @@ class Watch:
     def drain(self) -> None:
         """Let the host wait for everything noted. Raises CommunicationError where it does not pass."""
         with self._changed:
-            waits = list(self._waits)
+            waits = list(itertools.chain.from_iterable(self._waits.values()))
         for wait in waits:
             self.finish(wait)
 
@@ -217,7 +221,7 @@ class Watch:
         self._thread.join(seconds)
         with self._changed:
             self._collect()
-            first = next(iter(self._waits), None)
+            first = min(self._heads, key=lambda wait: wait.since, default=None)
         if first is not None:
             phase, expected = first.phase or "the end of the buffer", first.expected or "the end of its streams' work"
             seen = f"nothing within {seconds:g} s"
@@ -235,17 +239,26 @@ class Watch:
 
     # ---- the thread -------------------------------------------------------------------------------------------------
 
+    @property
+    def _heads(self) -> list[Wait]:
+        """What lanes wait for; the lock is held."""
+        return [waits[0] for waits in self._waits.values()]
+
     def _collect(self) -> None:
         """Take passed waits off the list; the lock is held."""
-        left = []
-        for wait in self._waits:
-            if self._words[wait.word]:
-                self._words[wait.word] = 0
-                self._free.append(wait.word)
-                wait.done, wait.keep = True, ()
-            else:
-                left.append(wait)
-        self._waits = left
+        for lane, waits in [*self._waits.items()]:
+            self._pass(waits)
+            if not waits:
+                del self._waits[lane]
+
+    def _pass(self, waits: deque[Wait]) -> None:
+        """Likewise those of one lane."""
+        words = self._words
+        while waits and words[waits[0].word]:
+            wait = waits.popleft()
+            words[wait.word] = 0
+            self._free.append(wait.word)
+            wait.done, wait.keep = True, ()
 
     def _run(self) -> None:
         self._runtime.adopt_thread()
@@ -260,7 +273,7 @@ class Watch:
                     return
                 self._changed.wait(_TICK)
                 self._collect()
-                heads = list({wait.lane: wait for wait in reversed(self._waits)}.values())
+                heads = self._heads
             try:
                 if self.failure is not None:
                     self._chores.clear()
