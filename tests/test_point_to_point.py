@@ -20,6 +20,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -31,7 +33,7 @@ from hypothesis import strategies as st
 
 from epv2_plugin import BufferSizeError, CommunicationError, CommunicationTimeout, ElasticBuffer, EventOverlap
 from epv2_plugin.elastic import sizing
-from epv2_plugin.elastic.backends import cuda_p2p, inplace
+from epv2_plugin.elastic.backends import base, cuda_p2p, inplace
 from epv2_plugin.elastic.backends.device import node_of
 from epv2_plugin.elastic.errors import UnavailableError
 from tests import harness
@@ -326,12 +328,12 @@ def mismatch(rank: int, size: int, kind: str, what: str) -> str:
             for number in range(3):
                 if number and what == "in place":
                     time.sleep(0.5)  # it is called for by then
-                    assert number < 2 or stays(buffer)
                 event = buffer.pp_send(torch.ones(64, 8, device=buffer.device), 1)
             event.current_stream_wait()
         elif rank == 1 and what == "in place":
             for _ in range(2):
                 buffer.pp_recv_inplace((64, 8), torch.float32, 0)[1].current_stream_wait()
+            assert stays(buffer)
             buffer.pp_recv_inplace((8, 64), torch.float32, 0)[1].current_stream_wait()
         elif rank == 1:
             for _ in range(2):
@@ -940,13 +942,13 @@ def test_large_tensors_arrive_in_pieces(pool: Callable[[int], Pool], kind: str, 
 
 @all_stay
 def stay(rank: int, size: int, kind: str) -> None:
-    """Tensors lie where they arrive if they were called for before, as long as there is room, and nobody overwrites one
-    that somebody has."""
+    """Tensors lie where they arrive, whoever comes first, as long as there is room, and nobody overwrites one that
+    somebody has."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=20)
     buffer.pp_set_config(1 << 10, 2, max_inplace=3)
     traffic, meeting = buffer.traffic, buffer._open().runtime.meeting
     source, target = (rank - 1) % size, (rank + 1) % size
-    near_source, near = (peer in node_of(buffer._open().runtime) for peer in (source, target))
+    near = source in node_of(buffer._open().runtime)
     sent = 0
 
     def value(of: int, number: int) -> float:
@@ -981,7 +983,7 @@ def stay(rank: int, size: int, kind: str) -> None:
             assert (tensor.shape, tensor.dtype, tensor._base) == ((5, 3), torch.float32, None)
             assert tensor.tolist() == [[value(source, number)] * 3] * 5, number
 
-    num_bytes = 4 * 15 * near  # that go in place, of one tensor
+    num_bytes = 4 * 15 * near  # that stay, of one tensor
     first, events = exchange(1, "receive")  # nobody has said yet where his ring is
     events.pop().current_stream_wait()
     check(first, 0)
@@ -991,7 +993,7 @@ def stay(rank: int, size: int, kind: str) -> None:
         event.current_stream_wait()
     check(kept, 1)
     assert traffic.inplace_bytes == 3 * num_bytes  # for the others there was no room
-    if near_source:
+    if near:
         with pytest.raises(RuntimeError, match="3 tensors of pp_recv_inplace are held"):
             buffer._open().point_to_point.configure(1 << 11, 2, 0)
     del event
@@ -1009,26 +1011,46 @@ def stay(rank: int, size: int, kind: str) -> None:
     more.clear()
     waits.clear()
     settle_slots(buffer)
+    meeting.agree("stay, all free", lambda: "")
     more, waits = exchange(2, "send")
     for event in waits:
         event.current_stream_wait()
     check(more, sent - 2)
-    assert traffic.inplace_bytes == 3 * num_bytes  # the sender was first
-    more, waits = exchange(3, "receive")
-    for event in waits:
-        event.current_stream_wait()
-    check(more, sent - 3)
-    assert traffic.inplace_bytes == 6 * num_bytes
-    buffer.pp_flush()
+    assert traffic.inplace_bytes == 5 * num_bytes
     more.clear()
     waits.clear()
     del event
+    settle_slots(buffer)
+    meeting.agree("stay, free", lambda: "")
+    for first in ("send", "receive"):
+        more, waits = exchange(4, first)
+        for event in waits:
+            event.current_stream_wait()
+        check(more, sent - 4)
+        more.clear()
+        waits.clear()
+        del event
+        settle_slots(buffer)
+        meeting.agree(f"stay, free after {first}", lambda: "")
+    assert traffic.inplace_bytes == 11 * num_bytes
+    buffer.pp_flush()
     buffer.pp_set_config(1 << 11, 2, max_inplace=1)
     for _ in range(2):  # the first one again says where the ring is
         more, waits = exchange(1, "receive")
         waits[0].current_stream_wait()
         check(more, sent - 1)
-    assert traffic.inplace_bytes == 7 * num_bytes
+    assert traffic.inplace_bytes == 12 * num_bytes
+    more.clear()
+    waits.clear()
+    buffer.pp_flush()
+    buffer.pp_set_config(1 << 11, 2, max_inplace=200)  # more than there are words for
+    _, waits = exchange(1, "receive")
+    waits[0].current_stream_wait()
+    more, waits = exchange(150, "receive")
+    for event in waits:
+        event.current_stream_wait()
+    check(more, sent - 150)
+    assert traffic.inplace_bytes == (12 + 64) * num_bytes
     buffer.pp_flush()
 
 
@@ -1090,17 +1112,153 @@ def far_ahead(rank: int, size: int, kind: str, ahead: int) -> tuple[list[float],
         for source in sources[1:]:
             buffer.pp_send(source, 1, async_with_compute_stream=True)
         buffer.pp_flush()
-        return [], buffer.traffic.inplace_bytes
+        return [], 0
     for event in events:
         event.current_stream_wait()
-    return [tensor.tolist()[1] for tensor in into], 0
+    return [tensor.tolist()[1] for tensor in into], buffer.traffic.inplace_bytes
 
 
-@pytest.mark.parametrize(("ahead", "stayed"), [(3, 2), (14, 2), (15, 1), (16, 0), (17, 0), (40, 0)])
+@pytest.mark.parametrize(("ahead", "stayed"), [(3, 2), (62, 2), (63, 1), (64, 0), (65, 0), (140, 0)])
 def test_tensors_asked_for_long_before_they_are_sent(pool: Callable[[int], Pool], ahead: int, stayed: int) -> None:
-    (_, straight), (values, _) = pool(2).run(far_ahead, "emulated", ahead)
+    _, (values, straight) = pool(2).run(far_ahead, "emulated", ahead)
     assert values == [float(number) for number in range(1, ahead + 3)]
     assert straight == 12 * stayed
+
+
+@all_stay
+def far_behind(rank: int, size: int, kind: str, ahead: int, room: int, copied: int) -> tuple[list[float], int]:
+    """Rank 0 sends so many tensors before rank 1 asks for any; every `copied`-th of those, from the first on, not in
+    place. Then the other way round."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2, max_inplace=room)
+    meeting, device = buffer._open().runtime.meeting, buffer.device
+    values: list[float] = []
+    for turn in range(2):
+        if rank == turn:
+            for number in range(ahead):
+                buffer.pp_send(torch.full((3,), float(number), device=device), 1 - rank, async_with_compute_stream=True)
+        meeting.agree(f"sent {turn}", lambda: "")
+        if rank != turn:
+            into = []
+            for number in range(ahead):
+                if number % copied == 0:
+                    tensor = torch.zeros(3, device=device)
+                    event = buffer.pp_recv(tensor, 1 - rank, async_with_compute_stream=True)
+                else:
+                    tensor, event = buffer.pp_recv_inplace((3,), torch.float32, 1 - rank)
+                into.append(tensor)
+                event.current_stream_wait()
+            values = [tensor.tolist()[1] for tensor in into]
+        buffer.pp_flush()
+        meeting.agree(f"received {turn}", lambda: "")
+    return values, buffer.traffic.inplace_bytes
+
+
+@pytest.mark.parametrize(
+    ("ahead", "room", "copied", "stayed"), [(8, 3, 100, 3), (8, 20, 3, 5), (64, 99, 100, 63), (150, 99, 100, 63)]
+)
+def test_tensors_sent_long_before_they_are_asked_for(
+    pool: Callable[[int], Pool], ahead: int, room: int, copied: int, stayed: int
+) -> None:
+    for values, straight in pool(2).run(far_behind, "emulated", ahead, room, copied):
+        assert values == [float(number) for number in range(ahead)]
+        assert straight == 12 * stayed
+
+
+class _Words:
+    """Host memory of two ranks; before some exchanges it does something else."""
+
+    def __init__(self, num_bytes: int):
+        self.num_bytes, self.seen = num_bytes, [[0] * (num_bytes // 8) for _ in range(2)]
+        self.before: Callable[[], None] = lambda: None
+
+    def exchange(self, rank: int, offset: int, expected: int, value: int) -> int:
+        self.before()
+        found = self.seen[rank][offset // 8]
+        if found == expected:
+            assert 0 <= value < 1 << 64
+            self.seen[rank][offset // 8] = value
+        return found
+
+
+class _Counted(inplace.InPlace):
+    """Knows which slots are taken."""
+
+    taken: set[int]
+
+    def _take(self, owner: int) -> int | None:
+        slot = super()._take(owner)
+        assert slot is None or slot not in self.taken
+        if slot is not None:
+            self.taken.add(slot)
+        return slot
+
+    def _give(self, slot: int, owner: int | None = None) -> None:
+        self.taken.discard(slot)
+        super()._give(slot, owner)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    turns=st.lists(st.sampled_from(("send", "copy", "stay")), min_size=1, max_size=60),
+    interrupts=st.lists(st.integers(0, 5), max_size=60),
+    room=st.integers(1, 70),
+    words=st.integers(1, 3),
+    begin=st.sampled_from((0, (1 << 20) - 3)),
+)
+def test_send_and_receive_come_to_the_same_slot(
+    turns: list[str], interrupts: list[int], room: int, words: int, begin: int
+) -> None:
+    """One comes to some tensors while the other is about to exchange words; a slot is of one tensor at a time."""
+    runtimes = [SimpleNamespace(rank=rank, size=2, lsa_size=2) for rank in range(2)]
+    with mock.patch.object(inplace, "WORDS", words), mock.patch.object(inplace, "LEAST_BYTES", 1):
+        memory = _Words(8 * 2 * words * base.NUM_CHANNELS + 16)
+        for place in range(words):  # as after many tensors
+            for offset in (place + words * base.NUM_CHANNELS * source for source in range(2)):
+                memory.seen[1][offset] = begin << 24 | begin << 44
+        _Counted.taken = set()
+        sender, receiver = (
+            _Counted(runtime, memory, SimpleNamespace(peer_pointer=lambda *_: 0), 0, 1, room)  # type: ignore[arg-type]
+            for runtime in runtimes
+        )
+        came: dict[str, list[int | None]] = {"send": [], "receive": []}
+        inside = [False]
+        left = iter(interrupts)
+
+        def step(kind: str) -> None:
+            if kind == "send":
+                number = len(came["send"])
+                came["send"].append(-1)
+                came["send"][number] = sender.send(1, 0, wanted=number > 0)
+            else:
+                number = len(came["receive"])
+                came["receive"].append(-1)
+                slot = receiver.receive(0, 0, stays=kind == "stay")
+                came["receive"][number] = None if slot is None else slot.number
+                if slot is not None:
+                    slot.arrival = lambda: len(came["send"]) > number and came["send"][number] != -1
+
+        def interrupt(kind: str) -> None:
+            if not inside[0]:
+                inside[0] = True
+                for _ in range(max(0, next(left, 0) - 2)):
+                    step("stay" if kind == "send" else "send")
+                inside[0] = False
+
+        for kind in turns:
+            memory.before = partial(interrupt, kind)
+            step(kind)
+        memory.before = lambda: None
+        while len(came["send"]) < len(came["receive"]):
+            step("send")
+        while len(came["receive"]) < len(came["send"]):
+            step("copy")
+        while receiver._used:
+            step("copy")
+            step("send")
+        assert came["send"] == came["receive"]
+        free = sum(word.bit_count() for word in memory.seen[1][-2:])
+        assert free == room
 
 
 @all_stay
@@ -1119,6 +1277,7 @@ def still_read(rank: int, size: int, kind: str, how: str = "waits") -> list[int]
     for number, source in enumerate(sources):
         if rank == 1:
             tensor, event = buffer.pp_recv_inplace((1000,), torch.float32, 0)
+            straight.append(buffer.traffic.inplace_bytes)
             runtime.meeting.post(f"called for {number}", "")
             reader = busy if number == 0 else None
             if how == "recorded" and reader is not None:
@@ -1142,7 +1301,6 @@ def still_read(rank: int, size: int, kind: str, how: str = "waits") -> list[int]
             while runtime.meeting.peek(f"called for {number}") is None:
                 time.sleep(1e-3)
             buffer.pp_send(source, 1, async_with_compute_stream=True).current_stream_wait()
-            straight.append(buffer.traffic.inplace_bytes)
     settle(buffer)
     if rank == 1:
         assert all(torch.equal(copy.cpu(), source.cpu()) for copy, source in zip(copies, sources, strict=True))
@@ -1151,7 +1309,7 @@ def still_read(rank: int, size: int, kind: str, how: str = "waits") -> list[int]
 
 @pytest.mark.parametrize("how", ["waits", "recorded"])
 def test_a_slot_is_free_once_streams_have_read_it(pool: Callable[[int], Pool], how: str) -> None:
-    assert pool(2).run(still_read, "emulated", how) == [[4000, 4000, 8000], []]
+    assert pool(2).run(still_read, "emulated", how) == [[], [4000, 4000, 8000]]
 
 
 @all_stay
@@ -1200,14 +1358,14 @@ def never_waited_for(rank: int, size: int, kind: str) -> int:
         for number in (1.0, 2.0):
             buffer.pp_send(torch.full((3,), number), 1)
         buffer.pp_flush()
-        return buffer.traffic.inplace_bytes
+        return 0
     event.current_stream_wait()
     assert tensor.tolist() == [2.0] * 3
-    return 0
+    return buffer.traffic.inplace_bytes
 
 
 def test_a_tensor_that_is_dropped_before_it_has_come(pool: Callable[[int], Pool]) -> None:
-    assert pool(2).run(never_waited_for, "emulated") == [12, 0]
+    assert pool(2).run(never_waited_for, "emulated") == [0, 12]
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("emulated", 2), ("emulated", 3), (NODES, 4)])

@@ -1051,12 +1051,12 @@ class ElasticBuffer:
     ) -> tuple[torch.Tensor, EventOverlap]:
         """Receive into a new tensor what `src_rank` sends by `pp_send`, as the next receive from it on the channel.
 
-        On a GPU, inside a node, the sender copies straight into the tensor if that has 1 MiB or more, was called for
-        before the send (by a receive that is less than 16 ahead of the sends), is not the first one between the two on
-        the channel, and one of `max_inplace` slots is free; otherwise it is copied out of a ring, as by `pp_recv`. A
+        On a GPU, inside a node, the sender copies straight into the tensor if that has 1 MiB or more, is not the first
+        one between the two on the channel, and one of `max_inplace` slots is free when the first of the two comes to it
+        (a receive or a send at most 64 ahead of the other); otherwise it is copied out of a ring, as by `pp_recv`. A
         slot is free again once both the tensor and its event are dropped and the streams that waited for the event have
-        come that far. Asynchronous operations of buffers are waited for, too; for any other stream that uses the tensor
-        let these wait, as torch's `record_stream` does nothing here.
+        come that far, which receives and `pp_flush` look for. Asynchronous operations of buffers are waited for, too;
+        for any other stream that uses the tensor let these wait, as torch's `record_stream` does nothing here.
 
         Returns:
             The tensor, of the memory of this buffer maybe, which goes with it (`destroy` warns); and the event after

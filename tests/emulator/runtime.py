@@ -93,7 +93,12 @@ class Window:
 
     def part(self, offset: int, num_bytes: int) -> torch.Tensor:
         """Some of `tensor`, with a storage of its own."""
-        return torch.from_numpy(self.tensor.numpy()[offset : offset + num_bytes])
+        return self.lend(offset, num_bytes)[0]
+
+    def lend(self, offset: int, num_bytes: int) -> tuple[torch.Tensor, weakref.ref[Any]]:
+        """Likewise, and what refers to nothing any more once nobody has that storage."""
+        memory = self.tensor.numpy()[offset : offset + num_bytes]
+        return torch.from_numpy(memory), weakref.ref(memory)
 
     def exchange(self, rank: int, offset: int, expected: int, value: int) -> int:
         """A word of 64 bits of a rank's part becomes `value` if it is `expected`; returns what it was."""

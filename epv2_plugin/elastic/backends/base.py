@@ -43,13 +43,13 @@ def describe_kind(shape: torch.Size, dtype: torch.dtype) -> str:
 
 @dataclass
 class Traffic:
-    """Bytes that went to other ranks, counted where they leave; rows of the cuda backend's dispatches where they come.
+    """Bytes that went to other ranks, counted where they leave unless it says otherwise; rows of the cuda backend's
+    dispatches where they come.
 
     Attributes:
         sent_bytes: everything, headers included.
         undeduplicated_bytes: what the same rows would have been with one copy per (token, expert) pair.
-        inplace_bytes: of `sent_bytes`, tensors of `pp_send` that went straight to where they stay (cuda; counted where
-            they leave).
+        inplace_bytes: tensors of `pp_recv_inplace` that stay where the sender put them (cuda; counted where they come).
         network_bytes: rows of dispatches and of Engram, and tensors of `pp_recv`, that came over the network to this
             rank (cuda).
         direct_network_bytes: what would have come in direct mode, one row for each rank that wants it.

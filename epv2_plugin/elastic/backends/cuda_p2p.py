@@ -259,7 +259,8 @@ class _Receive:
     """A receive and its event: the tensor holds data.
 
     Attributes:
-        slot: the tensor's, which it was offered for; None: it is copied out of the ring.
+        stays: whether the tensor lies where it comes to, rather than being copied out of there.
+        slot: of `InPlace`, None = of the ring; known once it is on a stream.
         before: event behind which it may write, None = where the current stream is.
         wait: once it is on a stream. stream: that one, None = the link's, else the handle of another.
     """
@@ -270,9 +271,10 @@ class _Receive:
         tensor: torch.Tensor,
         link: _Incoming,
         number: int,
-        slot: Slot | None = None,
+        stays: bool = False,
     ):
-        self._owner, self.link, self.number, self.slot = owner, link, number, slot
+        self._owner, self.link, self.number, self.stays = owner, link, number, stays
+        self.slot: Slot | None = None
         self.tensor, self.dense = tensor, tensor
         if not tensor.is_contiguous():
             self.dense = torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -355,7 +357,7 @@ class CudaPointToPoint:
             for own, seen in zip(mine, text.split("\n"), strict=True):
                 if seen != own:
                     raise CommunicationError(rank, peer, phase, f"{own} as on this rank", seen)
-        words = self._shared_words() if max_inplace else None
+        words = self._shared_words(max_inplace) if max_inplace else None
         layout = RingLayout(
             num_ranks=size,
             num_channels=NUM_CHANNELS,
@@ -413,10 +415,12 @@ class CudaPointToPoint:
         if kind is not oldest:  # else they are there
             operations += [("write64", outbox + 8 * i, word) for i, word in enumerate(kind.words)]
         passed = self._watch.note(wait)
-        place = self._inplace.accept(peer, channel, number) if self._inplace is not None and link.near else None
+        place = None
+        if self._inplace is not None and link.near and self._inplace.suits(kind.num_bytes):
+            # The first one a peer copies itself: it may not know of the ring, and thus come to it late.
+            place = self._inplace.send(peer, channel, wanted=number > 0)
         if place is not None:
             slot = self._bases[peer] + place
-            self._traffic.inplace_bytes += kind.num_bytes
         pieces = kind.pieces if link.near and place is None else [(0, kind.num_bytes)]
         begin, end = 0, _HEADER_BYTES + 4  # of the record: what the peer is told behind a piece
         for offset, num_bytes in pieces:
@@ -457,7 +461,8 @@ class CudaPointToPoint:
                 self._deferring = True
             else:
                 current = self.runtime.current_handle()
-                self._put(link, receive, current if wait and self._suits(current, link, receive.kind) else None)
+                stream = current if wait and self._suits(current, link, receive.kind) else None
+                self._put(link, receive, self._slot_of(link, receive), stream)
         if deferred and not self._put_deferred():
             self._watch.repeat(self._put_deferred)
         if wait:
@@ -469,18 +474,22 @@ class CudaPointToPoint:
     ) -> tuple[torch.Tensor, _Receive]:
         self._begin("pp_recv_inplace")
         link = self._incoming.get((peer, channel)) or self._incoming_link(peer, channel)
-        if self._inplace is not None and link.near:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if self._inplace is not None and link.near and self._inplace.suits(num_bytes):
             with self._lock:
-                made = None
                 # Else this one would come before those that are deferred; and a stream that waits from the very first
                 # tensor on holds up kernels that a program loads at its begin, maybe those that the sender needs.
                 if link.ring is not None and not link.deferred:
-                    made = self._inplace.offer(peer, channel, link.number, shape, dtype)
-                if made is not None:
-                    receive = _Receive(self, made[0], link, link.number, made[1])
+                    slot = self._inplace.receive(peer, channel, stays=True)
+                    if slot is not None:
+                        tensor = self._inplace.tensor(slot, shape, dtype)
+                        self._traffic.inplace_bytes += num_bytes
+                    else:
+                        tensor = torch.empty(tuple(shape), dtype=dtype, device=self.runtime.device)
+                    receive = _Receive(self, tensor, link, link.number, stays=slot is not None)
                     link.number += 1
-                    self._put(link, receive)
-                    return made[0], receive
+                    self._put(link, receive, slot)
+                    return tensor, receive
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self.runtime.device)
         return tensor, self.receive(tensor, peer, channel, wait=False)
 
@@ -503,6 +512,9 @@ class CudaPointToPoint:
             waits.append(wait)
         for wait in waits:
             self._watch.finish(wait)
+        if self._inplace is not None:
+            with self._lock:
+                self._inplace.collect()
 
     def drop_deferred(self) -> None:
         """Forget receives that wait for the sender's first word: nobody waits for them any more."""
@@ -544,7 +556,7 @@ class CudaPointToPoint:
             wait = Wait(link.peer, link.phase(receive.number), f"its event: {receive.kind.text}", lane_of(current))
             taken = ("wait32_geq", link.taken, receive.number + 1 & 0xFFFFFFFF)
             self.runtime.stream_ops([taken, self._watch.note(wait)])
-        if receive.slot is not None:
+        if receive.stays and receive.slot is not None:
             receive.slot.use(self.runtime.current_stream())
         self._watch.check()
 
@@ -553,7 +565,8 @@ class CudaPointToPoint:
     def _begin(self, call: str) -> None:
         self._watch.check()
         self._refuse_capture(call)
-        self._put_deferred()
+        if self._deferring:
+            self._put_deferred()
 
     def _refuse_capture(self, what: str) -> None:
         if self.runtime.is_capturing():
@@ -579,11 +592,14 @@ class CudaPointToPoint:
                 )
             time.sleep(1e-3)
 
-    def _shared_words(self) -> Window | None:
-        """Of `InPlace`, with nothing said to this rank; None if processes can't share host memory (collective)."""
+    def _shared_words(self, count: int) -> Window | None:
+        """Of `InPlace` for so many slots, with nothing said to this rank; None if processes can't share host memory
+        (collective)."""
+        if self._words is not None and not InPlace.suffices(self.runtime, self._words, count):
+            self._words = None
         if self._words is None and len(self._near) > 1 and self._shares:
             try:
-                self._words = InPlace.words(self.runtime)
+                self._words = InPlace.words(self.runtime, count)
             except UnavailableError as error:
                 self._shares = False
                 if self.runtime.rank == 0:
@@ -649,7 +665,8 @@ class CudaPointToPoint:
                     if offset is not None:
                         link.ring = int(offset)
                 while link.deferred and link.ring is not None:
-                    self._put(link, link.deferred.popleft())
+                    receive = link.deferred.popleft()
+                    self._put(link, receive, self._slot_of(link, receive))
             self._deferring = any(link.deferred for link in self._incoming.values())
             return not self._deferring
 
@@ -660,17 +677,27 @@ class CudaPointToPoint:
             return False
         return stream > _LAST_SPECIAL_STREAM or (stream == 0 and kind.num_bytes <= _SMALL_BYTES)
 
-    def _put(self, link: _Incoming, receive: _Receive, stream: int | None = None) -> None:
-        """Put a receive on the current stream, of which `stream` is the handle; None = on the link's."""
+    def _slot_of(self, link: _Incoming, receive: _Receive) -> Slot | None:
+        """Where a tensor comes to that is to be copied out of there; None = the ring."""
+        if self._inplace is None or not link.near or not self._inplace.suits(receive.kind.num_bytes):
+            return None
+        return self._inplace.receive(link.peer, link.channel, stays=False)
+
+    def _put(self, link: _Incoming, receive: _Receive, place: Slot | None, stream: int | None = None) -> None:
+        """Put a receive of what comes to `place` on the current stream, of which `stream` is the handle; None = on the
+        link's."""
         runtime, dense, number, kind = self.runtime, receive.dense, receive.number, receive.kind
         peer, index, address = link.peer, number % self._max_inflight, dense.data_ptr()
-        slot, stays = address, receive.slot is not None
-        if not stays:
+        stays = receive.stays
+        if place is not None:
+            assert self._inplace is not None
+            slot = self._inplace.address(place)
+        else:
             assert link.ring is not None
             slot = self._bases[runtime.rank] + link.ring + index * self._layout.slot_bytes
         record = link.records[index]
         ready = kind.ready(number, number // self._max_inflight)
-        pieces = kind.pieces if link.near and not stays else [(0, kind.num_bytes)]
+        pieces = kind.pieces if link.near and place is None else [(0, kind.num_bytes)]
         words, count = link.words[index][: len(pieces)], number + 1 & 0xFFFFFFFF
 
         def judge(seen: bytes) -> tuple[int, str] | None:
@@ -728,8 +755,9 @@ class CudaPointToPoint:
             self._sender().send(_RINGS, [], [(peer, link.returned, 1)], link.stream)
             self._traffic.network_bytes += kind.num_bytes
             self._traffic.direct_network_bytes += kind.num_bytes
-        if receive.slot is not None:
-            receive.slot.arrival = functools.partial(self._watch.passed, wait)
+        if place is not None:
+            place.arrival = functools.partial(self._watch.passed, wait)
+        receive.slot = place
         link.last, link.stream_of_last = wait, stream
         receive.stream, receive.wait = stream, wait  # only now: another thread may wait for it at once
 

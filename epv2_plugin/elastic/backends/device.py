@@ -15,6 +15,7 @@ import os
 import secrets
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -57,6 +58,9 @@ class Window(Protocol):
 
     def part(self, offset: int, num_bytes: int) -> torch.Tensor:
         """`tensor[offset : offset + num_bytes]` with a storage of its own, by which one can tell when nobody has it."""
+
+    def lend(self, offset: int, num_bytes: int) -> tuple[torch.Tensor, weakref.ref[Any]]:
+        """Likewise, and what refers to nothing any more once nobody has that storage."""
 
     def exchange(self, rank: int, offset: int, expected: int, value: int) -> int:
         """Let the word of 64 bits at byte `offset` of a rank's host memory become `value` if it is `expected`; returns
@@ -214,7 +218,7 @@ _functions: dict[tuple[Kernel, int], _C.Function] = {}
 
 
 class _DeviceBytes:
-    """Memory at `pointer` as torch takes it over; a tensor made of this keeps `owner` alive."""
+    """Memory at `pointer` as torch takes it over; the storage of a tensor made of this keeps it, and `owner`, alive."""
 
     def __init__(self, pointer: int, num_bytes: int, owner: object):
         self.owner = owner
@@ -249,7 +253,11 @@ class _CudaWindow:
         self.tensor = self.part(0, raw.num_bytes)
 
     def part(self, offset: int, num_bytes: int) -> torch.Tensor:
-        return torch.as_tensor(_DeviceBytes(self._raw.pointer + offset, num_bytes, self._raw), device=self._device)
+        return self.lend(offset, num_bytes)[0]
+
+    def lend(self, offset: int, num_bytes: int) -> tuple[torch.Tensor, weakref.ref[Any]]:
+        memory = _DeviceBytes(self._raw.pointer + offset, num_bytes, self._raw)
+        return torch.as_tensor(memory, device=self._device), weakref.ref(memory)
 
     def peer_pointer(self, rank: int, offset: int) -> int:
         if rank not in self._node:

@@ -1,30 +1,37 @@
 """Tensors that stay where the sender's copy engine has put them, so that a receive copies nothing.
 
-A receive offers a free slot of its rank's window, in a word of host memory that the processes of a node share. A send
-that finds the offer copies there; one that comes earlier says so in the word and takes the ring, as ever. Both decide
-by one atomic exchange, so they agree, tensor by tensor, and neither waits for the other.
+A rank's window has slots for them. Whichever comes first to a tensor, its receive or its send, takes a free one and
+says so in a word of host memory that the processes of a node share; the other finds it there. Both decide by one
+atomic exchange, so they agree, tensor by tensor, and neither waits for the other. What finds no slot goes through a
+ring. So do small tensors, of which nothing is said here: ranks that disagree on a size fail anyway.
 
-What is offered no stream has anything left to do with: a send waits here for nothing that it would not wait for in a
-ring. A slot is free again once nobody has the tensor and the streams that waited for it have come that far.
+A slot is free, and says so in that memory, once nobody has its tensor and the streams that waited for it have come that
+far: a send waits here for nothing that it would not wait for in a ring.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from epv2_plugin.elastic.backends.base import NUM_CHANNELS
 from epv2_plugin.elastic.backends.device import Runtime, Window, node_of
 
 LEAST_BYTES = 1 << 20  # of a tensor; to copy a smaller one again takes less time than all this does
-_AHEAD = 16  # tensors of a (rank, channel) that a receiver may have offered room for before the sender comes to them
-# A word: which turn of its place, counted from 1, in the upper half; below, an offer and its slot, or nothing.
-_TURN_SHIFT, _OFFERED = 32, 1 << 31
+# Words for the tensors of a (rank, channel), used in turn: as many may one of the two come to before the other does.
+WORDS = 64
+# A word counts the tensors that its sender and its receiver have come to, and has the slot, plus one, of the next one
+# for whoever is behind.
+_COUNT_BITS, _SLOT_BITS = 20, 24
+_COUNT, _SLOT = (1 << _COUNT_BITS) - 1, (1 << _SLOT_BITS) - 1
+_SENT, _RECEIVED = _SLOT_BITS + _COUNT_BITS, _SLOT_BITS  # where the counts are
+_WORD_BITS = 64
+_LOOKS = 8  # at the slots, while as many tensors come as there are slots
 
 
 _everywhere: weakref.WeakSet[InPlace] = weakref.WeakSet()  # of this process
@@ -41,45 +48,59 @@ class Slot:
     """Memory for a tensor.
 
     Attributes:
-        storage: of the tensor that is there. arrival: whether it has come. streams: that use it.
-        left: each says whether something is done that was still to be done when nobody had it any more.
+        storage: of the tensor that stays there, if there is one: refers to nothing once nobody has it. arrival: whether
+            the tensor has come; None: its receive is not on a stream yet.
+        streams: that use it. left: each says whether a stream has done what it was given while somebody had it.
     """
 
     def __init__(self, number: int):
         self.number = number
-        self.storage: StorageWeakRef | None = None
+        self.storage: weakref.ref[Any] | None = None
         self.arrival: Callable[[], bool] | None = None
         self.streams: list[Any] = []
         self.left: list[Callable[[], bool]] = []
-
-    @property
-    def free(self) -> bool:
-        return self.storage is None and all(done() for done in self.left)
 
     def use(self, stream: Any) -> None:
         """Note that a stream uses the tensor."""
         if stream not in self.streams:
             self.streams.append(stream)
 
+    @property
+    def held(self) -> bool:
+        """Whether somebody has the tensor."""
+        return self.storage is not None and self.storage() is not None
+
 
 class InPlace:
-    """What a rank offers, and what others offer it.
+    """The slots of a node's ranks.
 
     Args:
-        runtime: the device. words: host memory of the node. memory: the window. begin, slot_bytes, count: slots in it,
-            on every rank.
+        runtime: the device. words: host memory of the node, see `words`. memory: the window. begin, slot_bytes, count:
+            slots in it, on every rank.
     """
 
     def __init__(self, runtime: Runtime, words: Window, memory: Window, begin: int, slot_bytes: int, count: int):
         self._runtime, self._words, self._memory = runtime, words, memory
         self._first, self._begin, self._slot_bytes = node_of(runtime).start, begin, slot_bytes
-        self._slots = [Slot(number) for number in range(count)]
+        self._free = range(_of_links(runtime), words.num_bytes, 8)  # of each word, a bit for each slot
+        self._used: dict[int, Slot] = {}  # of this rank, by number
+        # How many tensors of each (rank, channel) this rank has come to.
+        self._sent, self._received = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+        self._pause = count // _LOOKS  # receives without a look at all of them, which costs as much as the rest of one
+        self._since = 0
+        for number in range(count):
+            self._give(number)
         _everywhere.add(self)
 
     @staticmethod
-    def words(runtime: Runtime) -> Window:
+    def words(runtime: Runtime, count: int) -> Window:
         """Memory for what ranks say to each other (collective). Raises UnavailableError as `Runtime.host_window`."""
-        return runtime.host_window(8 * _AHEAD * NUM_CHANNELS * runtime.lsa_size)
+        return runtime.host_window(_of_links(runtime) + 8 * -(-count // _WORD_BITS))
+
+    @staticmethod
+    def suffices(runtime: Runtime, words: Window, count: int) -> bool:
+        """Whether it is enough for so many slots."""
+        return (words.num_bytes - _of_links(runtime)) * (_WORD_BITS // 8) >= count
 
     @staticmethod
     def reset(runtime: Runtime, words: Window) -> None:
@@ -91,70 +112,130 @@ class InPlace:
     @property
     def held(self) -> int:
         """How many tensors are there that somebody has."""
-        return sum(slot.storage is not None and not slot.storage.expired() for slot in self._slots)
+        return sum(slot.held for slot in [*self._used.values()])
 
     @property
     def all_free(self) -> bool:
         """Whether no stream has anything left to do with a slot either."""
-        self._collect()
-        return all(slot.free for slot in self._slots)
+        self.collect()
+        return not self._used
 
-    def _collect(self) -> None:
-        """See which tensors nobody has any more."""
-        for slot in self._slots:
-            if slot.storage is not None and slot.storage.expired():
-                slot.storage = None
-                slot.left = [self._runtime.record(stream).passed for stream in slot.streams]
-                if slot.arrival is not None:  # nobody may have waited for it
-                    slot.left.append(slot.arrival)
+    @staticmethod
+    def suits(num_bytes: int) -> bool:
+        """Whether a tensor is large enough to be come to."""
+        return num_bytes >= LEAST_BYTES
 
-    def offer(
-        self, peer: int, channel: int, number: int, shape: Sequence[int], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, Slot] | None:
-        """A new tensor for what comes as `number` from `peer`; None if no slot is free, the sender came first, or he
-        has not come to the tensor `_AHEAD` before. The caller sets `Slot.arrival`."""
-        if (num_bytes := math.prod(shape) * dtype.itemsize) < LEAST_BYTES:
+    def send(self, peer: int, channel: int, wanted: bool) -> int | None:
+        """Come to the next large tensor to `peer`: where in that rank's window it goes, None = into the ring.
+
+        Args:
+            wanted: whether to take a slot where the peer has not come; its receive may copy the tensor out of that.
+        """
+        number, self._sent[peer, channel] = self._sent[peer, channel], self._sent[peer, channel] + 1
+        slot = self._meet(peer, self._place(self._runtime.rank, channel, number), _SENT, _RECEIVED, wanted)
+        return None if slot is None else self._begin + slot * self._slot_bytes
+
+    def receive(self, peer: int, channel: int, stays: bool) -> Slot | None:
+        """Come to the next large tensor from `peer`: the slot that it is in, None = the ring. `stays`: whether it may
+        stay there. The caller sets `Slot.arrival`."""
+        number, self._received[peer, channel] = self._received[peer, channel], self._received[peer, channel] + 1
+        self._since += 1
+        if self._since > self._pause:
+            self.collect()
+        taken = self._meet(self._runtime.rank, self._place(peer, channel, number), _RECEIVED, _SENT, stays)
+        if taken is None:
             return None
-        self._collect()
-        slot = next((slot for slot in self._slots if slot.free), None)
-        if slot is None:
-            return None
-        flat = self._memory.part(self._begin + slot.number * self._slot_bytes, num_bytes)
+        slot = self._used[taken] = Slot(taken)
+        return slot
+
+    def tensor(self, slot: Slot, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The one that stays there."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        flat, slot.storage = self._memory.lend(self._begin + slot.number * self._slot_bytes, num_bytes)
         # Not a view: Megatron frees nothing that is one.
         tensor = torch.empty(0, dtype=dtype, device=flat.device)
         tensor.set_(flat.untyped_storage(), 0, tuple(shape))  # type: ignore[call-overload]
-        if not self._say(peer, channel, number, slot.number):
-            return None
-        slot.storage, slot.arrival, slot.streams = StorageWeakRef(flat.untyped_storage()), None, []
-        return tensor, slot
+        return tensor
 
-    def _say(self, peer: int, channel: int, number: int, slot: int) -> bool:
-        rank, place, turn = self._runtime.rank, self._place(peer, channel, number), number // _AHEAD + 1
-        seen = self._words.exchange(rank, place, 0, 0)
-        # Only if the sender has come to the last tensor of this place, and not to this one.
-        while seen >> _TURN_SHIFT == turn - 1 and not seen & _OFFERED:
-            found = self._words.exchange(rank, place, seen, turn << _TURN_SHIFT | _OFFERED | slot)
-            if found == seen:
-                return True
-            seen = found
-        return False
-
-    def accept(self, peer: int, channel: int, number: int) -> int | None:
-        """Where in the window of `peer` tensor `number` goes; None: into the ring. Once for each."""
-        place, turn = self._place(self._runtime.rank, channel, number), number // _AHEAD + 1
-        seen = self._words.exchange(peer, place, 0, 0)
-        while (found := self._words.exchange(peer, place, seen, turn << _TURN_SHIFT)) != seen:
-            seen = found
-        if seen >> _TURN_SHIFT != turn or not seen & _OFFERED:
-            return None
-        return self._begin + (seen & _OFFERED - 1) * self._slot_bytes
+    def address(self, slot: Slot) -> int:
+        """Where it is on this rank."""
+        return self._memory.peer_pointer(self._runtime.rank, self._begin + slot.number * self._slot_bytes)
 
     def record_use(self, address: int, stream: Any) -> None:
         """See `record_use`."""
         number = (address - self._memory.peer_pointer(self._runtime.rank, self._begin)) // self._slot_bytes
-        if 0 <= number < len(self._slots):
-            self._slots[number].use(stream)
+        if number in self._used:
+            self._used[number].use(stream)
+
+    def collect(self) -> None:
+        """See which tensors nobody has any more, and which slots are free."""
+        self._since = 0
+        behind: dict[Any, Callable[[], bool]] = {}  # what streams have been given so far
+        for slot in [*self._used.values()]:
+            if slot.held or slot.arrival is None:
+                continue
+            if slot.storage is not None:
+                slot.storage = None
+                for stream in slot.streams:
+                    if stream not in behind:
+                        behind[stream] = self._runtime.record(stream).passed
+                slot.left = [behind[stream] for stream in slot.streams]
+            if slot.arrival() and all(done() for done in slot.left):
+                del self._used[slot.number]
+                self._give(slot.number)
+
+    def _meet(self, owner: int, place: int, mine: int, theirs: int, wanted: bool) -> int | None:
+        """Come to the next tensor of a word at `owner`, as the one whose count is at `mine`: the slot that both take.
+        `wanted`: whether to take one for the other who has not come."""
+        taken = None
+        seen = self._words.exchange(owner, place, 0, 0)
+        while True:
+            own, slot = seen >> mine & _COUNT, seen & _SLOT
+            ahead = (seen >> theirs) - own & _COUNT  # by so many the other one
+            if ahead == 0:
+                if wanted and taken is None:
+                    taken, wanted = self._take(owner), False
+                slot = 0 if taken is None else taken + 1
+            elif ahead <= _COUNT >> 1:
+                slot = 0
+            # Else what is there is for a tensor that the other has yet to come to, before this one.
+            counts = (own + 1 & _COUNT) << mine | (seen >> theirs & _COUNT) << theirs
+            found = self._words.exchange(owner, place, seen, counts | slot)
+            if found == seen:
+                break
+            seen = found
+        if ahead == 0:
+            return taken
+        if taken is not None:
+            self._give(taken, owner)
+        agreed = seen & _SLOT
+        return agreed - 1 if agreed and ahead <= _COUNT >> 1 else None
+
+    def _take(self, owner: int) -> int | None:
+        """A slot of that rank that is free, which it is no more."""
+        for first, offset in enumerate(self._free):
+            seen = self._words.exchange(owner, offset, 0, 0)
+            while seen:
+                lowest = seen & -seen
+                found = self._words.exchange(owner, offset, seen, seen ^ lowest)
+                if found == seen:
+                    return first * _WORD_BITS + lowest.bit_length() - 1
+                seen = found
+        return None
+
+    def _give(self, slot: int, owner: int | None = None) -> None:
+        """Let a slot of a rank, or this one, be free."""
+        rank = self._runtime.rank if owner is None else owner
+        offset, bit = self._free[slot // _WORD_BITS], 1 << slot % _WORD_BITS
+        seen = self._words.exchange(rank, offset, 0, 0)
+        while (found := self._words.exchange(rank, offset, seen, seen | bit)) != seen:
+            seen = found
 
     def _place(self, source: int, channel: int, number: int) -> int:
         """The byte, at the receiver, of the word about a tensor from `source`."""
-        return 8 * (((source - self._first) * NUM_CHANNELS + channel) * _AHEAD + number % _AHEAD)
+        return 8 * (((source - self._first) * NUM_CHANNELS + channel) * WORDS + number % WORDS)
+
+
+def _of_links(runtime: Runtime) -> int:
+    """Bytes of the words about tensors, on each rank."""
+    return 8 * WORDS * NUM_CHANNELS * runtime.lsa_size
