@@ -185,7 +185,8 @@ def test_bench(tmp_path: Path) -> None:
     )
     document = json.loads((tmp_path / "b.json").read_text())
     beside = [f"beside {name}, {kind}" for kind in ("gather", "reduce") for name in ("epv2", "torch")]
-    assert [*document["gemm_us"]] == ["alone", *beside]
+    paced = [f"beside epv2, {kind}, paced" for kind in ("gather", "reduce")]
+    assert [*document["gemm_us"]] == ["alone", *beside, *paced]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -41,8 +42,8 @@ class Setup:
 def run(setup: Setup, command: str, json_file: Path | None) -> int:
     """Measure as one rank; rank 0 prints the report and writes the JSON. Returns the exit code, 1 = wrong data."""
     device = join(setup.backend)
-    ring = _Ring(setup, device)
     all_rounds = rounds.Rounds(device)
+    ring = _Ring(setup, all_rounds)
     if not ring.check():
         print(f"epv2 bench pp: WRONG RESULT: rank {ring.rank} received other data than was sent", file=sys.stderr)
         return 1  # without leaving in order: the others are waiting for this rank
@@ -53,13 +54,13 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
         ring.transfers(setup.large, IN_A_ROW), setup.iterations, divisor=IN_A_ROW
     )
     document["long_row"] = LONG_ROW
-    document["long_row_us"] = all_rounds.measure(
-        ring.transfers(setup.large, LONG_ROW), setup.iterations, divisor=LONG_ROW
-    )
+    long_row = ring.transfers(setup.large, LONG_ROW)
+    document["long_row_us"] = all_rounds.measure(long_row, setup.iterations, LONG_ROW, ring.time_queued)
+    document["long_row_host_us"] = all_rounds.measure(long_row, setup.iterations, LONG_ROW, ring.time_host)
     inplace_bytes = ring.buffer.traffic.inplace_bytes
     document["small_us"] = all_rounds.measure(ring.pings(setup.small), setup.iterations, divisor=2 * PINGS)
     if device.type == "cuda":
-        received = setup.ranks * setup.large * (2 + (setup.iterations + 1) * (1 + IN_A_ROW + LONG_ROW))
+        received = setup.ranks * setup.large * (2 + (setup.iterations + 1) * (1 + IN_A_ROW + 2 * LONG_ROW))
         document["inplace"] = sum(all_rounds.gather(inplace_bytes)) / received
         transfers = {
             name: gemms.Transfer(
@@ -78,8 +79,9 @@ def run(setup: Setup, command: str, json_file: Path | None) -> int:
 class _Ring:
     """Every rank sends to the next and receives from the one before."""
 
-    def __init__(self, setup: Setup, device: torch.device):
-        self.setup, self.device = setup, device
+    def __init__(self, setup: Setup, all_rounds: rounds.Rounds):
+        self.setup, self.device, self._rounds = setup, all_rounds.device, all_rounds
+        device = self.device
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.next, self.prev = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         assert dist.group.WORLD is not None
@@ -93,6 +95,7 @@ class _Ring:
 
             self._runtime = CudaRuntime(dist.group.WORLD, TIMEOUT.total_seconds())
             self._window = self._runtime.window(setup.large)
+            self._gate, self._turn = self._runtime.mapped(4), 0
 
     def close(self) -> None:
         self.buffer.pp_flush()
@@ -179,6 +182,31 @@ class _Ring:
             "plain copy": lambda: self.copy(num_bytes, count),
             "torch": torchs,
         }
+
+    def time_queued(self, work: Callable[[], object]) -> float:
+        """Microseconds; on a GPU from when all ranks have queued it, as where the host is ahead of the device."""
+        return self._rounds.time(work, self._hold, self._go)
+
+    def time_host(self, work: Callable[[], object]) -> float:
+        """Microseconds of this rank's host; on a GPU to queue it."""
+        self._rounds.align()
+        self._hold()
+        begin = time.perf_counter()
+        work()
+        took = (time.perf_counter() - begin) * 1e6
+        self._go()
+        return took
+
+    def _hold(self) -> None:
+        self.buffer.pp_flush()  # which sees the slots that are free
+        if self._runtime is not None:
+            self._turn += 1
+            self._runtime.stream_ops([("wait32_geq", self._gate.pointer, self._turn)])
+
+    def _go(self) -> None:
+        if self._runtime is not None:
+            self._rounds.meet()
+            self._gate.tensor.view(torch.int32)[0] = self._turn
 
     def pings(self, num_bytes: int) -> dict[str, Callable[[], object]]:
         """A tensor from every even rank to the next and back, `PINGS` times."""

@@ -257,16 +257,20 @@ def pp_text(document: dict[str, Any]) -> str:
     lines += _shares(document["large_us"], setup["large"])
     lines += _wrap(f"The same, {document['in_a_row']} started before the first is waited for; microseconds of one.")
     lines += _shares(document["in_a_row_us"], setup["large"])
-    lines += _wrap(f"{document['long_row']} in a row, {document['in_a_row']} under way at a time; microseconds of one.")
-    lines += _shares(document["long_row_us"], setup["large"])
+    queued = "" if share is None else " All are queued before the clock starts, so that it shows no time of the host."
+    lines += _wrap(
+        f"{document['long_row']} in a row, {document['in_a_row']} under way at a time; microseconds of one, and what "
+        f"the slowest host needs for one.{queued}"
+    )
+    lines += _shares(document["long_row_us"], setup["large"], document["long_row_host_us"])
     lines += _wrap(f"{setup['small']} bytes from a rank to the next and back: microseconds of one way, {what}.")
     small = document["small_us"].items()
     lines += [*table(["", "one way"], [[name, spread(slowest(samples))] for name, samples in small])]
     return "\n".join([*lines, *_gemms(document, what)])
 
 
-def _shares(samples: dict[str, list[list[float]]], num_bytes: int) -> list[str]:
-    """Times of transfers of `num_bytes`, beside that of a plain copy."""
+def _shares(samples: dict[str, Samples], num_bytes: int, hosts: dict[str, Samples] | None = None) -> list[str]:
+    """Times of transfers of `num_bytes`, beside that of a plain copy; and of hosts."""
     medians = {name: statistics.median(slowest(each)) for name, each in samples.items()}
     rows = [
         [
@@ -274,10 +278,12 @@ def _shares(samples: dict[str, list[list[float]]], num_bytes: int) -> list[str]:
             spread(slowest(samples[name])),
             _rate(num_bytes / median / 1e3),
             f"{medians['plain copy'] / median:.0%}",
+            *([] if hosts is None else [spread(slowest(hosts[name]))]),
         ]
         for name, median in medians.items()
     ]
-    return [*table(["", "time", "GB/s", "of the copy"], rows), ""]
+    columns = ["", "time", "GB/s", "of the copy", *([] if hosts is None else ["host"])]
+    return [*table(columns, rows), ""]
 
 
 def _gemms(document: dict[str, Any], what: str) -> list[str]:

@@ -29,15 +29,26 @@ class Rounds:
         """Let every rank go on at the same time, with nothing under way."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self.meet()
+
+    def meet(self) -> None:
+        """Wait for the hosts of all ranks."""
         dist.barrier(self._control)
 
-    def time(self, work: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
-        """Microseconds of one call, from a common start and behind `before`; on a GPU of the current stream."""
+    def time(
+        self,
+        work: Callable[[], object],
+        before: Callable[[], object] = lambda: None,
+        after: Callable[[], object] = lambda: None,
+    ) -> float:
+        """Microseconds of one call, from a common start, after `before`; on a GPU of the current stream. `after` comes
+        before the clock is read."""
         self.align()
         before()
         self._watch.mark()
         work()
         self._watch.mark()
+        after()
         return self._watch.laps()[0]
 
     def measure(
