@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -798,10 +798,11 @@ def test_what_the_cuda_backend_refuses(pool: Callable[[int], Pool], kind: str) -
     pool(3).run(refusals, kind)
 
 
+@all_stay
 def after_a_refusal(rank: int, size: int, kind: str) -> None:
     """Where a new configuration is refused, links go on as they were, and new ones share nothing with them."""
     buffer = make_buffer(kind, num_cpu_timeout_secs=20)
-    buffer.pp_set_config(1 << 10, 2)
+    buffer.pp_set_config(1 << 10, 2, max_inplace=2)
     first, second = (torch.full((5,), float(10 * n + rank), device=buffer.device) for n in (1, 2))
     into = torch.zeros(5, device=buffer.device)
     buffer.pp_send(first, 1 - rank)
@@ -810,6 +811,16 @@ def after_a_refusal(rank: int, size: int, kind: str) -> None:
         buffer.pp_set_config(1 << 12, 2)
     with pytest.raises(CommunicationError, match="as on this rank"):
         buffer.pp_set_config((1 << 12) << rank, 2)
+    runtime = buffer._open().runtime
+    with mock.patch.object(runtime, "window", side_effect=MemoryError("no memory")), pytest.raises(MemoryError):
+        buffer.pp_set_config(1 << 20, 2, max_inplace=3)
+    tensor, event = buffer.pp_recv_inplace((5,), torch.float32, 1 - rank)
+    dist.barrier()
+    buffer.pp_send(first, 1 - rank)
+    event.current_stream_wait()
+    assert tensor.tolist() == [11.0 - rank] * 5
+    assert buffer.traffic.inplace_bytes == 20 * (1 - rank in node_of(runtime))
+    del tensor, event
     buffer.pp_send(first, 1 - rank)
     buffer.pp_send(second, 1 - rank, channel=1)
     for channel in range(2):
@@ -1128,11 +1139,21 @@ def test_tensors_asked_for_long_before_they_are_sent(pool: Callable[[int], Pool]
 @all_stay
 def far_behind(rank: int, size: int, kind: str, ahead: int, room: int, copied: int) -> tuple[list[float], int]:
     """Rank 0 sends so many tensors before rank 1 asks for any; every `copied`-th of those, from the first on, not in
-    place. Then the other way round."""
+    place. Then the other way round. At first each knows that the other wants tensors in place, or (0) that it does not.
+    """
     buffer = make_buffer(kind, num_cpu_timeout_secs=20)
     buffer.pp_set_config(1 << 10, 2, max_inplace=room)
     meeting, device = buffer._open().runtime.meeting, buffer.device
     values: list[float] = []
+    for turn in range(1 if copied else 2):  # the first is not in place, whatever it is
+        if copied or turn == 0:
+            tensor, event = buffer.pp_recv_inplace((3,), torch.float32, 1 - rank)
+        else:
+            event = buffer.pp_recv(tensor.new_empty(3), 1 - rank, async_with_compute_stream=True)
+        meeting.agree(f"begun {turn}", lambda: "")
+        buffer.pp_send(torch.zeros(3, device=device), 1 - rank)
+        event.current_stream_wait()
+    del tensor, event
     for turn in range(2):
         if rank == turn:
             for number in range(ahead):
@@ -1141,7 +1162,7 @@ def far_behind(rank: int, size: int, kind: str, ahead: int, room: int, copied: i
         if rank != turn:
             into = []
             for number in range(ahead):
-                if number % copied == 0:
+                if copied and number % copied == 0:
                     tensor = torch.zeros(3, device=device)
                     event = buffer.pp_recv(tensor, 1 - rank, async_with_compute_stream=True)
                 else:
@@ -1155,7 +1176,8 @@ def far_behind(rank: int, size: int, kind: str, ahead: int, room: int, copied: i
 
 
 @pytest.mark.parametrize(
-    ("ahead", "room", "copied", "stayed"), [(8, 3, 100, 3), (8, 20, 3, 5), (64, 99, 100, 63), (150, 99, 100, 63)]
+    ("ahead", "room", "copied", "stayed"),
+    [(8, 3, 100, 2), (8, 20, 3, 5), (63, 99, 100, 62), (150, 99, 100, 63), (8, 20, 0, 0)],
 )
 def test_tensors_sent_long_before_they_are_asked_for(
     pool: Callable[[int], Pool], ahead: int, room: int, copied: int, stayed: int
@@ -1212,10 +1234,9 @@ def test_send_and_receive_come_to_the_same_slot(
     """One comes to some tensors while the other is about to exchange words; a slot is of one tensor at a time."""
     runtimes = [SimpleNamespace(rank=rank, size=2, lsa_size=2) for rank in range(2)]
     with mock.patch.object(inplace, "WORDS", words), mock.patch.object(inplace, "LEAST_BYTES", 1):
-        memory = _Words(8 * 2 * words * base.NUM_CHANNELS + 16)
+        memory = _Words(8 * 2 * (words + 1) * base.NUM_CHANNELS + 16)
         for place in range(words):  # as after many tensors
-            for offset in (place + words * base.NUM_CHANNELS * source for source in range(2)):
-                memory.seen[1][offset] = begin << 24 | begin << 44
+            memory.seen[1][place] = begin << 24 | begin << 44
         _Counted.taken = set()
         sender, receiver = (
             _Counted(runtime, memory, SimpleNamespace(peer_pointer=lambda *_: 0), 0, 1, room)  # type: ignore[arg-type]
@@ -1229,11 +1250,14 @@ def test_send_and_receive_come_to_the_same_slot(
             if kind == "send":
                 number = len(came["send"])
                 came["send"].append(-1)
-                came["send"][number] = sender.send(1, 0, wanted=number > 0)
+                came["send"][number] = sender.send(1, 0, number)
+                assert sender.send(1, 0, number) == came["send"][number]  # as after an error behind the first
             else:
                 number = len(came["receive"])
                 came["receive"].append(-1)
-                slot = receiver.receive(0, 0, stays=kind == "stay")
+                receiver.prefer(0, 0, stays=kind == "stay")
+                slot = receiver.receive(0, 0, number, stays=kind == "stay")
+                assert receiver.receive(0, 0, number, stays=kind != "stay") is slot
                 came["receive"][number] = None if slot is None else slot.number
                 if slot is not None:
                     slot.arrival = lambda: len(came["send"]) > number and came["send"][number] != -1
@@ -1259,6 +1283,63 @@ def test_send_and_receive_come_to_the_same_slot(
         assert came["send"] == came["receive"]
         free = sum(word.bit_count() for word in memory.seen[1][-2:])
         assert free == room
+
+
+@all_stay
+def without_memory(rank: int, size: int, kind: str) -> None:
+    """A receive that fails for want of memory may be tried again, in place or not."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2, max_inplace=1)
+    kept = []
+    for number in range(8):
+        if rank == 0:
+            buffer.pp_send(torch.full((3,), float(number)), 1, async_with_compute_stream=True)
+            continue
+        failing = "empty" if number % 2 else "tensor"  # of one that goes through the ring; of one that may stay
+        owner = torch if failing == "empty" else buffer._open().point_to_point._inplace
+        with mock.patch.object(owner, failing, side_effect=torch.OutOfMemoryError("no memory")), suppress(RuntimeError):
+            kept.append(buffer.pp_recv_inplace((3,), torch.float32, 0))
+        if len(kept) == number and number % 3 == 0:
+            into = torch.zeros(3)
+            kept.append((into, buffer.pp_recv(into, 0, async_with_compute_stream=True)))
+        elif len(kept) == number:
+            kept.append(buffer.pp_recv_inplace((3,), torch.float32, 0))
+    for number, (tensor, event) in enumerate(kept):
+        event.current_stream_wait()
+        assert tensor.tolist() == [float(number)] * 3, number
+    buffer.pp_flush()
+
+
+def test_a_receive_that_failed_may_be_tried_again(pool: Callable[[int], Pool]) -> None:
+    pool(2).run(without_memory, "emulated")
+
+
+@all_stay
+def all_at_once(rank: int, size: int, kind: str, room: int) -> list[int]:
+    """How many bytes stay of as many tensors as there are slots, in steps that drop all of them at their end."""
+    buffer = make_buffer(kind, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 10, 2, max_inplace=room)
+    meeting, straight = buffer._open().runtime.meeting, []
+    for step in range(5):
+        before = buffer.traffic.inplace_bytes
+        count = room if step else 1
+        received = [buffer.pp_recv_inplace((3,), torch.float32, 1 - rank) for _ in range(count)]
+        meeting.agree(f"called for {step}", lambda: "")
+        for _ in range(count):
+            buffer.pp_send(torch.zeros(3), 1 - rank, async_with_compute_stream=True)
+        for number in range(count):
+            received[number][1].current_stream_wait()
+        after = buffer._open().runtime.record()
+        while not after.passed():
+            time.sleep(1e-3)
+        straight.append((buffer.traffic.inplace_bytes - before) // 12)
+        received.clear()
+        assert buffer._open().point_to_point.held == 0
+    return straight[1:]
+
+
+def test_slots_that_are_free_are_found(pool: Callable[[int], Pool]) -> None:
+    assert pool(2).run(all_at_once, "emulated", 16) == [[16] * 4] * 2
 
 
 @all_stay

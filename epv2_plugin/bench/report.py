@@ -260,9 +260,9 @@ def pp_text(document: dict[str, Any]) -> str:
     queued = "" if share is None else " All are queued before the clock starts, so that it shows no time of the host."
     lines += _wrap(
         f"{document['long_row']} in a row, {document['in_a_row']} under way at a time; microseconds of one, and what "
-        f"the slowest host needs for one.{queued}"
+        f"the slowest host needs for one while they go on.{queued}"
     )
-    lines += _shares(document["long_row_us"], setup["large"], document["long_row_host_us"])
+    lines += _shares(document["queued_us"], setup["large"], document["host_us"])
     lines += _wrap(f"{setup['small']} bytes from a rank to the next and back: microseconds of one way, {what}.")
     small = document["small_us"].items()
     lines += [*table(["", "one way"], [[name, spread(slowest(samples))] for name, samples in small])]

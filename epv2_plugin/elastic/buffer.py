@@ -1053,7 +1053,8 @@ class ElasticBuffer:
 
         On a GPU, inside a node, the sender copies straight into the tensor if that has 1 MiB or more, is not the first
         one between the two on the channel, and one of `max_inplace` slots is free when the first of the two comes to it
-        (a receive or a send at most 64 ahead of the other); otherwise it is copied out of a ring, as by `pp_recv`. A
+        (a receive at most 64 such tensors ahead of its send; a send likewise, if the last such receive on the channel
+        was one in place, too); otherwise it is copied out of a ring, as by `pp_recv`. A
         slot is free again once both the tensor and its event are dropped and the streams that waited for the event have
         come that far, which receives and `pp_flush` look for. Asynchronous operations of buffers are waited for, too;
         for any other stream that uses the tensor let these wait, as torch's `record_stream` does nothing here.

@@ -5,8 +5,8 @@ slot at the receiver and then writes a record there: dtype and shape, and behind
 and of the tensor's number. The receiver's stream waits for exactly that word, copies the tensor out of the slot, and
 tells the sender how many it has taken. That is the credit: the send that wants the slot again waits for it, on its
 stream. A large tensor goes so in pieces, each with a word of its own, of which one is copied out while the next is
-copied in. What a receive has offered memory for goes there, in one copy, and stays (`inplace.py`); records, words and
-credits are the same.
+copied in. What has a place of its own at the receiver goes there instead, and may stay (`inplace.py`); records, words
+and credits are the same.
 
 What crosses a link comes first: a copy inside the sender before that would wait for the copy engine where that is busy
 with what this rank receives, and the next rank for it, and so on around a ring of ranks.
@@ -382,6 +382,9 @@ class CudaPointToPoint:
         if sender is not None:
             sender.enroll(_RINGS, window)
         self.runtime.writes_to_peers()  # now, as it is collective
+        if words is not None:
+            InPlace.reset(self.runtime, words)
+            self.runtime.meeting.agree(f"{name}/slots", lambda: "", f"{name}, end")
         # Only now: where the call was refused, links go on as they were, and new ones beside them.
         self._configured = self._attempts
         self._num_rings, self._max_inflight, self._layout, self._window = num_rings, max_inflight, layout, window
@@ -417,11 +420,10 @@ class CudaPointToPoint:
         passed = self._watch.note(wait)
         place = None
         if self._inplace is not None and link.near and self._inplace.suits(kind.num_bytes):
-            # The first one a peer copies itself: it may not know of the ring, and thus come to it late.
-            place = self._inplace.send(peer, channel, wanted=number > 0)
+            place = self._inplace.send(peer, channel, number)
         if place is not None:
             slot = self._bases[peer] + place
-        pieces = kind.pieces if link.near and place is None else [(0, kind.num_bytes)]
+        pieces = kind.pieces if link.near else [(0, kind.num_bytes)]
         begin, end = 0, _HEADER_BYTES + 4  # of the record: what the peer is told behind a piece
         for offset, num_bytes in pieces:
             if num_bytes:
@@ -451,6 +453,11 @@ class CudaPointToPoint:
     def receive(self, tensor: torch.Tensor, peer: int, channel: int, wait: bool) -> _Receive:
         self._begin("pp_recv")
         link = self._incoming.get((peer, channel)) or self._incoming_link(peer, channel)
+        if self._inplace is not None and link.near and self._inplace.suits(tensor.nbytes):
+            self._inplace.prefer(peer, channel, stays=False)
+        return self._receive(tensor, link, wait)
+
+    def _receive(self, tensor: torch.Tensor, link: _Incoming, wait: bool) -> _Receive:
         receive = _Receive(self, tensor, link, link.number)
         with self._lock:
             link.number += 1
@@ -476,22 +483,23 @@ class CudaPointToPoint:
         link = self._incoming.get((peer, channel)) or self._incoming_link(peer, channel)
         num_bytes = math.prod(shape) * dtype.itemsize
         if self._inplace is not None and link.near and self._inplace.suits(num_bytes):
+            self._inplace.prefer(peer, channel, stays=True)
             with self._lock:
                 # Else this one would come before those that are deferred; and a stream that waits from the very first
                 # tensor on holds up kernels that a program loads at its begin, maybe those that the sender needs.
                 if link.ring is not None and not link.deferred:
-                    slot = self._inplace.receive(peer, channel, stays=True)
+                    slot = self._inplace.receive(peer, channel, link.number, stays=True)
                     if slot is not None:
                         tensor = self._inplace.tensor(slot, shape, dtype)
-                        self._traffic.inplace_bytes += num_bytes
                     else:
                         tensor = torch.empty(tuple(shape), dtype=dtype, device=self.runtime.device)
                     receive = _Receive(self, tensor, link, link.number, stays=slot is not None)
                     link.number += 1
                     self._put(link, receive, slot)
+                    self._traffic.inplace_bytes += num_bytes * receive.stays
                     return tensor, receive
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self.runtime.device)
-        return tensor, self.receive(tensor, peer, channel, wait=False)
+        return tensor, self._receive(tensor, link, wait=False)
 
     @property
     def held(self) -> int:
@@ -593,8 +601,7 @@ class CudaPointToPoint:
             time.sleep(1e-3)
 
     def _shared_words(self, count: int) -> Window | None:
-        """Of `InPlace` for so many slots, with nothing said to this rank; None if processes can't share host memory
-        (collective)."""
+        """Of `InPlace` for so many slots; None if processes can't share host memory (collective)."""
         if self._words is not None and not InPlace.suffices(self.runtime, self._words, count):
             self._words = None
         if self._words is None and len(self._near) > 1 and self._shares:
@@ -604,8 +611,6 @@ class CudaPointToPoint:
                 self._shares = False
                 if self.runtime.rank == 0:
                     logger.warning("epv2: tensors of pp_recv_inplace are copied once more, out of a ring: %s", error)
-        if self._words is not None:
-            InPlace.reset(self.runtime, self._words)
         return self._words
 
     def _stream(self, *key: Any) -> Any:
@@ -681,7 +686,7 @@ class CudaPointToPoint:
         """Where a tensor comes to that is to be copied out of there; None = the ring."""
         if self._inplace is None or not link.near or not self._inplace.suits(receive.kind.num_bytes):
             return None
-        return self._inplace.receive(link.peer, link.channel, stays=False)
+        return self._inplace.receive(link.peer, link.channel, receive.number, stays=False)
 
     def _put(self, link: _Incoming, receive: _Receive, place: Slot | None, stream: int | None = None) -> None:
         """Put a receive of what comes to `place` on the current stream, of which `stream` is the handle; None = on the
@@ -697,7 +702,7 @@ class CudaPointToPoint:
             slot = self._bases[runtime.rank] + link.ring + index * self._layout.slot_bytes
         record = link.records[index]
         ready = kind.ready(number, number // self._max_inflight)
-        pieces = kind.pieces if link.near and place is None else [(0, kind.num_bytes)]
+        pieces = kind.pieces if link.near else [(0, kind.num_bytes)]
         words, count = link.words[index][: len(pieces)], number + 1 & 0xFFFFFFFF
 
         def judge(seen: bytes) -> tuple[int, str] | None:
@@ -725,7 +730,7 @@ class CudaPointToPoint:
             release=[("write32", word, ready) for word in words],
             spoil=spoil,
             also=(link.taken if link.near else link.landed, 4),
-            keep=(dense,),
+            keep=() if stays else (dense,),  # a slot is not free before the tensor has come
         )
         operations: list[StreamOp | CopyOp | OrderOp] = []
         if receive.before is not None:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -34,6 +33,7 @@ _WORD_BITS = 64
 _LOOKS = 8  # at the slots, while as many tensors come as there are slots
 
 
+_Answer = TypeVar("_Answer")
 _everywhere: weakref.WeakSet[InPlace] = weakref.WeakSet()  # of this process
 
 
@@ -71,6 +71,20 @@ class Slot:
         return self.storage is not None and self.storage() is not None
 
 
+class _Link(Generic[_Answer]):
+    """How far this rank has come with a peer on a channel.
+
+    Attributes:
+        number, answer: of the last large tensor. turn: the word of the next one. stays: what `prefer` has said.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.answer, self.turn, self.stays = -1, cast(_Answer | None, None), 0, False
+
+    def come(self, number: int, answer: _Answer | None) -> None:
+        self.number, self.answer, self.turn = number, answer, (self.turn + 1) % WORDS
+
+
 class InPlace:
     """The slots of a node's ranks.
 
@@ -84,8 +98,8 @@ class InPlace:
         self._first, self._begin, self._slot_bytes = node_of(runtime).start, begin, slot_bytes
         self._free = range(_of_links(runtime), words.num_bytes, 8)  # of each word, a bit for each slot
         self._used: dict[int, Slot] = {}  # of this rank, by number
-        # How many tensors of each (rank, channel) this rank has come to.
-        self._sent, self._received = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+        self._out: dict[tuple[int, int], _Link[int]] = {}  # by rank and channel
+        self._in: dict[tuple[int, int], _Link[Slot]] = {}
         self._pause = count // _LOOKS  # receives without a look at all of them, which costs as much as the rest of one
         self._since = 0
         for number in range(count):
@@ -125,28 +139,39 @@ class InPlace:
         """Whether a tensor is large enough to be come to."""
         return num_bytes >= LEAST_BYTES
 
-    def send(self, peer: int, channel: int, wanted: bool) -> int | None:
-        """Come to the next large tensor to `peer`: where in that rank's window it goes, None = into the ring.
+    def send(self, peer: int, channel: int, number: int) -> int | None:
+        """Come to tensor `number` to `peer`, a large one, again if that failed afterwards: where in that rank's window
+        it goes, None = into the ring."""
+        link = self._out.setdefault((peer, channel), _Link())
+        if link.number != number:
+            place = self._place(self._runtime.rank, channel)
+            # The first one a peer copies itself: it may not know of the ring, and thus come to it late.
+            wanted = number > 0 and self._words.exchange(peer, place + 8 * WORDS, 0, 0) != 0
+            link.come(number, self._meet(peer, place + 8 * link.turn, _SENT, _RECEIVED, wanted))
+        return None if link.answer is None else self._begin + link.answer * self._slot_bytes
 
-        Args:
-            wanted: whether to take a slot where the peer has not come; its receive may copy the tensor out of that.
-        """
-        number, self._sent[peer, channel] = self._sent[peer, channel], self._sent[peer, channel] + 1
-        slot = self._meet(peer, self._place(self._runtime.rank, channel, number), _SENT, _RECEIVED, wanted)
-        return None if slot is None else self._begin + slot * self._slot_bytes
+    def receive(self, peer: int, channel: int, number: int, stays: bool) -> Slot | None:
+        """Come to tensor `number` from `peer`, likewise: the slot that it is in, None = the ring. `stays`: whether it
+        may stay there. The caller sets `Slot.arrival`."""
+        link = self._in.setdefault((peer, channel), _Link())
+        if link.number != number:
+            self._since += 1
+            if self._since > self._pause:
+                self.collect()
+            place = self._place(peer, channel)
+            taken = self._meet(self._runtime.rank, place + 8 * link.turn, _RECEIVED, _SENT, stays)
+            link.come(number, None if taken is None else Slot(taken))
+            if link.answer is not None:
+                self._used[link.answer.number] = link.answer
+        return link.answer
 
-    def receive(self, peer: int, channel: int, stays: bool) -> Slot | None:
-        """Come to the next large tensor from `peer`: the slot that it is in, None = the ring. `stays`: whether it may
-        stay there. The caller sets `Slot.arrival`."""
-        number, self._received[peer, channel] = self._received[peer, channel], self._received[peer, channel] + 1
-        self._since += 1
-        if self._since > self._pause:
-            self.collect()
-        taken = self._meet(self._runtime.rank, self._place(peer, channel, number), _RECEIVED, _SENT, stays)
-        if taken is None:
-            return None
-        slot = self._used[taken] = Slot(taken)
-        return slot
+    def prefer(self, peer: int, channel: int, stays: bool) -> None:
+        """Say whether receives from `peer` let tensors stay: else it takes no slots for them."""
+        link = self._in.setdefault((peer, channel), _Link())
+        if link.stays != stays:
+            place = self._place(peer, channel) + 8 * WORDS
+            self._words.exchange(self._runtime.rank, place, int(link.stays), int(stays))
+            link.stays = stays
 
     def tensor(self, slot: Slot, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The one that stays there."""
@@ -195,6 +220,9 @@ class InPlace:
             if ahead == 0:
                 if wanted and taken is None:
                     taken, wanted = self._take(owner), False
+                    if taken is None and owner == self._runtime.rank and self._since:
+                        self.collect()
+                        taken = self._take(owner)
                 slot = 0 if taken is None else taken + 1
             elif ahead <= _COUNT >> 1:
                 slot = 0
@@ -231,11 +259,11 @@ class InPlace:
         while (found := self._words.exchange(rank, offset, seen, seen | bit)) != seen:
             seen = found
 
-    def _place(self, source: int, channel: int, number: int) -> int:
-        """The byte, at the receiver, of the word about a tensor from `source`."""
-        return 8 * (((source - self._first) * NUM_CHANNELS + channel) * WORDS + number % WORDS)
+    def _place(self, source: int, channel: int) -> int:
+        """The byte, at the receiver, where words about tensors from `source` begin; behind them is `prefer`'s."""
+        return 8 * ((source - self._first) * NUM_CHANNELS + channel) * (WORDS + 1)
 
 
 def _of_links(runtime: Runtime) -> int:
     """Bytes of the words about tensors, on each rank."""
-    return 8 * WORDS * NUM_CHANNELS * runtime.lsa_size
+    return 8 * (WORDS + 1) * NUM_CHANNELS * runtime.lsa_size
