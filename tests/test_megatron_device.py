@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import epv2_plugin
+from epv2_plugin.config import ConfigError, PluginConfig
 from epv2_plugin.elastic import ElasticBuffer, EventOverlap
 from epv2_plugin.elastic.model import scale_up_rate
 from epv2_plugin.plugin import WITHOUT_EFFECT, _unused
@@ -300,3 +301,16 @@ def test_keys_without_effect_depend_on_the_backend() -> None:
     assert sorted(_unused(config, "host")) == sorted(on_host)
     assert _unused(config, "cuda") == ["sm_budget.pipeline"]
     assert set(WITHOUT_EFFECT) == {"host", "cuda"}
+
+
+@pytest.mark.parametrize("overlap", ["overlap_moe_expert_parallel_comm", "fine_grained_activation_offloading"])
+def test_places_are_refused_beside_what_records_streams(monkeypatch: pytest.MonkeyPatch, overlap: str) -> None:
+    from epv2_plugin.megatron import pipeline
+
+    config = PluginConfig.model_validate({"pipeline": {"transport": "copy_engine", "max_inplace": 2}})
+    monkeypatch.setattr(pipeline, "_config", config)
+    of_megatron = types.SimpleNamespace(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=None, **{overlap: True}
+    )
+    with pytest.raises(ConfigError, match=rf"pipeline.max_inplace = 2: must be 0 with Megatron's {overlap}"):
+        pipeline._buffer_for(None, of_megatron)  # type: ignore[arg-type]

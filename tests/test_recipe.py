@@ -404,3 +404,9 @@ def test_a_wrong_recipe_is_one_line_on_stderr(capsys):
     assert out == ""
     assert err.startswith("epv2: nowhere.yaml: ")
     assert err.count("\n") == 1
+
+
+def test_a_plugin_configuration_is_not_taken_for_a_recipe() -> None:
+    path = Path(__file__).parents[1] / "configs" / "cpu.yaml"
+    with pytest.raises(ConfigError, match=r"must be a recipe .* these are keys of a plugin configuration"):
+        load_recipe(path)

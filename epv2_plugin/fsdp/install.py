@@ -143,6 +143,7 @@ def apply(model: nn.Module, config: str | os.PathLike[str] | dict[str, Any] | Pl
             )
         return
     if loaded.fsdp.collectives == "stock":
+        logger.info("epv2: FSDP2 keeps its own collectives: fsdp.collectives = stock in %s", loaded.source)
         return
     found = list(_parameter_groups(model))
     if not found:

@@ -28,6 +28,8 @@ from epv2_plugin.patches import Patches
 
 FORWARD, BACKWARD = 0, 1  # channels
 UNLIMITED = 1 << 40  # bytes; the host backend sets nothing aside for a tensor before it comes
+# Of Megatron: with these it says by `record_stream` which streams use a received tensor.
+_RECORDING = ("overlap_moe_expert_parallel_comm", "fine_grained_activation_offloading", "cpu_offloading")
 logger = logging.getLogger("epv2_plugin")
 
 _patches = Patches()
@@ -56,7 +58,8 @@ class PipelineCommunicator(P2PCommunicator):
     not be written to before its handle was waited for; otherwise it may be, because the buffer has a copy.
 
     Raises:
-        ConfigError: the configuration names other parallel degrees. CommunicationError: as `ElasticBuffer.pp_send`.
+        ConfigError: the configuration names other parallel degrees, or `pipeline.max_inplace` beside what says by
+            torch's `record_stream` who uses received tensors. CommunicationError: as `ElasticBuffer.pp_send`.
     """
 
     def __init__(self, pp_group: dist.ProcessGroup, config: Any):
@@ -174,6 +177,11 @@ def _buffer_for(group: dist.ProcessGroup, config: Any) -> ElasticBuffer | None:
         pipeline=config.pipeline_model_parallel_size,
         virtual_pipeline=config.virtual_pipeline_model_parallel_size or 1,
     )
+    if _config.pipeline.max_inplace and _config.backend != "host":
+        for name in _RECORDING:
+            if getattr(config, name, False):
+                allowed = f"must be 0 with Megatron's {name}: its record_stream does nothing for tensors in place"
+                raise _config.fail("pipeline.max_inplace", allowed)
     if group not in _buffers:
         try:
             buffer = ElasticBuffer(

@@ -194,6 +194,9 @@ def load_recipe(path: str | os.PathLike[str], overrides: dict[str, Any] | None =
         raise ConfigError(
             source, "torchtitan", data["torchtitan"], "a recipe for torchtitan, which only `epv2 ab` takes"
         )
+    if data and not set(data) - set(PluginConfig.model_fields):
+        allowed = "must be a recipe (name, model, data, train; see recipes/): these are keys of a plugin configuration"
+        raise ConfigError(source, "(top level)", ", ".join(data), allowed)
     plugin = data.pop("plugin", None)
     plugin_source, plugin_key = source, "plugin"
     if isinstance(plugin, str):
