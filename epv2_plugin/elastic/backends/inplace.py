@@ -136,7 +136,7 @@ class InPlace:
 
     @staticmethod
     def suits(num_bytes: int) -> bool:
-        """Whether a tensor is large enough to be come to."""
+        """Whether a tensor is a large one."""
         return num_bytes >= LEAST_BYTES
 
     def send(self, peer: int, channel: int, number: int) -> int | None:
@@ -166,7 +166,7 @@ class InPlace:
         return link.answer
 
     def prefer(self, peer: int, channel: int, stays: bool) -> None:
-        """Say whether receives from `peer` let tensors stay: else it takes no slots for them."""
+        """Say whether receives from `peer` let tensors stay: only then does it take slots before they come."""
         link = self._in.setdefault((peer, channel), _Link())
         if link.stays != stays:
             place = self._place(peer, channel) + 8 * WORDS
