@@ -418,10 +418,8 @@ class CudaPointToPoint:
         if kind is not oldest:  # else they are there
             operations += [("write64", outbox + 8 * i, word) for i, word in enumerate(kind.words)]
         passed = self._watch.note(wait)
-        place = None
-        if self._inplace is not None and link.near and self._inplace.suits(kind.num_bytes):
-            place = self._inplace.send(peer, channel, number)
-        if place is not None:
+        inplace = self._inplace_of(link, kind.num_bytes)
+        if inplace is not None and (place := inplace.send(peer, channel, number)) is not None:
             slot = self._bases[peer] + place
         pieces = kind.pieces if link.near else [(0, kind.num_bytes)]
         begin, end = 0, _HEADER_BYTES + 4  # of the record: what the peer is told behind a piece
@@ -453,8 +451,8 @@ class CudaPointToPoint:
     def receive(self, tensor: torch.Tensor, peer: int, channel: int, wait: bool) -> _Receive:
         self._begin("pp_recv")
         link = self._incoming.get((peer, channel)) or self._incoming_link(peer, channel)
-        if self._inplace is not None and link.near and self._inplace.suits(tensor.nbytes):
-            self._inplace.prefer(peer, channel, stays=False)
+        if (inplace := self._inplace_of(link, tensor.nbytes)) is not None:
+            inplace.prefer(peer, channel, stays=False)
         return self._receive(tensor, link, wait)
 
     def _receive(self, tensor: torch.Tensor, link: _Incoming, wait: bool) -> _Receive:
@@ -482,15 +480,15 @@ class CudaPointToPoint:
         self._begin("pp_recv_inplace")
         link = self._incoming.get((peer, channel)) or self._incoming_link(peer, channel)
         num_bytes = math.prod(shape) * dtype.itemsize
-        if self._inplace is not None and link.near and self._inplace.suits(num_bytes):
-            self._inplace.prefer(peer, channel, stays=True)
+        if (inplace := self._inplace_of(link, num_bytes)) is not None:
+            inplace.prefer(peer, channel, stays=True)
             with self._lock:
                 # Else this one would come before those that are deferred; and a stream that waits from the very first
                 # tensor on holds up kernels that a program loads at its begin, maybe those that the sender needs.
                 if link.ring is not None and not link.deferred:
-                    slot = self._inplace.receive(peer, channel, link.number, stays=True)
+                    slot = inplace.receive(peer, channel, link.number, stays=True)
                     if slot is not None:
-                        tensor = self._inplace.tensor(slot, shape, dtype)
+                        tensor = inplace.tensor(slot, shape, dtype)
                     else:
                         tensor = torch.empty(tuple(shape), dtype=dtype, device=self.runtime.device)
                     receive = _Receive(self, tensor, link, link.number, stays=slot is not None)
@@ -682,11 +680,16 @@ class CudaPointToPoint:
             return False
         return stream > _LAST_SPECIAL_STREAM or (stream == 0 and kind.num_bytes <= _SMALL_BYTES)
 
+    def _inplace_of(self, link: _Link, num_bytes: int) -> InPlace | None:
+        """What has places for tensors of a link, if one of that size may have one."""
+        inplace = self._inplace
+        return inplace if inplace is not None and link.near and inplace.suits(num_bytes) else None
+
     def _slot_of(self, link: _Incoming, receive: _Receive) -> Slot | None:
         """Where a tensor comes to that is to be copied out of there; None = the ring."""
-        if self._inplace is None or not link.near or not self._inplace.suits(receive.kind.num_bytes):
+        if (inplace := self._inplace_of(link, receive.kind.num_bytes)) is None:
             return None
-        return self._inplace.receive(link.peer, link.channel, receive.number, stays=False)
+        return inplace.receive(link.peer, link.channel, receive.number, stays=False)
 
     def _put(self, link: _Incoming, receive: _Receive, place: Slot | None, stream: int | None = None) -> None:
         """Put a receive of what comes to `place` on the current stream, of which `stream` is the handle; None = on the

@@ -22,12 +22,12 @@ rank sums what nodes have, in their order. A node of one rank has nothing to sum
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from epv2_plugin.elastic import sizing
 from epv2_plugin.elastic.backends.base import Traffic
@@ -55,7 +55,7 @@ class _Slot:
 
     def __init__(self) -> None:
         self.turn = -1
-        self.lent: StorageWeakRef | None = None
+        self.lent: weakref.ref[Any] | None = None
         self.unused = False  # handed out, and no operation has come with it yet
         self.last: _Operation | None = None
 
@@ -169,7 +169,7 @@ class _Ring:
                 f"{count * num_bytes} bytes"
             )
         slot = self.slot(self._turn)
-        if slot.lent is not None and not slot.lent.expired():
+        if slot.lent is not None and slot.lent() is not None:
             raise BufferSizeError(
                 f"{self._what}: all {count} slots are in use, the oldest since {count} tensors: {count + 1} slots need "
                 f"{(count + 1) * limit} bytes"
@@ -181,8 +181,8 @@ class _Ring:
     def lend(self, turn: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The tensor in the slot of a turn."""
         slot, num_bytes = self.slot(turn), math.prod(shape) * dtype.itemsize
-        flat = self._window.part(self.offset(turn), num_bytes)
-        slot.lent, slot.unused = StorageWeakRef(flat.untyped_storage()), True
+        flat, slot.lent = self._window.lend(self.offset(turn), num_bytes)
+        slot.unused = True
         return flat.view(dtype).view(shape)
 
     def turn_of(self, tensor: torch.Tensor) -> int | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -79,7 +79,8 @@ class _Link(Generic[_Answer]):
     """
 
     def __init__(self) -> None:
-        self.number, self.answer, self.turn, self.stays = -1, cast(_Answer | None, None), 0, False
+        self.number, self.turn, self.stays = -1, 0, False
+        self.answer: _Answer | None = None
 
     def come(self, number: int, answer: _Answer | None) -> None:
         self.number, self.answer, self.turn = number, answer, (self.turn + 1) % WORDS
