@@ -93,11 +93,12 @@ class Expert(Section):
 
 
 class Pipeline(Section):
-    """Activations between pipeline stages. `transport`: `copy_engine` = the plugin's on GPUs, `auto` = the plugin's on
-    the host, Megatron's own on GPUs, where the plugin's has not been proved yet. `max_tensor_bytes: auto`: no limit on
-    the host, on a GPU what the first tensors have. `max_inplace`: received tensors that may lie, on a GPU, where they
-    have arrived, each in `max_tensor_bytes` that are set aside; others are copied out of a ring. Not with
-    what relies on torch's `record_stream` for activations, such as their offloading."""
+    """Activations between pipeline stages. `transport`: `auto` = the plugin's, but Megatron's own where that can't be
+    had and between nodes of GPUs, where it has not run over a network yet; `copy_engine` = the plugin's or an error.
+    `max_tensor_bytes: auto`: no limit on the host, on a GPU what the largest tensor so far has. `max_inplace`:
+    received tensors that may lie, on a GPU, where they have arrived, each in `max_tensor_bytes` that are set aside;
+    others are copied out of a ring. Not with what relies on torch's `record_stream` for activations, such as their
+    offloading."""
 
     transport: Literal["auto", "copy_engine", "stock"] = "auto"
     max_inflight: int = Field(default=4, ge=1)

@@ -13,7 +13,7 @@ import sys
 from typing import NoReturn
 
 from epv2_plugin import plugin
-from epv2_plugin.config import ConfigError
+from epv2_plugin.config import ConfigError, load_config
 from epv2_plugin.megatron import arguments
 
 USAGE = """\
@@ -72,10 +72,11 @@ def _enable(selection: arguments.Selection) -> None:
             "(with Megatron-Core alone, call epv2_plugin.enable() in the script)"
         )
     try:
-        plugin.enable(selection.config)
+        config = load_config(selection.config)
+        plugin.enable(config)
     except ConfigError as error:
         _refuse(str(error))
-    arguments.install()
+    arguments.install(config)
     # Every rank from here on: what it says now, such as the line for its EP group, no other rank says.
     logger.setLevel(logging.INFO)
 

@@ -54,19 +54,13 @@ def enable(config: str | os.PathLike[str] | dict[str, Any] | PluginConfig | None
     global _enabled
     loaded = load_config(config)
     if _enabled is not None:
-        if _enabled.config.model_dump() != _proved(loaded, _enabled.backend).model_dump():
+        if _enabled.config.model_dump() != loaded.model_dump():
             raise RuntimeError(
                 f"the plugin is enabled with {_enabled.config.source}; call disable() before enabling {loaded.source}"
             )
         return
     _show_log()
     backend = check(loaded)
-    if (proved := _proved(loaded, backend)) is not loaded:
-        logger.info(
-            "epv2: pipeline stages keep Megatron's own transport on GPUs; pipeline.transport = copy_engine takes the "
-            "plugin's, which needs no SM, but so far takes longer for small tensors"
-        )
-    loaded = proved
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         raise ImportError("Megatron-Core is not installed: pip install 'epv2_plugin[megatron]'")
     # Megatron reads the device at import: the bridge comes first.
@@ -95,13 +89,6 @@ def _adapters() -> tuple[Any, ...]:
     from epv2_plugin.megatron import context_parallel, dispatcher, pipeline, te_context_parallel
 
     return dispatcher, pipeline, context_parallel, te_context_parallel
-
-
-def _proved(config: PluginConfig, backend: str) -> PluginConfig:
-    """`config`, with Megatron's own where the plugin's was not asked for by name and has not shown to be better."""
-    if backend == "host" or config.pipeline.transport != "auto":
-        return config
-    return config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"transport": "stock"})})
 
 
 def _who_runs(config: PluginConfig) -> dict[str, str]:

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,9 @@ def add_megatron_arguments(parser):
 
 def parse_args():
     return add_megatron_arguments(argparse.ArgumentParser(description="Megatron-LM Arguments")).parse_args()
+
+def validate_args(args, defaults={}):
+    return args
 """
 # What a training script sees when it starts, and what a dispatcher built by it runs on.
 SCRIPT = """
@@ -237,16 +241,94 @@ def test_command_line_is_read_before_megatron_does(argv: list[str], config: str 
     assert arguments.read(argv) == arguments.Selection(config, dispatcher)
 
 
-def test_parser_is_restored(monkeypatch: pytest.MonkeyPatch):
-    module = types.ModuleType("megatron.training.arguments")
-    module.add_megatron_arguments = stock = lambda parser: parser  # type: ignore[attr-defined]
+# What it demands of the environment as Megatron-LM does, and how it judges the rest.
+JUDGE = """
+import os
+
+def validate_args(args, defaults={}):
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1", "require CUDA_DEVICE_MAX_CONNECTIONS to 1"
+    assert os.getpid() and os.getenv("RANK") == "0"
+    assert args.lr > 0, "lr"
+    args.defaults, args.seen = defaults, actual()
+    return args
+"""
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """A stand-in for `megatron.training.arguments`, whose `validate_args` `initialize` has by name."""
+    module, user = (types.ModuleType(f"megatron.training.{name}") for name in ("arguments", "initialize"))
+    module.add_megatron_arguments = lambda parser: parser  # type: ignore[attr-defined]
+    module.actual = lambda: os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]  # type: ignore[attr-defined]
+    exec(JUDGE, vars(module))
+    user.validate_args = module.validate_args  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "megatron.training", types.ModuleType("megatron.training"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    arguments.install()
-    arguments.install()
-    assert arguments.replaced() == ("megatron.training.arguments.add_megatron_arguments",)
+    for each in (module, user):
+        monkeypatch.setitem(sys.modules, each.__name__, each)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    monkeypatch.setenv("RANK", "0")
+    yield module
+    arguments.uninstall()
+
+
+def test_parser_is_restored(judge: types.ModuleType):
+    module, user = judge, sys.modules["megatron.training.initialize"]
+    stock = module.add_megatron_arguments, module.validate_args
+    arguments.install(epv2_plugin.PluginConfig())
+    arguments.install(epv2_plugin.PluginConfig())
+    names = ("arguments.add_megatron_arguments", "arguments.validate_args", "initialize.validate_args")
+    assert arguments.replaced() == tuple(f"megatron.training.{name}" for name in names)
     args = module.add_megatron_arguments(argparse.ArgumentParser()).parse_args(["--epv2-config", "a.yaml"])
     assert args.epv2_config == "a.yaml"
+    assert user.validate_args is module.validate_args is not stock[1]  # type: ignore[attr-defined]
     arguments.uninstall()
-    assert module.add_megatron_arguments is stock
+    assert (module.add_megatron_arguments, module.validate_args) == stock
+    assert user.validate_args is stock[1]  # type: ignore[attr-defined]
     assert arguments.replaced() == ()
+
+
+def _arguments(tensor: int, pipeline: int, context: int, **given: object) -> argparse.Namespace:
+    sizes = {"tensor": tensor, "pipeline": pipeline}
+    named = {f"{name}_model_parallel_size": size for name, size in sizes.items()}
+    return argparse.Namespace(**{**named, "context_parallel_size": context, "lr": 1.0, "rank": 0, **given})
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "context"), [(1, 1, 2), (2, 2, 1), (2, 2, 2)])
+def test_queues_are_kept_for_transfers(
+    judge: types.ModuleType, tensor: int, pipeline: int, context: int, caplog: pytest.LogCaptureFixture
+):
+    arguments.install(epv2_plugin.PluginConfig())
+    with caplog.at_level(logging.INFO, "epv2_plugin"):
+        args = judge.validate_args(_arguments(tensor, pipeline, context), {"a": 1})
+    assert (args.defaults, args.seen) == ({"a": 1}, "32")
+    assert "wants CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell" in caplog.text
+    assert "kept at 32" in caplog.text
+    with pytest.raises(AssertionError, match="lr"):
+        judge.validate_args(_arguments(tensor, pipeline, context, lr=0))
+    assert judge.os is os
+
+
+@pytest.mark.parametrize(
+    ("sizes", "config", "queues", "given"),
+    [
+        ((1, 1, 2), {}, "", {}),
+        ((1, 1, 2), {}, "9", {}),
+        ((1, 1, 2), {"context": {"kv_exchange": "stock"}}, "32", {}),
+        ((2, 2, 1), {"pipeline": {"transport": "stock"}}, "32", {}),
+        ((2, 1, 1), {}, "32", {}),
+        ((1, 2, 1), {}, "32", {}),
+        ((2, 2, 2), {}, "32", {"use_torch_fsdp2": True}),
+    ],
+)
+def test_otherwise_megatron_judges_queues(
+    judge: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: tuple[int, int, int],
+    config: dict[str, Any],
+    queues: str,
+    given: dict[str, bool],
+):
+    arguments.install(epv2_plugin.load_config(config))
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", queues)
+    with pytest.raises(AssertionError, match="require CUDA_DEVICE_MAX_CONNECTIONS to 1"):
+        judge.validate_args(_arguments(*sizes, **given))

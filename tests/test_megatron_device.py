@@ -242,10 +242,10 @@ def on_cuda(rank: int, size: int, config: dict[str, Any]) -> tuple[dict[str, Any
 @pytest.mark.parametrize(
     ("config", "pipeline", "context"),
     [
-        ({}, "stock", "epv2"),  # not proved yet
+        ({}, "epv2", "epv2"),
         ({"pipeline": {"transport": "copy_engine"}}, "epv2", "epv2"),
         ({"pipeline": {"transport": "stock"}}, "stock", "epv2"),
-        ({"context": {"kv_exchange": "stock"}}, "stock", "stock"),
+        ({"context": {"kv_exchange": "stock"}}, "epv2", "stock"),
     ],
 )
 def test_pipeline_and_context_on_the_cuda_backend(config: dict[str, Any], pipeline: str, context: str) -> None:

@@ -45,6 +45,7 @@ def losses(rank: int, size: int, overrides: dict[str, Any], emulated: bool) -> t
     return found, groups
 
 
+STOCK = {"primitive": "pipeline", "ranks": [0, 1], "backend": "stock", "transport": "stock"}
 CASES = {
     "PP2": (2, PP[2]),
     "PP2, variable lengths, one slot": (2, PP[2] | VARIABLE | ONE_SLOT | LIMIT),
@@ -74,20 +75,75 @@ def test_training_has_the_host_backends_bits(pool: Callable[[int], Pool], name: 
 def refused(rank: int, size: int) -> str:
     from epv2_plugin.config import ConfigError
 
-    _emulate(True)
     try:
-        arm, stream = _arm(size, PP[2] | VARIABLE, "epv2")
-        arm.step(stream.sequences(0))
+        losses(rank, size, PP[2] | VARIABLE | {"plugin.pipeline.transport": "copy_engine"}, True)
     except ConfigError as error:
         return str(error)
-    finally:
-        _emulate(False)
     return ""
 
 
 def test_variable_lengths_need_a_limit(pool: Callable[[int], Pool]) -> None:
     for message in pool(2).run(refused, timeout=WAIT):
         assert "pipeline.max_tensor_bytes = 'auto': must be a number on the cuda backend" in message
+
+
+def test_variable_lengths_without_a_limit_are_left_to_megatron(pool: Callable[[int], Pool]) -> None:
+    host = pool(2).run(losses, PP[2] | VARIABLE, False, timeout=WAIT)
+    emulated = pool(2).run(losses, PP[2] | VARIABLE, True, timeout=WAIT)
+    for (found, groups), (expected, _) in zip(emulated, host, strict=True):
+        assert found == expected
+        assert groups == [STOCK]
+
+
+def growing(rank: int, size: int) -> list[float]:
+    """What arrives of tensors that get larger, each sent by a communicator of its own as schedules have them."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+    import epv2_plugin
+    from epv2_plugin.megatron.pipeline import PipelineCommunicator
+
+    _emulate(True)
+    found = []
+    try:
+        parallel_state.destroy_model_parallel()  # an earlier test's on these ranks
+        epv2_plugin.disable()
+        epv2_plugin.enable({"timeouts": {"host_seconds": 30}})
+        parallel_state.initialize_model_parallel(pipeline_model_parallel_size=size)
+        config = ModelParallelConfig(pipeline_model_parallel_size=size, pipeline_dtype=torch.float32)
+        for rows in (2, 2, 1, 300_000, 4):
+            communicator = PipelineCommunicator(parallel_state.get_pipeline_model_parallel_group(), config)
+            shape = (rows, 1, 2)
+            if rank == 0:
+                communicator.send_forward(torch.full(shape, float(rows)), False)
+                found += [communicator.recv_backward(shape, False).mean().item()]
+            else:
+                found += [communicator.recv_forward(shape, False).mean().item()]
+                communicator.send_backward(torch.full(shape, -float(rows)), False)
+        (group,) = epv2_plugin.status()["groups"]
+        assert (group["backend"], group["transport"]) == ("cuda", "emulated")
+    finally:
+        epv2_plugin.disable()
+        parallel_state.destroy_model_parallel()
+        _emulate(False)
+    return found
+
+
+def test_larger_tensors_of_a_later_schedule(pool: Callable[[int], Pool]) -> None:
+    sizes = [2.0, 2.0, 1.0, 300_000.0, 4.0]
+    assert pool(2).run(growing, timeout=WAIT) == [[-size for size in sizes], sizes]
+
+
+def between_nodes(rank: int, size: int) -> tuple[list[float], list[Any]]:
+    """Ranks of different nodes, as far as anybody can tell."""
+    with mock.patch.object(EmulatedBuffer, "_find_machines", return_value=(size, 1)):
+        return losses(rank, size, PP[2], True)
+
+
+def test_stages_on_several_nodes_are_left_to_megatron(pool: Callable[[int], Pool]) -> None:
+    for _, groups in pool(2).run(between_nodes, timeout=WAIT):
+        assert groups == [STOCK]
 
 
 def left_to_megatron(rank: int, size: int) -> tuple[list[float], list[Any]]:
@@ -100,7 +156,7 @@ def test_megatrons_own_transport_where_ours_can_not_be(pool: Callable[[int], Poo
     host = pool(2).run(losses, PP[2], False, timeout=WAIT)
     for (found, groups), (expected, _) in zip(pool(2).run(left_to_megatron, timeout=WAIT), host, strict=True):
         assert found == expected
-        assert groups == [{"primitive": "pipeline", "ranks": [0, 1], "backend": "stock", "transport": "stock"}]
+        assert groups == [STOCK]
 
 
 def insisted(rank: int, size: int) -> str:

@@ -239,6 +239,7 @@ def bad_input(rank: int, size: int, kind: str) -> None:
         (RuntimeError, "call pp_set_config before", lambda: buffer.pp_send(t, 1 - rank)),
         (ValueError, "max_inflight = 0: must be positive", lambda: buffer.pp_set_config(64, 0)),
         (ValueError, "max_tensor_bytes = -1", lambda: buffer.pp_set_config(-1, 1)),
+        (ValueError, "max_senders = 0: must be positive", lambda: buffer.pp_set_config(64, 1, max_senders=0)),
         (ValueError, "max_inplace = -1: must be 0 or more", lambda: buffer.pp_set_config(64, 1, max_inplace=-1)),
         (TypeError, r"max_inplace = 1\.5: must be an int", lambda: buffer.pp_set_config(64, 1, max_inplace=1.5)),
         (TypeError, r"max_inflight = 2\.0: must be an int", lambda: buffer.pp_set_config(64, 2.0)),
@@ -779,7 +780,10 @@ def refusals(rank: int, size: int, kind: str) -> None:
     for peer, channel in links[:4]:
         buffer.pp_send(t, peer, channel=channel)
     where = rf"rank {rank}, dst_rank {links[0][0]}, channel 2: "
-    with pytest.raises(BufferSizeError, match=where + r".* to 4 \(rank, channel\) pairs.* 5 need num_bytes = 6291456"):
+    with pytest.raises(
+        BufferSizeError,
+        match=where + r".* to 4 \(rank, channel\) pairs.* 5 need max_senders = 5 .* num_bytes = 6291456",
+    ):
         buffer.pp_send(t, links[0][0], channel=2)
     for peer, channel in links[:4]:
         buffer.pp_recv(t, peer, channel=channel)
@@ -838,32 +842,33 @@ def test_a_refused_configuration_changes_nothing(pool: Callable[[int], Pool], ki
     pool(2).run(after_a_refusal, kind)
 
 
-def fan_in(rank: int, size: int, kind: str) -> bool:
-    """Four pairs may send to one rank; whether this one came too late."""
-    buffer = make_buffer(kind, num_bytes=4 << 20, num_cpu_timeout_secs=20)
-    buffer.pp_set_config(1 << 18, 4)  # 1 MiB for a ring
+def fan_in(rank: int, size: int, kind: str, senders: int) -> bool:
+    """So many pairs may send to one rank; whether this one came too late."""
+    buffer = make_buffer(kind, num_bytes=senders << 20, num_cpu_timeout_secs=20)
+    buffer.pp_set_config(1 << 18, 4, max_senders=senders)  # 1 MiB for a ring
     links, refused = [(peer, channel) for channel in range(3) for peer in range(1, size)], False
     t = torch.zeros(3, device=buffer.device)
-    for peer, channel in links[:5]:
+    for peer, channel in links[: senders + 1]:
         if rank == peer:
             try:
                 buffer.pp_send(t, 0, channel=channel)
             except BufferSizeError as error:
                 assert (
-                    f"rank {rank}, dst_rank 0, channel {channel}: the buffer of rank 0 has room for rings from 4"
-                    in str(error)
+                    f"rank {rank}, dst_rank 0, channel {channel}: the buffer of rank 0 has room for rings from "
+                    f"{senders}" in str(error)
                 )
                 refused = True
         torch.distributed.barrier()
     if rank == 0:
-        for peer, channel in links[:4]:
+        for peer, channel in links[:senders]:
             buffer.pp_recv(t, peer, channel=channel)
     buffer.pp_flush()
     return refused
 
 
-def test_a_rank_has_room_for_so_many_senders(pool: Callable[[int], Pool]) -> None:
-    assert pool(3).run(fan_in, "emulated") == [False, True, False]
+@pytest.mark.parametrize("senders", [2, 4])
+def test_a_rank_has_room_for_so_many_senders(pool: Callable[[int], Pool], senders: int) -> None:
+    assert pool(3).run(fan_in, "emulated", senders) == [False, True, False]
 
 
 def memory(rank: int, size: int, kind: str) -> None:
@@ -1006,7 +1011,7 @@ def stay(rank: int, size: int, kind: str) -> None:
     assert traffic.inplace_bytes == 3 * num_bytes  # for the others there was no room
     if near:
         with pytest.raises(RuntimeError, match="3 tensors of pp_recv_inplace are held"):
-            buffer._open().point_to_point.configure(1 << 11, 2, 0)
+            buffer._open().point_to_point.configure(1 << 11, 2, 0, 4)
     del event
     events.clear()
     for turn in range(9):  # more than a word's place counts before it begins again
@@ -1409,10 +1414,10 @@ def reader_without_end(rank: int, size: int) -> None:
         event.current_stream_wait()
         runtime.stream_ops([("wait32_eq", gate.pointer, 1)])
     with pytest.raises(RuntimeError, match="pp_set_config while 1 tensors of pp_recv_inplace are held: drop them"):
-        buffer._open().point_to_point.configure(1 << 11, 2, 0)
+        buffer._open().point_to_point.configure(1 << 11, 2, 0, 4)
     del tensor, event
     with pytest.raises(RuntimeError, match=r"streams that read tensors .* have not done so within 2 s"):
-        buffer._open().point_to_point.configure(1 << 11, 2, 0)
+        buffer._open().point_to_point.configure(1 << 11, 2, 0, 4)
     gate.tensor.view(torch.int32)[0] = 1
     buffer.pp_set_config(1 << 11, 2)
     buffer.destroy()

@@ -949,16 +949,16 @@ class ElasticBuffer:
     def get_pp_buffer_size_hint(
         max_tensor_bytes: int, max_inflight: int, num_peers: int = 2, *, max_inplace: int = 0
     ) -> int:
-        """Bytes for `pp_set_config` with these values and `num_peers` ranks to exchange with; a multiple of 2 MiB."""
-        _check_positive(max_tensor_bytes=max_tensor_bytes, max_inflight=max_inflight, num_peers=num_peers)
-        _check_ints(max_inplace=max_inplace)
-        if max_inplace < 0:
-            raise ValueError(f"max_inplace = {max_inplace}: must be 0 or more")
-        return sizing.ring_bytes(max_tensor_bytes, max_inflight, num_peers, max_inplace)
+        """Bytes for `pp_set_config` with these values and `num_peers` ranks to exchange with, each of which sends on
+        two channels; a multiple of 2 MiB."""
+        _check_positive(num_peers=num_peers)
+        return _ring_bytes(max_tensor_bytes, max_inflight, 2 * num_peers, max_inplace)
 
     @_collective
     @_deepep_names(num_max_tensor_bytes="max_tensor_bytes", num_max_inflight_tensors="max_inflight")
-    def pp_set_config(self, max_tensor_bytes: int, max_inflight: int, *, max_inplace: int = 0) -> None:
+    def pp_set_config(
+        self, max_tensor_bytes: int, max_inflight: int, *, max_inplace: int = 0, max_senders: int = 4
+    ) -> None:
         """Make `pp_send` and `pp_recv` ready. Every rank calls it, with the same values; earlier sends are completed.
 
         Args:
@@ -968,24 +968,24 @@ class ElasticBuffer:
             max_inplace: tensors of `pp_recv_inplace` that may lie at once where they have arrived, each of which takes
                 `max_tensor_bytes` of every rank's GPU; 0 = all are copied out of a ring, which was faster over NVLink
                 (docs/performance.md).
-
-        On a GPU a rank has room for what comes from four (rank, channel) pairs, or from as many as `num_bytes` of the
-        buffer has rings of `max_inflight` tensors for, and may send to as many. Who sends first takes a ring; a sender
-        that finds none is refused.
+            max_senders: (rank, channel) pairs that may send to a rank, and that it may send to; for each, a rank's GPU
+                sets a ring of `max_inflight` tensors aside. More, if `num_bytes` of the buffer has room for more. Who
+                sends first takes a ring; a sender that finds none is refused. The host has no such limit.
 
         Raises:
             TypeError, ValueError: a value is no int, or too small. BufferSizeError: more than the buffer's `num_bytes`.
             RuntimeError: on a GPU, somebody has tensors of `pp_recv_inplace`.
             CommunicationError: another rank came with other values, or a peer died or did not come in time.
         """
-        needed = self.get_pp_buffer_size_hint(max_tensor_bytes, max_inflight, max_inplace=max_inplace)
+        _check_positive(max_senders=max_senders)
+        needed = _ring_bytes(max_tensor_bytes, max_inflight, max_senders, max_inplace)
         if self._limit_bytes is not None and needed > self._limit_bytes:
             inplace = f" and {max_inplace} in place" if max_inplace else ""
             raise BufferSizeError(
                 f"the buffer has {self._limit_bytes} bytes, {max_inflight} tensors of {max_tensor_bytes} bytes in "
                 f"flight{inplace} need {needed}"
             )
-        self._open().point_to_point.configure(max_tensor_bytes, max_inflight, max_inplace)
+        self._open().point_to_point.configure(max_tensor_bytes, max_inflight, max_inplace, max_senders)
         self._max_tensor_bytes = max_tensor_bytes
 
     @_deepep_names(dst_rank_idx="dst_rank")
@@ -1320,6 +1320,14 @@ def _check_ints(**values: int) -> None:
             operator.index(value)
         except TypeError:
             raise TypeError(f"{name} = {value!r}: must be an int") from None
+
+
+def _ring_bytes(max_tensor_bytes: int, max_inflight: int, num_rings: int, max_inplace: int) -> int:
+    _check_positive(max_tensor_bytes=max_tensor_bytes, max_inflight=max_inflight)
+    _check_ints(max_inplace=max_inplace)
+    if max_inplace < 0:
+        raise ValueError(f"max_inplace = {max_inplace}: must be 0 or more")
+    return sizing.ring_bytes(max_tensor_bytes, max_inflight, num_rings, max_inplace)
 
 
 def _shapes(shapes: Sequence[int] | Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], bool]:

@@ -105,10 +105,10 @@ def buffer_bytes(
     return align(rows * max(combine.stride, dispatch.stride), BUFFER_ALIGNMENT)
 
 
-def ring_bytes(max_tensor_bytes: int, max_inflight: int, num_peers: int = 2, max_inplace: int = 0) -> int:
-    """Bytes of a send ring and a receive ring of `max_inflight` slots for each of `num_peers` peers, and of
-    `max_inplace` slots for tensors that stay where they arrive."""
-    slots = 2 * num_peers * max_inflight + max_inplace
+def ring_bytes(max_tensor_bytes: int, max_inflight: int, num_rings: int, max_inplace: int = 0) -> int:
+    """Bytes of `num_rings` rings of `max_inflight` slots each, and of `max_inplace` slots for tensors that stay where
+    they arrive."""
+    slots = num_rings * max_inflight + max_inplace
     return align(slots * align(max_tensor_bytes, TENSOR_ALIGNMENT), BUFFER_ALIGNMENT)
 
 

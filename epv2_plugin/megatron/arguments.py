@@ -1,4 +1,8 @@
-"""The plugin's flags in Megatron-LM's own argument parser, so that they show in its `--help` and its argument dump."""
+"""The plugin's flags in Megatron-LM's own argument parser, so that they show in its `--help` and its argument dump.
+
+And an answer to its demand that `CUDA_DEVICE_MAX_CONNECTIONS` be 1, which on Hopper it makes wherever TP or CP is
+larger than 1, for speed, and with which the plugin's transfers between stages and of keys and values can't run.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,24 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import logging
+import os
+import sys
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from epv2_plugin.config import PluginConfig
+from epv2_plugin.elastic.backends.cuda_p2p import check_connections
+from epv2_plugin.elastic.errors import UnavailableError
 from epv2_plugin.patches import Patches
 
 DISPATCHER_FLAGS = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend epv2"
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 _patches = Patches()
+logger = logging.getLogger("epv2_plugin")
 
 
 @dataclass(frozen=True)
@@ -54,8 +68,9 @@ def available() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("megatron", "megatron.training"))
 
 
-def install() -> None:
-    """Add the group "epv2" to every parser that Megatron-LM builds from now on; a second call changes nothing.
+def install(config: PluginConfig) -> None:
+    """Add the group "epv2" to every parser that Megatron-LM builds from now on, and let what it judges keep as many
+    queues to the device as there are where transfers of `config` need them; a second call changes nothing.
 
     To be called after `enable()`, by which `--moe-flex-dispatcher-backend` accepts "epv2": Megatron-LM takes that
     flag's choices from `TransformerConfig`.
@@ -63,6 +78,11 @@ def install() -> None:
     if not _patches.names:
         module = importlib.import_module("megatron.training.arguments")
         _patches.attribute(module, "add_megatron_arguments", _with_flags(module.add_megatron_arguments))
+        stock, judge = module.validate_args, _with_queues(module.validate_args, config)
+        for name in ("arguments", "initialize", "training"):  # some versions import it by name
+            user = sys.modules.get(f"megatron.training.{name}")
+            if user is not None and vars(user).get("validate_args") is stock:
+                _patches.attribute(user, "validate_args", judge)
 
 
 def uninstall() -> None:
@@ -85,6 +105,56 @@ def _with_flags(
         return parser
 
     return add
+
+
+def _with_queues(validate_args: Callable[..., Any], config: PluginConfig) -> Callable[..., Any]:
+    @functools.wraps(validate_args)
+    def validate(args: argparse.Namespace, *rest: Any, **named: Any) -> Any:
+        if not _keeps_queues(args, config):
+            return validate_args(args, *rest, **named)
+        if args.rank == 0:
+            logger.info(
+                "epv2: Megatron-LM wants %s=1 before Blackwell where TP or CP is larger than 1, so that collectives "
+                "start ahead of GEMMs; kept at %s, which the plugin's transfers need",
+                _QUEUES,
+                os.environ[_QUEUES],
+            )
+        # Not the environment itself: CUDA reads it when the first one here, maybe, asks for a device.
+        judge = sys.modules[validate_args.__module__]
+        judge.os = _OneQueue()  # type: ignore[attr-defined]
+        try:
+            return validate_args(args, *rest, **named)
+        finally:
+            judge.os = os  # type: ignore[attr-defined]
+
+    return validate
+
+
+def _keeps_queues(args: argparse.Namespace, config: PluginConfig) -> bool:
+    """Whether Megatron-LM would refuse queues that are there, and that transfers of `config` need."""
+    if args.tensor_model_parallel_size == 1 and args.context_parallel_size == 1:
+        return False
+    if getattr(args, "use_torch_fsdp2", False) or getattr(args, "use_megatron_fsdp", False):
+        return False  # there Megatron-LM itself wants more than one
+    stages = args.pipeline_model_parallel_size > 1 and config.pipeline.transport != "stock"
+    if not stages and not (args.context_parallel_size > 1 and config.context.kv_exchange != "stock"):
+        return False
+    try:
+        check_connections()
+    except UnavailableError:
+        return False
+    return True
+
+
+class _OneQueue(types.ModuleType):
+    """`os`, as if there were one queue to the device."""
+
+    def __init__(self) -> None:
+        super().__init__("os")
+        self.environ = {**os.environ, _QUEUES: "1"}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,8 @@
 Activations travel on one channel and gradients on another, so that the two keep their order even where the next stage
 is the previous one, too (two stages with virtual stages). Receives are posted before sends.
 
-Between GPUs that do not reach each other's memory Megatron's own communicator stays in use, and the log says so.
+Where the plugin's transport can't be had, and with `pipeline.transport: auto` between nodes of GPUs, Megatron's own
+communicator stays in use, and the log says so.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from epv2_plugin.config import PluginConfig
+from epv2_plugin.config import ConfigError, PluginConfig
 from epv2_plugin.elastic import CommunicationError, ElasticBuffer, EventOverlap
 from epv2_plugin.elastic.errors import UnavailableError
 from epv2_plugin.patches import Patches
@@ -35,7 +36,7 @@ logger = logging.getLogger("epv2_plugin")
 _patches = Patches()
 _config = PluginConfig()
 _buffers: dict[dist.ProcessGroup, ElasticBuffer | None] = {}  # None: Megatron's own communicator
-_configured: set[dist.ProcessGroup] = set()
+_configured: dict[dist.ProcessGroup, int] = {}  # bytes that a tensor may have
 
 
 class Handle:
@@ -93,7 +94,7 @@ class PipelineCommunicator(P2PCommunicator):
         if (recv_prev or recv_next) and self.config.pipeline_dtype is None:
             raise ValueError("config.pipeline_dtype = None: must be the dtype of the tensor to receive")
         if self.config.variable_seq_lengths or getattr(self.config, "mtp_standalone", False):
-            prev_shape, next_shape = self._communicate_shapes(tensor_send_next, tensor_send_prev, recv_prev, recv_next)
+            prev_shape, next_shape = self._exchange_shapes(tensor_send_next, tensor_send_prev, recv_prev, recv_next)
         handles: dict[str, Handle] = {}
         from_prev = self._receive(prev_shape, self._prev, FORWARD, "recv_prev", handles) if recv_prev else None
         from_next = self._receive(next_shape, self._next, BACKWARD, "recv_next", handles) if recv_next else None
@@ -109,20 +110,25 @@ class PipelineCommunicator(P2PCommunicator):
 
     def _ready(self, sent: list[torch.Tensor | None], received_shape: Any) -> bool:
         """Whether the plugin's buffer is there and configured. On a GPU, where rings are set aside, the first tensors
-        say how large they are; every stage comes here with the same ones before it needs any."""
-        if self.buffer is None or self.group in _configured:
+        say how large they are, and larger ones of a later schedule, such as an evaluation's, say so again; every stage
+        comes here with the same ones before it needs any."""
+        self.buffer = _buffers.get(self.group, self.buffer)  # another communicator may have come here first
+        limit = _configured.get(self.group, 0)
+        if self.buffer is None or limit == UNLIMITED or (limit and _config.pipeline.max_tensor_bytes != "auto"):
             return self.buffer is not None
         if self.config.variable_seq_lengths:
-            raise _config.fail(
-                "pipeline.max_tensor_bytes", "must be a number on the cuda backend, because sequence lengths vary"
-            )
+            why = "must be a number on the cuda backend, because sequence lengths vary"
+            _leave_to_megatron(self.group, _config.fail("pipeline.max_tensor_bytes", why))
+            self.buffer = None
+            return False
         sizes = [tensor.nbytes for tensor in sent if tensor is not None]
         if received_shape is not None and self.config.pipeline_dtype is not None:
             sizes.append(math.prod(received_shape) * self.config.pipeline_dtype.itemsize)
-        self.buffer = _configure(self.group, self.buffer, max(sizes, default=1))
+        if (needed := max(sizes, default=1)) > limit:
+            self.buffer = _configure(self.group, self.buffer, needed)
         return self.buffer is not None
 
-    def _communicate_shapes(
+    def _exchange_shapes(
         self,
         tensor_send_next: torch.Tensor | None,
         tensor_send_prev: torch.Tensor | None,
@@ -191,9 +197,17 @@ def _buffer_for(group: dist.ProcessGroup, config: Any) -> ElasticBuffer | None:
                 backend=_config.backend,
             )
         except UnavailableError as error:
-            _leave_to_megatron(group, error)
+            _leave_to_megatron(group, _config.fail("pipeline.transport", str(error)))
             return None
         _buffers[group] = buffer
+        if (
+            _config.pipeline.transport == "auto"
+            and buffer.describe()["backend"] == "cuda"
+            and buffer.num_rdma_ranks > 1
+        ):
+            why = "between nodes of GPUs the plugin's has not run over a network yet, copy_engine takes it"
+            _leave_to_megatron(group, _config.fail("pipeline.transport", why))
+            return None
         limit = _config.pipeline.max_tensor_bytes
         if limit != "auto":
             _configure(group, buffer, limit)
@@ -206,12 +220,12 @@ def _configure(group: dist.ProcessGroup, buffer: ElasticBuffer, max_tensor_bytes
     """Set the buffer's rings up; None where that can't be, and Megatron's own communicator is left."""
     inflight = _config.pipeline.max_inflight
     try:
-        buffer.pp_set_config(max_tensor_bytes, inflight, max_inplace=_config.pipeline.max_inplace)
+        # Activations come from the previous stage, gradients from the next one, and no others.
+        buffer.pp_set_config(max_tensor_bytes, inflight, max_inplace=_config.pipeline.max_inplace, max_senders=2)
     except UnavailableError as error:
-        buffer.destroy()
-        _leave_to_megatron(group, error)
+        _leave_to_megatron(group, _config.fail("pipeline.transport", str(error)))
         return None
-    _configured.add(group)
+    _configured[group] = max_tensor_bytes
     if dist.get_rank(group) == 0:
         what = buffer.describe()
         logger.info(
@@ -227,15 +241,17 @@ def _configure(group: dist.ProcessGroup, buffer: ElasticBuffer, max_tensor_bytes
     return buffer
 
 
-def _leave_to_megatron(group: dist.ProcessGroup, error: UnavailableError) -> None:
-    """Let Megatron's own communicator run. Raises ConfigError where the plugin's was asked for by name."""
-    _buffers[group] = None
+def _leave_to_megatron(group: dist.ProcessGroup, why: ConfigError) -> None:
+    """Let Megatron's own communicator run. Raises `why` where the plugin's was asked for by name."""
+    buffer, _buffers[group] = _buffers.get(group), None
+    if buffer is not None:
+        buffer.destroy()
     if _config.pipeline.transport == "copy_engine":
-        raise _config.fail("pipeline.transport", str(error)) from error
+        raise why
     if dist.get_rank(group) == 0:
         size, first = dist.get_world_size(group), dist.get_rank()
         logger.warning(
-            "epv2: pipeline group of %d ranks (first: global rank %d): Megatron's own transport: %s", size, first, error
+            "epv2: pipeline group of %d ranks (first: global rank %d): Megatron's own transport: %s", size, first, why
         )
 
 

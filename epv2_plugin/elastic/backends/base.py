@@ -88,9 +88,9 @@ class PointToPoint(Protocol):
     Where "blocks" is said, a GPU's stream does: the host goes on, and learns of a failure at a later call.
     """
 
-    def configure(self, max_tensor_bytes: int, max_inflight: int, max_inplace: int) -> None:
-        """Collective: what was sent before is taken, then rings of `max_inflight` slots are ready, and memory for
-        `max_inplace` tensors of `receive_inplace`."""
+    def configure(self, max_tensor_bytes: int, max_inflight: int, max_inplace: int, max_senders: int) -> None:
+        """Collective: what was sent before is taken, then rings of `max_inflight` slots are ready, for `max_senders`
+        (rank, channel) pairs at least, and memory for `max_inplace` tensors of `receive_inplace`."""
 
     def send(self, tensor: torch.Tensor, peer: int, channel: int, copy: bool) -> Event:
         """Start sending; blocks while `max_inflight` tensors for `peer` and `channel` have not been taken.

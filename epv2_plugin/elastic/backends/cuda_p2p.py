@@ -66,7 +66,6 @@ _FAR_WORD_BYTES = 8  # behind the header in a record that the network brings: `r
 _RINGS = "rings"  # of a sender
 _TOO_LONG = 1 << 16  # in `what`: the dimensions do not fit
 _DTYPES = sorted(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
-_USUAL_RINGS = 4  # two peers, activations and gradients to each
 _SMALL_BYTES = 1 << 20  # of a tensor whose copy by SMs takes less time than to hand it to another stream
 _LAST_SPECIAL_STREAM = 2  # handles of the driver's own: 0 and 1 legacy, 2 each thread's
 # Without the variable CUDA has 8 queues, and the streams of four waiting links hold all others (docs/performance.md).
@@ -327,7 +326,7 @@ class CudaPointToPoint:
 
     # ---- base.PointToPoint ------------------------------------------------------------------------------------------
 
-    def configure(self, max_tensor_bytes: int, max_inflight: int, max_inplace: int) -> None:
+    def configure(self, max_tensor_bytes: int, max_inflight: int, max_inplace: int, max_senders: int) -> None:
         far = len(self._near) < self.runtime.size
         sender = self._sender() if far else None
         self.flush()
@@ -344,7 +343,7 @@ class CudaPointToPoint:
         rank, size, name = self.runtime.rank, self.runtime.size, f"pp_set_config #{self._attempts}"
         slot_bytes = sizing.ring_slot_bytes(max_tensor_bytes)
         room = (self._num_bytes - max_inplace * slot_bytes) // (max_inflight * slot_bytes)
-        num_rings = min(max(_USUAL_RINGS, room), (size - 1) * NUM_CHANNELS)
+        num_rings = min(max(max_senders, room), (size - 1) * NUM_CHANNELS)
         values = f"(max_tensor_bytes, max_inflight) = {(max_tensor_bytes, max_inflight)}"
         mine = values, f"max_inplace = {max_inplace}", f"room for {num_rings} rings"
 
@@ -654,7 +653,8 @@ class CudaPointToPoint:
             num_bytes = align((limit + 1) * self._layout.ring_bytes + inplace, sizing.BUFFER_ALIGNMENT)
             raise BufferSizeError(
                 f"rank {self.runtime.rank}, {where}: the buffer of rank {owner} has room for rings {way} {limit} "
-                f"(rank, channel) pairs, and they are in use; {limit + 1} need num_bytes = {num_bytes}"
+                f"(rank, channel) pairs, and they are in use; {limit + 1} need max_senders = {limit + 1} of "
+                f"pp_set_config, or num_bytes = {num_bytes}"
             )
 
     def _put_deferred(self) -> bool:

@@ -67,7 +67,7 @@ class HostPointToPoint:
         self._outgoing: dict[tuple[int, int], _Link] = {}
         self._incoming: dict[tuple[int, int], _Link] = {}
 
-    def configure(self, max_tensor_bytes: int, max_inflight: int, max_inplace: int) -> None:
+    def configure(self, max_tensor_bytes: int, max_inflight: int, max_inplace: int, max_senders: int) -> None:
         """Collective; raises CommunicationError where another rank came with other values."""
         self.flush()
         values = (max_tensor_bytes, max_inflight, max_inplace)
