@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from epv2_plugin import plugin
 from epv2_plugin.config import ConfigError, load_config
-from epv2_plugin.megatron import arguments
+from epv2_plugin.megatron import arguments, cpu_bridge
 
 USAGE = """\
 usage: torchrun [TORCHRUN OPTIONS] -m epv2_plugin.launch SCRIPT [ARGS ...] [--epv2-config PATH]
@@ -77,6 +77,7 @@ def _enable(selection: arguments.Selection) -> None:
     except ConfigError as error:
         _refuse(str(error))
     arguments.install(config)
+    cpu_bridge.bridge_training()
     # Every rank from here on: what it says now, such as the line for its EP group, no other rank says.
     logger.setLevel(logging.INFO)
 

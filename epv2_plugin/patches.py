@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, MutableMapping
 from typing import Any
@@ -36,6 +37,13 @@ class Patches:
         label = owner.__name__ if isinstance(owner, types.ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
         self._undo.append((f"{label}.{name}", owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, replacement)
+
+    def everywhere(self, package: str, function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+        """Set it in the modules of `package` that have been imported and have `function` under its own name."""
+        name = function.__name__
+        for module_name, module in sorted(sys.modules.items()):
+            if f"{module_name}.".startswith(f"{package}.") and getattr(module, "__dict__", {}).get(name) is function:
+                self.attribute(module, name, replacement)
 
     def instance(self, owner: object, name: str, replacement: Any, label: str) -> None:
         """Set an attribute of an object that is neither class nor module; `label` names it."""

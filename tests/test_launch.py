@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -22,7 +23,7 @@ from epv2_plugin.megatron import arguments
 
 # Builds its flags from TransformerConfig's fields, and parses and dumps them, as Megatron-LM does since 0.16.
 ARGUMENTS = """
-import argparse, dataclasses, typing
+import argparse, dataclasses, torch, typing
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 def add_megatron_arguments(parser):
@@ -39,6 +40,18 @@ def parse_args():
 
 def validate_args(args, defaults={}):
     return args
+
+def get_device_arch_version():
+    return torch.cuda.get_device_properties("cuda:0").major
+"""
+# Makes its process groups only where there is a device.
+INITIALIZE = """
+import torch
+
+def initialize_megatron(extra_args_provider=None, allow_no_cuda=False):
+    if not allow_no_cuda:
+        assert torch.cuda.is_available(), "Megatron requires CUDA."
+    return torch.cuda.device_count() > 0
 """
 # What a training script sees when it starts, and what a dispatcher built by it runs on.
 SCRIPT = """
@@ -48,7 +61,8 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.arguments import parse_args
+from megatron.training.arguments import get_device_arch_version, parse_args
+from megatron.training.initialize import initialize_megatron
 import epv2_plugin
 
 if __name__ == "__main__":
@@ -64,6 +78,7 @@ if __name__ == "__main__":
     groups = ProcessGroupCollection(ep=group, expt_tp=group, tp_ep=group)
     dispatcher = moe_layer.MoEFlexTokenDispatcher(4, [0, 1, 2, 3], config=config, pg_collection=groups)
     seen |= {"dispatcher": type(dispatcher).__name__, "status": epv2_plugin.status()}
+    seen |= {"groups": initialize_megatron(), "architecture": get_device_arch_version()}
     print(json.dumps(seen))
     if args.steps == 0:
         raise ValueError("no steps to train")
@@ -80,6 +95,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     training.mkdir(parents=True)
     (training / "__init__.py").touch()
     (training / "arguments.py").write_text(ARGUMENTS)
+    (training / "initialize.py").write_text(INITIALIZE)
     (root / "neighbour.py").touch()
     (root / "pretrain.py").write_text(SCRIPT)
     (root / "good.yaml").write_text("parallel: {expert: 1}\n")
@@ -131,6 +147,7 @@ def test_script_runs_with_plugin_enabled(checkout: Path, tmp_path: Path, start: 
     assert seen["status"]["enabled"]
     assert seen["status"]["config"] == config
     assert "megatron.core.transformer.moe.moe_layer.MoEFlexTokenDispatcher" in seen["status"]["replaced"]
+    assert (seen["groups"], seen["architecture"]) == (True, 10)  # though there is no device
     assert f"enabled (configuration: {config})" in stderr
     assert "EP group of 1 ranks" in stderr
     assert "dispatcher is stock" not in stderr
@@ -219,6 +236,52 @@ def test_flags_in_the_real_parser(tmp_path: Path, start: Callable[..., subproces
     stdout, stderr = run.communicate(timeout=300)
     assert run.returncode == 0, stderr
     assert json.loads(stdout.splitlines()[-1]) == [str(config), "epv2"]
+
+
+# A mixture of experts, as small as Megatron-LM allows.
+MODEL = """
+    --transformer-impl local --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64
+    --max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 8 --train-iters 2 --lr 1e-3 --num-experts 8
+    --moe-router-topk 2 --mock-data --tokenizer-type NullTokenizer --vocab-size 511 --no-persist-layer-norm
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --distributed-backend gloo
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron.training") is None, reason="this megatron-core has no megatron.training"
+)
+def test_the_real_one_keeps_queues_and_starts_without_a_device(tmp_path: Path, start: Callable[..., subprocess.Popen]):
+    judged = tmp_path / "judged.py"
+    judged.write_text(
+        "import os\n"
+        "from megatron.training import arguments\n"
+        "arguments.get_device_arch_version = lambda: 9\n"
+        "arguments.parse_and_validate_args()\n"
+        "print('queues', os.environ['CUDA_DEVICE_MAX_CONNECTIONS'])\n"
+    )
+    started = tmp_path / "started.py"
+    started.write_text(
+        "from megatron.core import parallel_state\n"
+        "from megatron.core.datasets import utils\n"
+        "from megatron.training import initialize_megatron\n"
+        "from megatron.training.arguments import parse_and_validate_args\n"
+        "utils.compile_helpers = lambda: None  # a package has them compiled, and no Makefile\n"
+        "parse_and_validate_args()\n"
+        "initialize_megatron()\n"
+        "print('stages', parallel_state.get_pipeline_model_parallel_world_size())\n"
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = ("--context-parallel-size", "2")
+    runs = [
+        start(str(judged), *MODEL.split(), *FLEX, *context, CUDA_DEVICE_MAX_CONNECTIONS="24", WORLD_SIZE="2"),
+        start(str(started), *MODEL.split(), *FLEX, WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port)),
+    ]
+    (queues, kept, _), (stages, said, _) = ((*run.communicate(timeout=300), run.returncode) for run in runs)
+    assert "queues 24" in queues.splitlines(), kept
+    assert "kept at 24, which the plugin's transfers need" in kept
+    assert "stages 1" in stages.splitlines(), said
 
 
 @pytest.mark.parametrize(

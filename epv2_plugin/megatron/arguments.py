@@ -78,11 +78,8 @@ def install(config: PluginConfig) -> None:
     if not _patches.names:
         module = importlib.import_module("megatron.training.arguments")
         _patches.attribute(module, "add_megatron_arguments", _with_flags(module.add_megatron_arguments))
-        stock, judge = module.validate_args, _with_queues(module.validate_args, config)
-        for name in ("arguments", "initialize", "training"):  # some versions import it by name
-            user = sys.modules.get(f"megatron.training.{name}")
-            if user is not None and vars(user).get("validate_args") is stock:
-                _patches.attribute(user, "validate_args", judge)
+        validate = module.validate_args
+        _patches.everywhere("megatron.training", validate, _with_queues(validate, config))
 
 
 def uninstall() -> None:

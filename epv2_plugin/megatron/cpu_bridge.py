@@ -222,6 +222,24 @@ def install() -> bool:
     return True
 
 
+def bridge_training() -> None:
+    """Let `megatron.training`, which a Megatron-LM script starts with, do without a CUDA device, too; a second call
+    changes nothing, nor one without the bridge. `--distributed-backend gloo` is the script's."""
+    if not _patches.names or "torch.cuda.device_count" in _patches.names:
+        return
+    arguments = importlib.import_module("megatron.training.arguments")
+    initialize = importlib.import_module("megatron.training.initialize").initialize_megatron
+
+    @functools.wraps(initialize)
+    def without_cuda(*args: Any, **kwargs: Any) -> Any:
+        return initialize(*args, **{**kwargs, "allow_no_cuda": True})
+
+    _patches.everywhere("megatron.training", initialize, without_cuda)
+    # It makes its process groups only if there is a device, and asks for its architecture before there is one.
+    _patches.attribute(torch.cuda, "device_count", lambda: 1)
+    _patches.attribute(arguments, "get_device_arch_version", lambda: 10)  # no demands on queues to the device
+
+
 def _replace() -> None:
     # torch.compile would spend 15 s on a C++ build of what runs in 0.1 s as it is.
     _patches.item("os.environ", os.environ, "TORCHDYNAMO_DISABLE", "1")
