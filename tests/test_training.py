@@ -317,6 +317,29 @@ def test_megatron_fields_are_checked(pool: Callable[[int], Pool]) -> None:
     assert "Megatron refuses" in refused
 
 
+def _overlapped(rank: int, size: int) -> list[tuple[bool, bool]]:
+    """(overlap, batches) of sends between stages, without and with a GPU."""
+    from unittest import mock
+
+    import torch
+
+    from epv2_plugin.training.model import transformer_config
+    from epv2_plugin.training.recipe import load_recipe
+
+    found = []
+    for cuda, overlap in [(False, False), (False, True), (True, False), (True, True)]:
+        stages = {"plugin.parallel.pipeline": 2, "plugin.parallel.virtual_pipeline": 2, "plugin.parallel.expert": 1}
+        recipe = load_recipe(RECIPE, {**stages, "model.num_layers": 4, "megatron.overlap_p2p_comm": overlap})
+        with mock.patch.object(torch.cuda, "is_available", lambda cuda=cuda: cuda):
+            config = transformer_config(recipe, "alltoall")
+        found.append((config.overlap_p2p_comm, config.batch_p2p_comm))
+    return found
+
+
+def test_sends_are_batched_on_gpus_unless_they_overlap(pool: Callable[[int], Pool]) -> None:
+    assert pool(1).run(_overlapped, timeout=WAIT) == [[(False, False), (True, False), (False, True), (True, False)]]
+
+
 def _bridge(rank: int, size: int) -> None:
     import torch
 

@@ -966,8 +966,7 @@ class ElasticBuffer:
             max_inflight: tensors on their way from one rank to another, per channel, before `pp_send` blocks (on a GPU:
                 before the stream of such sends does).
             max_inplace: tensors of `pp_recv_inplace` that may lie at once where they have arrived, each of which takes
-                `max_tensor_bytes` of every rank's GPU; 0 = all are copied out of a ring, which was faster over NVLink
-                (docs/performance.md).
+                `max_tensor_bytes` of every rank's GPU; 0 = all are copied out of a ring, once more.
             max_senders: (rank, channel) pairs that may send to a rank, and that it may send to; for each, a rank's GPU
                 sets a ring of `max_inflight` tensors aside. More, if `num_bytes` of the buffer has room for more. Who
                 sends first takes a ring; a sender that finds none is refused. The host has no such limit.

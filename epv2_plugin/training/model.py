@@ -43,13 +43,13 @@ def transformer_config(recipe: Recipe, dispatcher: str) -> MLATransformerConfig:
             hint = f", did you mean {close[0]!r}?" if close else ""
             raise recipe.fail(f"megatron.{name}", f"not a field of Megatron's TransformerConfig{hint}")
     try:
-        return MLATransformerConfig(**{**_defaults(), **decided, **recipe.megatron})
+        return MLATransformerConfig(**{**_defaults(recipe), **decided, **recipe.megatron})
     except (ValueError, AssertionError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise recipe.fail("megatron", f"Megatron refuses this model: {reason}") from error
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults(recipe: Recipe) -> dict[str, Any]:
     """Fields that `recipe.megatron` may set otherwise: what this machine can run."""
     cuda, te = torch.cuda.is_available(), uses_transformer_engine()
     return {
@@ -67,7 +67,8 @@ def _defaults() -> dict[str, Any]:
         # which sum in another order, part there.
         "moe_router_dtype": "fp32" if cuda else "fp64",
         # gloo pairs the batched sends of two stages that are each other's neighbours on both sides in the wrong order.
-        "batch_p2p_comm": cuda,
+        # Megatron has either batches or overlap.
+        "batch_p2p_comm": cuda and not recipe.megatron.get("overlap_p2p_comm", False),
         "overlap_p2p_comm": False,
     }
 
