@@ -22,6 +22,8 @@ from typing import Any
 import torch
 
 import epv2_plugin
+from epv2_plugin.elastic.backends.cuda_p2p import check_connections
+from epv2_plugin.elastic.errors import UnavailableError
 from epv2_plugin.jit import compiler, kernels, toolchain
 
 PACKAGES = ("megatron-core", "torchtitan", "transformer-engine", "numpy", "pydantic")
@@ -83,7 +85,8 @@ def gather() -> dict[str, Any]:
 
 
 def verdict(facts: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """What keeps each backend from running here: `reason` and `mend` each, an empty list = nothing.
+    """What keeps each backend from running here, and where `cuda` can, its `transfers` (between stages, of keys and
+    values, of FSDP2): `reason` and `mend` each, an empty list = nothing.
 
     Args:
         facts: of `gather`.
@@ -113,10 +116,15 @@ def verdict(facts: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
         cuda.append(
             (f"the kernel cache {cache['folder']} can't be written", "set EPV2_CACHE to a folder that can be written")
         )
-    return {
-        name: [{"reason": reason, "mend": mend} for reason, mend in problems]
-        for name, problems in (("host", host), ("cuda", cuda))
-    }
+    found = {"host": host, "cuda": cuda}
+    if not cuda:
+        try:
+            check_connections(facts["environment"])
+            found["transfers"] = []
+        except UnavailableError as error:
+            reason, _, mend = str(error).partition("; ")
+            found["transfers"] = [(reason, mend)]
+    return {name: [{"reason": reason, "mend": mend} for reason, mend in problems] for name, problems in found.items()}
 
 
 def cpus_allowed() -> int:

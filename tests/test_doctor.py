@@ -77,6 +77,7 @@ def problems(changes: dict[str, Any]) -> list[str]:
         place[last] = value
     found = environment.verdict(facts)
     assert found["host"] == []
+    assert ("transfers" in found) == (not found["cuda"])
     return [f"{problem['reason']}: {problem['mend']}" for problem in found["cuda"]]
 
 
@@ -173,6 +174,9 @@ def test_the_report_of_a_node():
         "  NCCL_DEBUG=INFO",
         "  host backend: ok",
         "  cuda backend: ok",
+        "  pipeline, context and FSDP2 of the cuda backend: not here: CUDA_DEVICE_MAX_CONNECTIONS=(unset): transfers "
+        "wait for each other on streams of their own, which would share queues and never end: set it to 32 (10 at "
+        "least) before the process uses the device; ranks that share a device can have 96 together",
     ):
         assert line in text.splitlines()
     assert problems({}) == []

@@ -49,9 +49,8 @@ def report(facts: dict[str, Any]) -> str:
         lines += [title, *(f"  {label:<20} {value}" if label else f"  {value}" for label, value in rows)]
     lines.append("verdict")
     for name, problems in facts["verdict"].items():
-        lines += [f"  {name} backend: not here: {p['reason']}: {p['mend']}" for p in problems] or [
-            f"  {name} backend: ok"
-        ]
+        what = "pipeline, context and FSDP2 of the cuda backend" if name == "transfers" else f"{name} backend"
+        lines += [f"  {what}: not here: {p['reason']}: {p['mend']}" for p in problems] or [f"  {what}: ok"]
     return "\n".join([*lines, "```"])
 
 

@@ -36,7 +36,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -781,9 +781,9 @@ class CudaPointToPoint:
         return ("wait32_geq", address, count)
 
 
-def check_connections() -> None:
+def check_connections(environment: Mapping[str, str] = os.environ) -> None:
     """Raise where too few queues lead to the device: a wait of one stream would hold others that share its queue."""
-    given = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    given = environment.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
     if not given.isdigit() or int(given) < _LEAST_CONNECTIONS:
         raise UnavailableError(
             f"CUDA_DEVICE_MAX_CONNECTIONS={given or '(unset)'}: transfers wait for each other on streams of their own, "
