@@ -248,7 +248,10 @@ def test_the_loopback(monkeypatch):
     assert environment.find_loopback()["set"] == "/elsewhere.so"
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("NCCL_RMA_PLUGIN")
-    assert environment.find_loopback() == {"error": "not built", "mend": environment.BUILD_EXTENSION}
+    assert environment.find_loopback() == {
+        "error": "not built",
+        "mend": f"{environment.BUILD_EXTENSION} in a checkout of the plugin",
+    }
 
 
 def test_mps(tmp_path, monkeypatch):

@@ -777,6 +777,10 @@ def require_one_node(runtime: Runtime, what: str) -> None:
         )
 
 
+# Without its dependencies: torch's would bring the NCCL that torch pins back.
+BUILD_EXTENSION = "pip install setuptools pybind11 && pip install --no-deps --no-build-isolation -e ."
+
+
 def load_compiled() -> ModuleType:
     """`epv2_plugin._C`.
 
@@ -789,8 +793,7 @@ def load_compiled() -> ModuleType:
         raise RuntimeError(
             "epv2_plugin was installed without its compiled part, because the headers of NCCL or CUDA were not found. "
             "Install them (pip install 'nvidia-nccl-cu13>=2.30.5' nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl,"
-            " or set NCCL_HOME and CUDA_HOME), then rebuild in the checkout: "
-            "pip install setuptools pybind11 && pip install --no-build-isolation --no-deps -e ."
+            f" or set NCCL_HOME and CUDA_HOME), then rebuild in the checkout: {BUILD_EXTENSION}"
         ) from error
     except ImportError as error:
         raise RuntimeError(f"epv2_plugin's compiled part does not load: {error}") from error
