@@ -778,7 +778,7 @@ def require_one_node(runtime: Runtime, what: str) -> None:
 
 
 # Without its dependencies: torch's would bring the NCCL that torch pins back.
-BUILD_EXTENSION = "pip install setuptools pybind11 && pip install --no-deps --no-build-isolation -e ."
+BUILD_EXTENSION = "pip install setuptools pybind11 && pip install --no-build-isolation --no-deps -e ."
 
 
 def load_compiled() -> ModuleType:
