@@ -31,9 +31,10 @@ class _NotGiven:
 class ConfigError(ValueError):
     """A configuration that can't be used; the message is one line: file: key = value: what is allowed."""
 
-    def __init__(self, source: str, key: str, value: object, allowed: str):
+    def __init__(self, source: str, key: str = "", value: object = None, allowed: str = ""):
         self.source, self.key, self.value, self.allowed = source, key, value, allowed
-        super().__init__(f"{source}: {key} = {value!r}: {allowed}")
+        # Megatron raises errors anew as type(error)(text), to say which module it was building.
+        super().__init__(f"{source}: {key} = {value!r}: {allowed}" if key else source)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.source, self.key, self.value, self.allowed)

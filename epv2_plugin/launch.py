@@ -21,6 +21,8 @@ usage: torchrun [TORCHRUN OPTIONS] -m epv2_plugin.launch SCRIPT [ARGS ...] [--ep
 
 Runs SCRIPT (the path of a Megatron-LM script, such as pretrain_gpt.py) with epv2_plugin enabled. ARGS are SCRIPT's own;
 the plugin dispatches tokens where they say --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend epv2.
+Pipeline and context parallelism between GPUs need CUDA_DEVICE_MAX_CONNECTIONS=32; without a GPU add
+--distributed-backend gloo.
 --epv2-config PATH names the plugin's YAML file; without it, every key has its default."""
 
 logger = logging.getLogger("epv2_plugin")
@@ -60,9 +62,9 @@ def _enable(selection: arguments.Selection) -> None:
     logger.setLevel(logging.INFO if is_first else logging.ERROR)
     if selection.config is None:
         logger.info("epv2: no --epv2-config, every key has its default")
-    elif selection.dispatcher:
+    if selection.dispatcher:
         logger.warning(
-            "epv2: --epv2-config is given, but the token dispatcher is stock (%s); to use the plugin's: %s",
+            "epv2: the token dispatcher is stock (%s); to use the plugin's: %s",
             selection.dispatcher,
             arguments.DISPATCHER_FLAGS,
         )
@@ -77,7 +79,8 @@ def _enable(selection: arguments.Selection) -> None:
     except ConfigError as error:
         _refuse(str(error))
     arguments.install(config)
-    cpu_bridge.bridge_training()
+    if cpu_bridge.bridge_training() and selection.backend != "gloo":
+        logger.warning("epv2: no CUDA device: Megatron-LM needs --distributed-backend gloo here")
     # Every rank from here on: what it says now, such as the line for its EP group, no other rank says.
     logger.setLevel(logging.INFO)
 
@@ -91,7 +94,8 @@ def _put_first_on_path(folder: str) -> None:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"epv2: {message}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of this machine would say the same
+        print(f"epv2: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

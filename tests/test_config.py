@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from epv2_plugin import CommunicationTimeout
 from epv2_plugin.config import ConfigError, PluginConfig, Section, load_config, parse
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -154,6 +155,17 @@ def test_what_is_no_configuration_is_refused(config: object) -> None:
 def test_errors_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(ConfigError("my.yaml", "parallel.expert", 3, "must divide 8")))
     assert str(error) == "my.yaml: parallel.expert = 3: must divide 8"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConfigError("my.yaml", "parallel.expert", 3, "must divide 8"), CommunicationTimeout(1, 0, "pp_send", "a", "b")],
+)
+def test_errors_survive_megatrons_building_of_modules(error: Exception) -> None:
+    """Which raises them as here, to say what it was building."""
+    text = f"{error} when instantiating MoELayer"
+    again = type(error)(text)  # type: ignore[call-arg]
+    assert str(again) == str(pickle.loads(pickle.dumps(again))) == text
 
 
 class _Required(Section):

@@ -151,6 +151,7 @@ def test_script_runs_with_plugin_enabled(checkout: Path, tmp_path: Path, start: 
     assert f"enabled (configuration: {config})" in stderr
     assert "EP group of 1 ranks" in stderr
     assert "dispatcher is stock" not in stderr
+    assert "no CUDA device: Megatron-LM needs --distributed-backend gloo here" in stderr
 
     stdout, stderr, code = out["raises"]
     assert code == 1
@@ -167,6 +168,7 @@ def test_script_runs_with_plugin_enabled(checkout: Path, tmp_path: Path, start: 
     assert "epv2:\n  --epv2-config PATH" in stdout
     assert ",epv2}" in stdout
     assert "every key has its default" in stderr
+    assert "dispatcher is stock (Megatron-LM's default dispatcher); to use the plugin's: --moe-token" in stderr
 
     _, stderr, code = out["other"]
     assert code == 2  # Megatron-LM's parser judges its own flags
@@ -206,6 +208,14 @@ def test_mistakes_end_with_one_line(
     assert ended.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not epv2_plugin.status()["enabled"]
+
+
+@pytest.mark.usefixtures("_restored")
+def test_one_process_of_a_machine_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        launch.main(["missing.py"])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("_restored")
@@ -297,11 +307,12 @@ def test_the_real_one_keeps_queues_and_starts_without_a_device(tmp_path: Path, s
             None,
             f"--moe-token-dispatcher-type alltoall {FLEX[2]} epv2",
         ),
-        (["--yaml-cfg", "model.yaml"], None, ""),
+        (["--yaml-cfg", "model.yaml", "--distributed-backend", "gloo"], None, ""),
     ],
 )
 def test_command_line_is_read_before_megatron_does(argv: list[str], config: str | None, dispatcher: str):
-    assert arguments.read(argv) == arguments.Selection(config, dispatcher)
+    backend = "gloo" if "gloo" in argv else ""
+    assert arguments.read(argv) == arguments.Selection(config, dispatcher, backend)
 
 
 # What it demands of the environment as Megatron-LM does, and how it judges the rest.

@@ -11,12 +11,18 @@ class CommunicationError(RuntimeError):
         expected, seen: what should have come and what came, as text.
     """
 
-    def __init__(self, rank: int, peer: int, phase: str, expected: str, seen: str):
-        self.rank, self.peer, self.phase, self.expected, self.seen = rank, peer, phase, expected, seen
-        super().__init__(f"rank {rank}, waiting for rank {peer} in {phase}: expected {expected}, seen {seen}")
+    def __init__(self, rank: int | str, peer: int = -1, phase: str = "", expected: str = "", seen: str = ""):
+        self._given = (rank, peer, phase, expected, seen)
+        self.peer, self.phase, self.expected, self.seen = peer, phase, expected, seen
+        if isinstance(rank, str):  # Megatron raises errors anew as type(error)(text), to say what it was building
+            self.rank = -1
+            super().__init__(rank)
+        else:
+            self.rank = rank
+            super().__init__(f"rank {rank}, waiting for rank {peer} in {phase}: expected {expected}, seen {seen}")
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.rank, self.peer, self.phase, self.expected, self.seen)
+        return type(self), self._given
 
 
 class CommunicationTimeout(CommunicationError, TimeoutError):

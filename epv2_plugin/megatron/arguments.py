@@ -39,6 +39,8 @@ class Selection:
     dispatcher: str
     """Flags with which the command line selects a stock token dispatcher; empty if it selects the plugin's, or leaves
     the choice to a Megatron-LM YAML file."""
+    backend: str = ""
+    """Of torch.distributed, given as `--distributed-backend`."""
 
 
 def read(argv: Sequence[str], prog: str | None = None) -> Selection:
@@ -51,13 +53,14 @@ def read(argv: Sequence[str], prog: str | None = None) -> Selection:
     _add_flags(parser)
     parser.add_argument("--moe-token-dispatcher-type", nargs="?", default="", help=argparse.SUPPRESS)
     parser.add_argument("--moe-flex-dispatcher-backend", nargs="?", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--distributed-backend", nargs="?", default="", help=argparse.SUPPRESS)
     parser.add_argument("--yaml-cfg", nargs="?", help=argparse.SUPPRESS)
     args, _ = parser.parse_known_args(list(argv))
     kind, backend = args.moe_token_dispatcher_type, args.moe_flex_dispatcher_backend
     ours = kind == "flex" and backend == "epv2"
     flags = [("--moe-token-dispatcher-type", kind), ("--moe-flex-dispatcher-backend", backend)]
     given = " ".join(f"{flag} {value}" for flag, value in flags if value) or "Megatron-LM's default dispatcher"
-    return Selection(args.epv2_config, "" if ours or args.yaml_cfg else given)
+    return Selection(args.epv2_config, "" if ours or args.yaml_cfg else given, args.distributed_backend or "")
 
 
 def available() -> bool:

@@ -222,11 +222,15 @@ def install() -> bool:
     return True
 
 
-def bridge_training() -> None:
+def bridge_training() -> bool:
     """Let `megatron.training`, which a Megatron-LM script starts with, do without a CUDA device, too; a second call
-    changes nothing, nor one without the bridge. `--distributed-backend gloo` is the script's."""
+    changes nothing.
+
+    Returns:
+        As `install`, which comes before.
+    """
     if not _patches.names or "torch.cuda.device_count" in _patches.names:
-        return
+        return bool(_patches.names)
     arguments = importlib.import_module("megatron.training.arguments")
     initialize = importlib.import_module("megatron.training.initialize").initialize_megatron
 
@@ -238,6 +242,7 @@ def bridge_training() -> None:
     # It makes its process groups only if there is a device, and asks for its architecture before there is one.
     _patches.attribute(torch.cuda, "device_count", lambda: 1)
     _patches.attribute(arguments, "get_device_arch_version", lambda: 10)  # no demands on queues to the device
+    return True
 
 
 def _replace() -> None:
