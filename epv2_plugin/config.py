@@ -94,12 +94,12 @@ class Expert(Section):
 
 
 class Pipeline(Section):
-    """Activations between pipeline stages. `transport`: `auto` = the plugin's, but Megatron's own where that can't be
-    had and between nodes of GPUs, where it has not run over a network yet; `copy_engine` = the plugin's or an error.
-    `max_tensor_bytes: auto`: no limit on the host, on a GPU what the largest tensor so far has. `max_inplace`:
-    received tensors that may lie, on a GPU, where they have arrived, each in `max_tensor_bytes` that are set aside;
-    others are copied out of a ring. Not with what relies on torch's `record_stream` for activations, such as their
-    offloading."""
+    """Activations between pipeline stages. `transport`: `auto` = the plugin's, but Megatron's own where queues,
+    lengths that vary or graphs do not allow it, and between nodes of GPUs, where it has not run over a network yet;
+    `copy_engine` = the plugin's or an error. `max_tensor_bytes: auto`: no limit on the host, on a GPU what the largest
+    tensor so far has. `max_inplace`: received tensors that may lie, on a GPU, where they have arrived, each in
+    `max_tensor_bytes` that are set aside; others are copied out of a ring. Not with what relies on torch's
+    `record_stream` for activations, such as their offloading."""
 
     transport: Literal["auto", "copy_engine", "stock"] = "auto"
     max_inflight: int = Field(default=4, ge=1)

@@ -143,16 +143,19 @@ def status() -> dict[str, Any]:
     from epv2_plugin.megatron import arguments, cpu_bridge
 
     adapters = _adapters()
+    groups = [{"primitive": "expert", **group} for adapter in adapters for group in adapter.groups()]
+    transports = {group["backend"] for group in groups if group["primitive"] == "pipeline"}
+    left = {"pipeline": "stock"} if transports == {"stock"} else {}
     return {
         "enabled": True,
         "config": _enabled.config.source,
         "backend": _enabled.backend,
         "unused": _unused(_enabled.config, _enabled.backend),
         "expert": "epv2",
-        **_who_runs(_enabled.config),
+        **(_who_runs(_enabled.config) | left),
         "replaced": [name for adapter in (*adapters, arguments) for name in adapter.replaced()],
         "bridge": [*(cpu_bridge.active() if _enabled.bridged else ()), *_torchtitan_bridge()],
-        "groups": [*({"primitive": "expert", **group} for adapter in adapters for group in adapter.groups()), *others],
+        "groups": [*groups, *others],
     }
 
 

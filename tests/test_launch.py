@@ -392,6 +392,9 @@ def test_queues_are_kept_for_transfers(
         ((2, 1, 1), {}, "32", {}),
         ((1, 2, 1), {}, "32", {}),
         ((2, 2, 2), {}, "32", {"use_torch_fsdp2": True}),
+        ((2, 2, 2), {}, "32", {"use_megatron_fsdp": True}),
+        ((2, 2, 2), {}, "32", {"overlap_moe_expert_parallel_comm": True}),
+        ((2, 2, 2), {}, "32", {"architecture": 10}),
     ],
 )
 def test_otherwise_megatron_judges_queues(
@@ -400,9 +403,10 @@ def test_otherwise_megatron_judges_queues(
     sizes: tuple[int, int, int],
     config: dict[str, Any],
     queues: str,
-    given: dict[str, bool],
+    given: dict[str, Any],
 ):
     arguments.install(epv2_plugin.load_config(config))
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", queues)
+    monkeypatch.setattr(judge, "get_device_arch_version", lambda: given.get("architecture", 9), raising=False)
     with pytest.raises(AssertionError, match="require CUDA_DEVICE_MAX_CONNECTIONS to 1"):
         judge.validate_args(_arguments(*sizes, **given))

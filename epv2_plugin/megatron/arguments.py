@@ -25,6 +25,8 @@ from epv2_plugin.patches import Patches
 
 DISPATCHER_FLAGS = "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend epv2"
 _QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+# With these Megatron-LM itself wants or allows more than one.
+_WITH_QUEUES = ("use_torch_fsdp2", "use_megatron_fsdp", "overlap_moe_expert_parallel_comm")
 
 _patches = Patches()
 logger = logging.getLogger("epv2_plugin")
@@ -110,7 +112,10 @@ def _with_flags(
 def _with_queues(validate_args: Callable[..., Any], config: PluginConfig) -> Callable[..., Any]:
     @functools.wraps(validate_args)
     def validate(args: argparse.Namespace, *rest: Any, **named: Any) -> Any:
-        if not _keeps_queues(args, config):
+        judge = sys.modules[validate_args.__module__]
+        # Called as Megatron does, which asks for the architecture in the same breath.
+        architecture = getattr(judge, "get_device_arch_version", lambda: 9)
+        if not _keeps_queues(args, config) or architecture() >= 10:
             return validate_args(args, *rest, **named)
         if args.rank == 0:
             logger.info(
@@ -120,7 +125,6 @@ def _with_queues(validate_args: Callable[..., Any], config: PluginConfig) -> Cal
                 os.environ[_QUEUES],
             )
         # Not the environment itself: CUDA reads it when the first one here, maybe, asks for a device.
-        judge = sys.modules[validate_args.__module__]
         judge.os = _OneQueue()  # type: ignore[attr-defined]
         try:
             return validate_args(args, *rest, **named)
@@ -134,8 +138,8 @@ def _keeps_queues(args: argparse.Namespace, config: PluginConfig) -> bool:
     """Whether Megatron-LM would refuse queues that are there, and that transfers of `config` need."""
     if args.tensor_model_parallel_size == 1 and args.context_parallel_size == 1:
         return False
-    if getattr(args, "use_torch_fsdp2", False) or getattr(args, "use_megatron_fsdp", False):
-        return False  # there Megatron-LM itself wants more than one
+    if any(getattr(args, name, False) for name in _WITH_QUEUES):
+        return False
     stages = args.pipeline_model_parallel_size > 1 and config.pipeline.transport != "stock"
     if not stages and not (args.context_parallel_size > 1 and config.context.kv_exchange != "stock"):
         return False

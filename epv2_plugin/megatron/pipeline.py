@@ -31,6 +31,8 @@ FORWARD, BACKWARD = 0, 1  # channels
 UNLIMITED = 1 << 40  # bytes; the host backend sets nothing aside for a tensor before it comes
 # Of Megatron: with these it says by `record_stream` which streams use a received tensor.
 _RECORDING = ("overlap_moe_expert_parallel_comm", "fine_grained_activation_offloading", "cpu_offloading")
+# Where it says that a CUDA graph holds everything; versions differ.
+_GRAPHS = ("cuda_graph_scope", "cuda_graph_impl")
 logger = logging.getLogger("epv2_plugin")
 
 _patches = Patches()
@@ -60,7 +62,8 @@ class PipelineCommunicator(P2PCommunicator):
 
     Raises:
         ConfigError: the configuration names other parallel degrees, or `pipeline.max_inplace` beside what says by
-            torch's `record_stream` who uses received tensors. CommunicationError: as `ElasticBuffer.pp_send`.
+            torch's `record_stream` who uses received tensors; or on a GPU, without `pipeline.max_tensor_bytes`, tensors
+            get larger within a schedule, or at all with `max_inplace`. CommunicationError: as `ElasticBuffer.pp_send`.
     """
 
     def __init__(self, pp_group: dist.ProcessGroup, config: Any):
@@ -68,6 +71,8 @@ class PipelineCommunicator(P2PCommunicator):
         self.group, self.buffer = pp_group, _buffer_for(pp_group, config)
         rank, size = pp_group.rank(), pp_group.size()
         self._next, self._prev = (rank + 1) % size, (rank - 1) % size
+        self._lengths_vary = config.variable_seq_lengths or getattr(config, "mtp_standalone", False)
+        self._begun = False
 
     def _communicate(
         self,
@@ -93,7 +98,7 @@ class PipelineCommunicator(P2PCommunicator):
             raise ValueError("tensor_shape = None: must be the shape of the tensor to receive")
         if (recv_prev or recv_next) and self.config.pipeline_dtype is None:
             raise ValueError("config.pipeline_dtype = None: must be the dtype of the tensor to receive")
-        if self.config.variable_seq_lengths or getattr(self.config, "mtp_standalone", False):
+        if self._lengths_vary:
             prev_shape, next_shape = self._exchange_shapes(tensor_send_next, tensor_send_prev, recv_prev, recv_next)
         handles: dict[str, Handle] = {}
         from_prev = self._receive(prev_shape, self._prev, FORWARD, "recv_prev", handles) if recv_prev else None
@@ -110,21 +115,25 @@ class PipelineCommunicator(P2PCommunicator):
 
     def _ready(self, sent: list[torch.Tensor | None], received_shape: Any) -> bool:
         """Whether the plugin's buffer is there and configured. On a GPU, where rings are set aside, the first tensors
-        say how large they are, and larger ones of a later schedule, such as an evaluation's, say so again; every stage
+        say how large they are, and those of a later schedule, such as an evaluation's, may say so again: every stage
         comes here with the same ones before it needs any."""
         self.buffer = _buffers.get(self.group, self.buffer)  # another communicator may have come here first
-        limit = _configured.get(self.group, 0)
+        limit, begun = _configured.get(self.group, 0), self._begun
+        self._begun = True
         if self.buffer is None or limit == UNLIMITED or (limit and _config.pipeline.max_tensor_bytes != "auto"):
             return self.buffer is not None
-        if self.config.variable_seq_lengths:
-            why = "must be a number on the cuda backend, because sequence lengths vary"
+        if self._lengths_vary:
+            why = "must be a number on the cuda backend, because stages exchange tensors of lengths that vary"
             _leave_to_megatron(self.group, _config.fail("pipeline.max_tensor_bytes", why))
-            self.buffer = None
             return False
         sizes = [tensor.nbytes for tensor in sent if tensor is not None]
         if received_shape is not None and self.config.pipeline_dtype is not None:
             sizes.append(math.prod(received_shape) * self.config.pipeline_dtype.itemsize)
         if (needed := max(sizes, default=1)) > limit:
+            if limit and (begun or _config.pipeline.max_inplace):
+                # Other stages are elsewhere in the schedule, or Megatron still has tensors that lie in the buffer.
+                why = f"must be {needed} or more: that many bytes come after smaller tensors"
+                raise _config.fail("pipeline.max_tensor_bytes", why)
             self.buffer = _configure(self.group, self.buffer, needed)
         return self.buffer is not None
 
@@ -200,14 +209,15 @@ def _buffer_for(group: dist.ProcessGroup, config: Any) -> ElasticBuffer | None:
             _leave_to_megatron(group, _config.fail("pipeline.transport", str(error)))
             return None
         _buffers[group] = buffer
-        if (
-            _config.pipeline.transport == "auto"
-            and buffer.describe()["backend"] == "cuda"
-            and buffer.num_rdma_ranks > 1
-        ):
-            why = "between nodes of GPUs the plugin's has not run over a network yet, copy_engine takes it"
-            _leave_to_megatron(group, _config.fail("pipeline.transport", why))
-            return None
+        if buffer.describe()["backend"] == "cuda":
+            why = ""
+            if _config.pipeline.transport == "auto" and buffer.num_rdma_ranks > 1:
+                why = "between nodes of GPUs the plugin's has not run over a network yet, copy_engine takes it"
+            if any("full_iteration" in str(getattr(config, name, "")) for name in _GRAPHS):
+                why = "the plugin's can't be captured in a CUDA graph of the whole iteration"
+            if why:
+                _leave_to_megatron(group, _config.fail("pipeline.transport", why))
+                return None
         limit = _config.pipeline.max_tensor_bytes
         if limit != "auto":
             _configure(group, buffer, limit)
@@ -243,11 +253,11 @@ def _configure(group: dist.ProcessGroup, buffer: ElasticBuffer, max_tensor_bytes
 
 def _leave_to_megatron(group: dist.ProcessGroup, why: ConfigError) -> None:
     """Let Megatron's own communicator run. Raises `why` where the plugin's was asked for by name."""
-    buffer, _buffers[group] = _buffers.get(group), None
-    if buffer is not None:
+    if (buffer := _buffers.pop(group, None)) is not None:
         buffer.destroy()
     if _config.pipeline.transport == "copy_engine":
         raise why
+    _buffers[group] = None
     if dist.get_rank(group) == 0:
         size, first = dist.get_world_size(group), dist.get_rank()
         logger.warning(

@@ -128,7 +128,6 @@ class Arm:
         dispatcher: the token dispatcher. With "epv2", pipeline and context parallelism run as `recipe.plugin` says;
             with the others, Megatron's own pipeline communication and, for context parallelism, `attention`.
         chunks: this rank's virtual pipeline stages, as Megatron's `DistributedDataParallel`.
-        runs: what runs `expert`, `pipeline` and `context` communication, in words, where there is any.
         optimizer: Megatron's optimizer.
         steps_done: steps since the initial weights; also the position in the data and in the schedule.
 
@@ -145,13 +144,7 @@ class Arm:
         stock = dispatcher != "epv2"
         gathers_first = recipe.degree("context") > 1 and not uses_transformer_engine() and stock
         self.chunks = build_model(recipe, config, attention if gathers_first else None)
-        self.runs = {"expert": dispatcher}
-        if recipe.degree("pipeline") > 1:
-            ours = not stock and plugin.status()["pipeline"] == "epv2"
-            self.runs["pipeline"] = "epv2" if ours else "stock P2P"
-        if recipe.degree("context") > 1:
-            label = "stock" if stock else plugin.status()["context"]
-            self.runs["context"] = attention.label if gathers_first else label
+        self._context = attention.label if gathers_first else "stock" if stock else plugin.status()["context"]
         # Where the plugin is enabled for another arm, schedules take its communicator unless told otherwise.
         self._pipeline: dict[str, Any] = {}
         if stock and recipe.degree("pipeline") > 1:
@@ -196,6 +189,18 @@ class Arm:
         self._device = devices.current()
         for chunk in self.chunks:
             chunk.train()
+
+    @property
+    def runs(self) -> dict[str, str]:
+        """What runs `expert`, `pipeline` and `context` communication, in words, where there is any; whether stages are
+        left to Megatron is known after the first step."""
+        runs = {"expert": self.dispatcher}
+        if self.recipe.degree("pipeline") > 1:
+            ours = self.dispatcher == "epv2" and plugin.status()["pipeline"] == "epv2"
+            runs["pipeline"] = "epv2" if ours else "stock P2P"
+        if self.recipe.degree("context") > 1:
+            runs["context"] = self._context
+        return runs
 
     def step(self, batch: torch.Tensor) -> StepResult:
         """Train on one global batch.

@@ -296,7 +296,7 @@ class CudaPointToPoint:
 
     Args:
         runtime: the device. watch: ends waits for what never comes. traffic: counts what was sent.
-        num_bytes: that the buffer was made with: room for more rings than the usual four; None = these.
+        num_bytes: that the buffer was made with: room for more rings than `max_senders`; None = no more.
         sender: makes the way to other nodes, or gives it (collective); asked where there are any.
     """
 
