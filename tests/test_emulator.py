@@ -292,7 +292,7 @@ def test_a_refused_launch_says_why(group):
     assert [(each.kernel, each.ctas) for each in device.launches][-1] == ("misuse", 8)
 
 
-def exchange(rank: int, size: int, mode: int, seed: int, turns: int = 4) -> tuple[list[int], int]:
+def exchange(rank: int, size: int, mode: int, seed: int, turns: int = 4) -> list[int]:
     device = runtime(dist.group.WORLD, seed)
     window = device.window((1 + size) * 4096)
     assert not window.tensor.any()
@@ -303,7 +303,7 @@ def exchange(rank: int, size: int, mode: int, seed: int, turns: int = 4) -> tupl
     dist.barrier()  # peers' kernels, which write here, have ended, too
     assert mode or window.tensor[4096 * (1 + rank)] == turns * (rank + 1)
     device.close()
-    return out.tolist(), window.tensor.data_ptr()
+    return out.tolist()
 
 
 def sums(size: int) -> list[int]:
@@ -313,15 +313,13 @@ def sums(size: int) -> list[int]:
 @pytest.mark.parametrize("size", [2, 3])
 def test_flags_order_data_between_processes(pool, size):
     for seed in range(4):
-        results = pool(size).run(exchange, 0, seed)
-        assert [sums_of_rank for sums_of_rank, _ in results] == [sums(size)] * size
-    assert len({address for _, address in results}) == size
+        assert pool(size).run(exchange, 0, seed) == [sums(size)] * size
 
 
 def test_a_flag_before_the_store_is_done_shows(pool):
     wrong = 0
     for seed in range(SEEDS):
-        wrong += any(sums_of_rank != sums(2) for sums_of_rank, _ in pool(2).run(exchange, 1, seed))
+        wrong += any(sums_of_rank != sums(2) for sums_of_rank in pool(2).run(exchange, 1, seed))
     assert wrong > SEEDS // 4
 
 
