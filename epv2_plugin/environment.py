@@ -31,6 +31,7 @@ PACKAGES = ("megatron-core", "torchtitan", "transformer-engine", "numpy", "pydan
 _PREFIXES = ("NCCL_", "TORCH_NCCL_", "CUDA_", "NVCC_", "EPV2_", "MASTER_", "PYTORCH_", "GLOO_")
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "LD_PRELOAD", "XDG_CACHE_HOME")
 _SECONDS = 10  # a driver or daemon that hangs must not take the report with it
+_BUILD = f"{BUILD_EXTENSION} in a checkout of the plugin"
 PLUGIN_VARIABLE = "NCCL_RMA_PLUGIN"
 
 # Asks the driver itself: torch without CUDA can't, and a driver that hangs is better met in a process of its own.
@@ -248,19 +249,16 @@ def _extension() -> dict[str, str]:
     try:
         module = importlib.import_module("epv2_plugin._C")
     except ModuleNotFoundError:
-        return {"error": "epv2_plugin._C is not built", "mend": f"{BUILD_EXTENSION} in a checkout of the plugin"}
+        return {"error": "epv2_plugin._C is not built", "mend": _BUILD}
     except Exception as error:  # whatever its native code raises is what the report is for
-        return {
-            "error": f"epv2_plugin._C can't be imported ({' '.join(str(error).split())})",
-            "mend": f"{BUILD_EXTENSION} in a checkout of the plugin",
-        }
+        return {"error": f"epv2_plugin._C can't be imported ({' '.join(str(error).split())})", "mend": _BUILD}
     return {"path": str(module.__file__)}
 
 
 def find_loopback() -> dict[str, str]:
     """NCCL's loopback (`csrc/rma_loopback`): `path`, or `error` and `mend`; `set`: what NCCL_RMA_PLUGIN names."""
     spec = importlib.util.find_spec("epv2_plugin._rma_loopback")
-    found = {"error": "not built", "mend": f"{BUILD_EXTENSION} in a checkout of the plugin"}
+    found = {"error": "not built", "mend": _BUILD}
     if spec is not None and spec.origin is not None:
         found = {"path": spec.origin}
     named = os.environ.get(PLUGIN_VARIABLE)

@@ -84,6 +84,9 @@ if __name__ == "__main__":
         raise ValueError("no steps to train")
     sys.exit(7)
 """
+REAL = pytest.mark.skipif(
+    importlib.util.find_spec("megatron.training") is None, reason="this megatron-core has no megatron.training"
+)
 FLEX = ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "epv2"]
 
 
@@ -229,9 +232,7 @@ def test_says_what_is_needed_without_megatron_training(
     assert capsys.readouterr().err.splitlines()[-1].startswith("epv2: no megatron.training: run a script of")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("megatron.training") is None, reason="this megatron-core has no megatron.training"
-)
+@REAL
 def test_flags_in_the_real_parser(tmp_path: Path, start: Callable[..., subprocess.Popen]):
     script = tmp_path / "script.py"
     script.write_text(
@@ -257,9 +258,7 @@ MODEL = """
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("megatron.training") is None, reason="this megatron-core has no megatron.training"
-)
+@REAL
 def test_the_real_one_keeps_queues_and_starts_without_a_device(tmp_path: Path, start: Callable[..., subprocess.Popen]):
     judged = tmp_path / "judged.py"
     judged.write_text(

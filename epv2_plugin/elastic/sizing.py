@@ -105,7 +105,7 @@ def buffer_bytes(
     return align(rows * max(combine.stride, dispatch.stride), BUFFER_ALIGNMENT)
 
 
-def ring_bytes(max_tensor_bytes: int, max_inflight: int, num_rings: int, max_inplace: int = 0) -> int:
+def ring_bytes(max_tensor_bytes: int, max_inflight: int, num_rings: int, max_inplace: int) -> int:
     """Bytes of `num_rings` rings of `max_inflight` slots each, and of `max_inplace` slots for tensors that stay where
     they arrive."""
     slots = num_rings * max_inflight + max_inplace

@@ -209,7 +209,8 @@ def _buffer_for(group: dist.ProcessGroup, config: Any) -> ElasticBuffer | None:
             _leave_to_megatron(group, _config.fail("pipeline.transport", str(error)))
             return None
         _buffers[group] = buffer
-        if buffer.describe()["backend"] == "cuda":
+        on_host = buffer.describe()["backend"] == "host"
+        if not on_host:
             why = ""
             if _config.pipeline.transport == "auto" and buffer.num_rdma_ranks > 1:
                 why = "between nodes of GPUs the plugin's has not run over a network yet, copy_engine takes it"
@@ -221,7 +222,7 @@ def _buffer_for(group: dist.ProcessGroup, config: Any) -> ElasticBuffer | None:
         limit = _config.pipeline.max_tensor_bytes
         if limit != "auto":
             _configure(group, buffer, limit)
-        elif buffer.describe()["backend"] == "host":
+        elif on_host:
             _configure(group, buffer, UNLIMITED)
     return _buffers[group]
 

@@ -144,7 +144,7 @@ class Arm:
         stock = dispatcher != "epv2"
         gathers_first = recipe.degree("context") > 1 and not uses_transformer_engine() and stock
         self.chunks = build_model(recipe, config, attention if gathers_first else None)
-        self._context = attention.label if gathers_first else "stock" if stock else plugin.status()["context"]
+        self._gathers = attention.label if gathers_first else ""
         # Where the plugin is enabled for another arm, schedules take its communicator unless told otherwise.
         self._pipeline: dict[str, Any] = {}
         if stock and recipe.degree("pipeline") > 1:
@@ -194,12 +194,12 @@ class Arm:
     def runs(self) -> dict[str, str]:
         """What runs `expert`, `pipeline` and `context` communication, in words, where there is any; whether stages are
         left to Megatron is known after the first step."""
-        runs = {"expert": self.dispatcher}
+        runs, stock = {"expert": self.dispatcher}, self.dispatcher != "epv2"
         if self.recipe.degree("pipeline") > 1:
-            ours = self.dispatcher == "epv2" and plugin.status()["pipeline"] == "epv2"
+            ours = not stock and plugin.status()["pipeline"] == "epv2"
             runs["pipeline"] = "epv2" if ours else "stock P2P"
         if self.recipe.degree("context") > 1:
-            runs["context"] = self._context
+            runs["context"] = self._gathers or ("stock" if stock else plugin.status()["context"])
         return runs
 
     def step(self, batch: torch.Tensor) -> StepResult:
